@@ -1,0 +1,1 @@
+"""From a problem to a loaded library: target, spec, build, cache, bundle."""

@@ -1,0 +1,62 @@
+"""Building a library: description, schedule, machine code. The only module that loads TVM's compiler."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from na_compiler.compiler.spec import KernelSpec
+from na_compiler.runtime import threads
+
+__all__ = ["build_in_memory", "build_library", "can_link"]
+
+_LOG = logging.getLogger("na_compiler")
+# TVM's builder keeps the function it is at in a global.
+_LOCK = threading.Lock()
+# Boxes have the extents they need from the start, and LLVM finds common subexpressions: half of the compile time.
+_SKIPPED_PASSES = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
+
+
+def can_link() -> bool:
+    """Return whether there is a C compiler, with which TVM makes shared libraries."""
+    return threads.c_compiler() is not None
+
+
+def build_library(spec: KernelSpec, path: Path) -> None:
+    """Compile a spec to a shared library, or to an object file where this machine cannot link for the target.
+
+    Raises
+    ------
+    RuntimeError
+        If the linker fails.
+    """
+    module = _compile(spec)
+    if spec.target.is_native:
+        module.export_library(str(path), cc=threads.c_compiler())
+    else:
+        module.mod.write_to_file(str(path), "o")
+
+
+def build_in_memory(spec: KernelSpec) -> tuple[Any, Any]:
+    """Compile a spec to a function in this process; returns it and what has to be kept for it."""
+    threads.prepare()
+    module = _compile(spec)
+    return module["main"], module
+
+
+def _compile(spec: KernelSpec) -> Any:
+    started = time.perf_counter()
+    import tvm  # noqa: PLC0415
+
+    loaded = time.perf_counter()
+    schedule = importlib.import_module(spec.config.module)
+    make = schedule.schedule_forward if spec.direction == "forward" else schedule.schedule_backward
+    with _LOCK, tvm.transform.PassContext(disabled_pass=_SKIPPED_PASSES):
+        module = tvm.compile(make(spec.plan, spec.config), target=spec.target.to_tvm())
+    done = time.perf_counter()
+    _LOG.info("compiled %s in %.2f s (%.2f s to load TVM)", spec, done - loaded, loaded - started)
+    return module

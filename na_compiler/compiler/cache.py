@@ -1,0 +1,204 @@
+"""The on-disk cache: one folder an entry, with a library and a manifest that says what it is and hashes it.
+
+An entry is written beside its place and renamed into it, so it is whole or not there. One process compiles a key
+while others wait for it. An entry that does not pass its own manifest is compiled again, with a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from na_compiler.runtime.folders import cache_folder
+from na_compiler.runtime.kernel import KernelInfo
+
+__all__ = ["Entry", "clear", "entries", "fetch", "read_entry", "write_entry"]
+
+_LOG = logging.getLogger("na_compiler")
+_MANIFEST = "kernel.json"
+_FORMAT = 1
+# A lock is held while one kernel compiles: seconds. This is for a machine that crawls.
+_LOCK_SECONDS = 600.0
+_DEFAULT_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A library on disk that passed its manifest."""
+
+    key: str
+    info: KernelInfo
+    library: Path
+    used: float
+
+    @property
+    def bytes(self) -> int:
+        """Size of the library."""
+        return self.library.stat().st_size
+
+
+class DamagedEntryError(Exception):
+    """An entry that does not pass its manifest."""
+
+
+def fetch(key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
+    """Return the entry of a key, building it if there is none.
+
+    Parameters
+    ----------
+    key
+        From `KernelSpec.key`.
+    info
+        What the library computes.
+    build
+        Writes the library to a path.
+
+    Raises
+    ------
+    OSError
+        If the cache cannot be written.
+    """
+    folder = _folder() / key
+    with contextlib.suppress(FileNotFoundError, DamagedEntryError):
+        return _used(read_entry(folder, key))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    locks = cache_folder() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{key}.lock", timeout=_LOCK_SECONDS):
+        try:
+            return _used(read_entry(folder, key))
+        except FileNotFoundError:
+            pass
+        except DamagedEntryError as error:
+            _LOG.warning("compiling %s again: %s", key, error)
+            shutil.rmtree(folder, ignore_errors=True)
+        entry = write_entry(folder, key, info, build)
+    _limit(keep=key)
+    return entry
+
+
+def write_entry(folder: Path, key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
+    """Build a library beside a folder, with its manifest, and rename the whole into place."""
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temporary:
+        # In a folder of its own: it becomes the entry.
+        made = Path(temporary) / key
+        made.mkdir()
+        library = made / "kernel.so"
+        build(library)
+        data = library.read_bytes()
+        manifest = {
+            "format": _FORMAT,
+            "key": key,
+            "library": library.name,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            **info.to_dict(),
+        }
+        (made / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        made.replace(folder)
+    return read_entry(folder, key)
+
+
+def read_entry(folder: Path, key: str) -> Entry:
+    """Read an entry, checking its manifest and the library's hash.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder.
+    DamagedEntryError
+        If it does not hold what it should.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT or manifest["key"] != key:
+            raise DamagedEntryError(f"{folder} holds another entry")
+        library = folder / Path(manifest["library"]).name
+        data = library.read_bytes()
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+            raise DamagedEntryError(f"{library} is not what was compiled: {len(data)} bytes, wrong hash")
+        info = KernelInfo.from_dict(manifest)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DamagedEntryError(f"{folder} cannot be read: {error!r}") from error
+    return Entry(key, info, library, library.stat().st_mtime)
+
+
+def entries() -> Iterator[Entry]:
+    """Yield the cache's entries, those used last first; damaged ones are left out."""
+    found = []
+    for folder in _entry_folders():
+        with contextlib.suppress(FileNotFoundError, DamagedEntryError):
+            found.append(read_entry(folder, folder.name))
+    yield from sorted(found, key=lambda entry: entry.used, reverse=True)
+
+
+def clear() -> int:
+    """Delete all entries; returns how many there were."""
+    folders = list(_entry_folders())
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(cache_folder() / "locks", ignore_errors=True)
+    return len(folders)
+
+
+def limit_bytes() -> int:
+    """Return the size that the cache is kept under: ``NA_COMPILER_CACHE_BYTES``, or 1 GiB.
+
+    Raises
+    ------
+    ValueError
+        If the variable is no number.
+    """
+    named = os.environ.get("NA_COMPILER_CACHE_BYTES")
+    if named is None:
+        return _DEFAULT_LIMIT
+    if not named.isdigit():
+        raise ValueError(f"NA_COMPILER_CACHE_BYTES must be a number of bytes, got {named!r}; e.g. {_DEFAULT_LIMIT}")
+    return int(named)
+
+
+def _folder() -> Path:
+    return cache_folder() / "kernels"
+
+
+def _entry_folders() -> Iterator[Path]:
+    folder = _folder()
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _used(entry: Entry) -> Entry:
+    """Remember that an entry was used: those used least recently are deleted first."""
+    with contextlib.suppress(OSError):  # A cache that others filled may be read-only.
+        os.utime(entry.library, (time.time(), time.time()))
+    return entry
+
+
+def _limit(keep: str) -> None:
+    """Delete the entries used least recently until the rest fits the limit. A library that is loaded stays usable."""
+    sizes: list[tuple[float, int, Path]] = []
+    for folder in _entry_folders():
+        with contextlib.suppress(OSError):
+            files: list[Any] = [path.stat() for path in folder.iterdir()]
+            sizes.append((max(file.st_mtime for file in files), sum(file.st_size for file in files), folder))
+    total = sum(size for _, size, _ in sizes)
+    for _, size, folder in sorted(sizes):
+        if total <= limit_bytes():
+            return
+        if folder.name != keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= size

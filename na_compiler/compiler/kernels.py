@@ -1,0 +1,117 @@
+"""`compile`: from a problem to a kernel that can be called."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from na_compiler.compiler import cache
+from na_compiler.compiler.spec import KernelSpec
+from na_compiler.compiler.target import Target
+from na_compiler.problem import Problem
+from na_compiler.runtime import threads
+from na_compiler.runtime.kernel import Kernel, make_kernel
+from na_compiler.runtime.library import load_function
+
+__all__ = ["compile", "compile_spec"]
+
+_LOG = logging.getLogger("na_compiler")
+_kernels: dict[KernelSpec, Kernel] = {}
+_lock = threading.Lock()
+_said: set[str] = set()
+
+
+def compile(problem: Problem, target: str | Target = "llvm", direction: str = "forward") -> Kernel:  # noqa: A001
+    """Compile a problem, or find it compiled.
+
+    Parameters
+    ----------
+    problem
+        What to compute.
+    target
+        ``"llvm"`` for this machine, or an instruction set: ``"llvm:x86-64"``, ``"llvm:x86-64-v2"``,
+        ``"llvm:x86-64-v3"`` (AVX2), ``"llvm:x86-64-v4"`` (AVX-512), ``"llvm:aarch64"``.
+    direction
+        ``"forward"`` or ``"backward"``.
+
+    Returns
+    -------
+    ForwardKernel or BackwardKernel
+        A kernel for a target that this machine is not can be built and cached, but not called.
+
+    Raises
+    ------
+    ValueError
+        For an unknown target or direction.
+
+    Notes
+    -----
+    Looks in this process, in the on-disk cache (``NA_COMPILER_CACHE``), and then compiles, which takes about a second.
+    Without a C compiler kernels are built in memory, for this process only.
+
+    Examples
+    --------
+    >>> import torch
+    >>> kernel = compile(Problem((8, 8), heads=2, head_dim=16, kernel_size=3))
+    >>> query, key, value = torch.randn(3, 1, 8, 8, 2, 16)
+    >>> output, lse = kernel(query, key, value)
+    >>> output.shape, lse.shape
+    (torch.Size([1, 8, 8, 2, 16]), torch.Size([1, 8, 8, 2]))
+    """
+    return compile_spec(KernelSpec.make(problem, target, direction))
+
+
+def compile_spec(spec: KernelSpec) -> Kernel:
+    """Return the kernel of a spec; see `compile`."""
+    kernel = _kernels.get(spec)
+    if kernel is None:
+        with _lock:
+            kernel = _kernels.get(spec)
+            if kernel is None:
+                kernel = _kernels[spec] = _load(spec)
+    return kernel
+
+
+def _load(spec: KernelSpec) -> Kernel:
+    if spec.target.runs_here and threads.c_compiler() is None and not _is_cached(spec):
+        _say_once("no C compiler was found: kernels are built in memory, again in every process; install one, or set CC")
+        from na_compiler.compiler.build import build_in_memory  # noqa: PLC0415
+
+        return make_kernel(spec.info, *build_in_memory(spec))
+    library = _library(spec)
+    return make_kernel(spec.info, load_function(library) if spec.target.runs_here else None)
+
+
+def _is_cached(spec: KernelSpec) -> bool:
+    try:
+        cache.read_entry(cache.cache_folder() / "kernels" / spec.key, spec.key)
+    except (FileNotFoundError, cache.DamagedEntryError):
+        return False
+    return True
+
+
+def _library(spec: KernelSpec) -> Path:
+    def build(path: Path) -> None:
+        from na_compiler.compiler.build import build_library  # noqa: PLC0415
+
+        build_library(spec, path)
+
+    try:
+        return cache.fetch(spec.key, spec.info, build).library
+    except OSError as error:
+        _say_once(f"the cache in {cache.cache_folder()} cannot be used, kernels are kept for this process only: {error}")
+        folder = Path(tempfile.mkdtemp(prefix="na_compiler-"))
+        try:
+            return cache.write_entry(folder / spec.key, spec.key, spec.info, build).library
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _LOG.warning(message)

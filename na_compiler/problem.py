@@ -1,0 +1,304 @@
+"""`Problem`: what a kernel computes, checked once and then trusted everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from na_compiler.window import group_length, window_bounds
+
+__all__ = ["DTYPES", "MAX_RANK", "Problem", "dtype_name"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_RANK = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One neighborhood attention, as a compiler sees it.
+
+    Batch, scale and the number of additional keys are not part of it: every kernel takes them at run time.
+    Equal problems are equal and hash alike however they were spelled (an int for every axis, a list, a
+    ``torch.Size``, a ``torch.dtype``).
+
+    Parameters
+    ----------
+    layout
+        Tokens along each of the 1, 2 or 3 axes.
+    heads
+        Query heads.
+    head_dim
+        Length of a query and of a key, at least 1.
+    kernel_size
+        Window per axis, in tokens of one dilation group; ``1 <= kernel_size`` and
+        ``kernel_size * dilation <= layout``.
+    stride
+        Queries per axis that share one window, in ``[1, kernel_size]``.
+    dilation
+        Distance between neighbors per axis, at least 1.
+    is_causal
+        Per axis: a query sees no key after itself.
+    heads_kv
+        Heads of keys and values; ``heads`` is a multiple of it (grouped-query attention). Default: ``heads``.
+    head_dim_v
+        Length of a value and of an output. Default: ``head_dim``.
+    additional_kv
+        Whether every query also sees additional keys, inside the same softmax.
+    dtype
+        Of query, key, value and output: ``"float32"``, ``"bfloat16"`` or ``"float16"``. The arithmetic is float32.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, the value given, the limit, and a value that would work.
+
+    Examples
+    --------
+    >>> problem = Problem(layout=(56, 56), heads=4, head_dim=32, kernel_size=7)
+    >>> problem == Problem([56, 56], 4, 32, (7, 7), stride=[1, 1])
+    True
+    >>> print(problem)
+    na2d layout=56x56 heads=4 head_dim=32 kernel_size=7x7 float32
+    >>> problem.flops()
+    78675968
+    """
+
+    layout: tuple[int, ...]
+    heads: int
+    head_dim: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...] = 1  # type: ignore[assignment]
+    dilation: tuple[int, ...] = 1  # type: ignore[assignment]
+    is_causal: tuple[bool, ...] = False  # type: ignore[assignment]
+    heads_kv: int = None  # type: ignore[assignment]
+    head_dim_v: int = None  # type: ignore[assignment]
+    additional_kv: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        layout = _layout(self.layout)
+        rank = len(layout)
+        heads = _positive("heads", self.heads)
+        head_dim = _positive("head_dim", self.head_dim)
+        heads_kv = heads if self.heads_kv is None else _positive("heads_kv", self.heads_kv)
+        if heads % heads_kv:
+            raise ValueError(
+                f"heads must be a multiple of heads_kv, got heads={heads} and heads_kv={heads_kv}; "
+                f"heads_kv={math.gcd(heads, heads_kv)} would work"
+            )
+        canonical = {
+            "layout": layout,
+            "heads": heads,
+            "head_dim": head_dim,
+            "kernel_size": _per_axis("kernel_size", self.kernel_size, rank),
+            "stride": _per_axis("stride", self.stride, rank),
+            "dilation": _per_axis("dilation", self.dilation, rank),
+            "is_causal": _flags_per_axis("is_causal", self.is_causal, rank),
+            "heads_kv": heads_kv,
+            "head_dim_v": head_dim if self.head_dim_v is None else _positive("head_dim_v", self.head_dim_v),
+            "additional_kv": _flag("additional_kv", self.additional_kv),
+            "dtype": dtype_name(self.dtype),
+        }
+        for name, value in canonical.items():
+            object.__setattr__(self, name, value)
+        _check_windows(layout, self.kernel_size, self.stride, self.dilation)
+
+    @property
+    def rank(self) -> int:
+        """Number of axes of the layout: 1, 2 or 3."""
+        return len(self.layout)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one batch entry."""
+        return math.prod(self.layout)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that read one key/value head."""
+        return self.heads // self.heads_kv
+
+    def pairs(self) -> int:
+        """Return how many (query, key) pairs one head of one batch entry attends over, additional keys not counted."""
+        return math.prod(
+            _axis_pairs(*axis)
+            for axis in zip(self.layout, self.kernel_size, self.stride, self.dilation, self.is_causal, strict=True)
+        )
+
+    def flops(self, batch: int = 1, additional: int = 0, direction: str = "forward") -> int:
+        """Return the useful floating-point operations: a multiply and an add for each pair that the windows need.
+
+        Parameters
+        ----------
+        batch
+            Batch entries.
+        additional
+            Additional keys of each batch entry.
+        direction
+            ``"forward"`` counts the two products (scores, output), ``"backward"`` the five (scores, and the
+            gradients of the probabilities, query, key and value).
+
+        Raises
+        ------
+        ValueError
+            For another direction.
+        """
+        pairs = batch * self.heads * (self.pairs() + self.tokens * additional)
+        if direction == "forward":
+            return 2 * pairs * (self.head_dim + self.head_dim_v)
+        if direction == "backward":
+            return 2 * pairs * (3 * self.head_dim + 2 * self.head_dim_v)
+        raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+
+    def replace(self, **changes: Any) -> Problem:
+        """Return a copy with some fields changed, validated anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python data, from which `from_dict` makes an equal problem; fit for JSON."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Problem:
+        """Make a problem from what `to_dict` returned.
+
+        Raises
+        ------
+        ValueError
+            For a field that is unknown, missing or out of its limits.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"unknown fields of a problem: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        missing = sorted({"layout", "heads", "head_dim", "kernel_size"} - set(data))
+        if missing:
+            raise ValueError(f"a problem needs {', '.join(missing)} as well")
+        return cls(**data)
+
+    def __str__(self) -> str:
+        words = [f"na{self.rank}d layout={_times(self.layout)} heads={self.heads}"]
+        if self.heads_kv != self.heads:
+            words.append(f"heads_kv={self.heads_kv}")
+        words.append(f"head_dim={self.head_dim}")
+        if self.head_dim_v != self.head_dim:
+            words.append(f"head_dim_v={self.head_dim_v}")
+        words.append(f"kernel_size={_times(self.kernel_size)}")
+        words += [
+            f"{name}={_times(value)}"
+            for name, value in (("stride", self.stride), ("dilation", self.dilation))
+            if any(extent != 1 for extent in value)
+        ]
+        if any(self.is_causal):
+            words.append("is_causal=" + "x".join("1" if flag else "0" for flag in self.is_causal))
+        if self.additional_kv:
+            words.append("additional_kv")
+        words.append(self.dtype)
+        return " ".join(words)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype given as a string, a ``torch.dtype`` or a ``numpy.dtype``.
+
+    Raises
+    ------
+    ValueError
+        If the kernels do not have it.
+    """
+    name = str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}; convert the tensors, e.g. to float32")
+    return name
+
+
+def _times(values: Sequence[int]) -> str:
+    return "x".join(map(str, values))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _positive(name: str, value: Any) -> int:
+    if not _is_int(value):
+        raise ValueError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _layout(value: Any) -> tuple[int, ...]:
+    axes = (value,) if _is_int(value) else value
+    if not isinstance(axes, Sequence) or isinstance(axes, str) or not 1 <= len(axes) <= MAX_RANK:
+        raise ValueError(f"layout must have 1, 2 or 3 axes, got {value!r}; e.g. (56, 56)")
+    if not all(map(_is_int, axes)) or min(axes) < 1:
+        raise ValueError(f"layout must have at least one token on each axis, got {tuple(axes)}")
+    return tuple(map(int, axes))
+
+
+def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    if _is_int(value):
+        axes: tuple[Any, ...] = (value,) * rank
+    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == rank and all(map(_is_int, value)):
+        axes = tuple(value)
+    else:
+        example = (3,) * rank if name == "kernel_size" else (1,) * rank
+        raise ValueError(f"{name} must be an int or {rank} ints (one per axis of the layout), got {value!r}; "
+                         f"e.g. {example}")  # fmt: skip
+    for axis, extent in enumerate(axes):
+        if extent < 1:
+            raise ValueError(f"{name} must be at least 1, got {extent} on axis {axis}")
+    return tuple(map(int, axes))
+
+
+def _flags_per_axis(name: str, value: Any, rank: int) -> tuple[bool, ...]:
+    if isinstance(value, bool):
+        return (value,) * rank
+    if isinstance(value, Sequence) and len(value) == rank and all(isinstance(flag, bool) for flag in value):
+        return tuple(value)
+    raise ValueError(f"{name} must be a bool or {rank} bools (one per axis of the layout), got {value!r}; "
+                     f"e.g. {(True,) * rank}")  # fmt: skip
+
+
+def _check_windows(
+    layout: tuple[int, ...], kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> None:
+    for axis, (tokens, kernel, step, dil) in enumerate(zip(layout, kernel_size, stride, dilation, strict=True)):
+        if kernel * dil > tokens:
+            if dil > tokens:
+                advice = f"dilation={max(tokens // kernel, 1)} would work" if kernel <= tokens else "neither fits"
+            else:
+                advice = f"kernel_size={tokens // dil} would work"
+            raise ValueError(
+                f"kernel_size * dilation must be at most the layout's {tokens} tokens on axis {axis}, "
+                f"got kernel_size={kernel} * dilation={dil} = {kernel * dil}; {advice}"
+            )
+        if step > kernel:
+            raise ValueError(
+                f"stride must be at most kernel_size={kernel} on axis {axis}, got {step}; stride={kernel} would work"
+            )
+
+
+def _axis_pairs(tokens: int, kernel: int, stride: int, dilation: int, is_causal: bool) -> int:
+    if not is_causal:
+        return tokens * kernel
+    total = 0
+    for group in range(dilation):
+        length = group_length(tokens, dilation, group)
+        for index in range(length):
+            start, end = window_bounds(index, length, kernel, stride, is_causal)
+            total += end - start
+    return total

@@ -1,0 +1,315 @@
+"""`ForwardKernel` and `BackwardKernel`: a compiled function for one problem on one target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from na_compiler.problem import Problem
+
+__all__ = ["BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "Workspace", "make_kernel"]
+
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a backward needs beside its inputs and outputs: float32, a part for each task.
+
+    Parameters
+    ----------
+    keys, values
+        Shape for one batch entry of the gradients that tasks leave for keys and for values.
+    tasks
+        Tasks of one batch entry, as ``[heads_kv, ...]``.
+    additional_block
+        The number of additional keys is rounded up to a multiple of it.
+    widths
+        head_dim and head_dim_v as staged.
+    """
+
+    keys: tuple[int, ...]
+    values: tuple[int, ...]
+    tasks: tuple[int, ...]
+    additional_block: int
+    widths: tuple[int, int]
+
+    def shapes(self, batch: int, additional: int | None) -> list[tuple[int, ...]]:
+        """Return the shapes to allocate, for a batch and, unless ``None``, a number of additional keys."""
+        shapes = [(batch, *self.keys), (batch, *self.values)]
+        if additional is not None:
+            padded = -(-additional // self.additional_block) * self.additional_block
+            shapes += [(batch, *self.tasks, padded, width) for width in self.widths]
+        return shapes
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What a library computes, as its manifest says.
+
+    Parameters
+    ----------
+    problem
+        What it computes.
+    direction
+        ``"forward"`` or ``"backward"``.
+    target
+        Name of the target that it was compiled for.
+    workspace
+        Of a backward.
+    """
+
+    problem: Problem
+    direction: str
+    target: str
+    workspace: Workspace | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, fit for JSON."""
+        return {
+            "problem": self.problem.to_dict(),
+            "direction": self.direction,
+            "target": self.target,
+            "workspace": asdict(self.workspace) if self.workspace else None,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> KernelInfo:
+        """Make an info of what `to_dict` returned.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If the data is none.
+        """
+        workspace = data["workspace"]
+        if workspace is not None:
+            workspace = Workspace(**{k: tuple(v) if isinstance(v, list) else v for k, v in workspace.items()})
+        return cls(Problem.from_dict(data["problem"]), data["direction"], data["target"], workspace)
+
+
+class Kernel:
+    """A compiled function. Make one with `na_compiler.compile` or `na_compiler.load_bundle`.
+
+    Parameters
+    ----------
+    info
+        What it computes.
+    function
+        The compiled function, with the outputs among its arguments; ``None`` where this machine cannot run it.
+    keep
+        Kept alive as long as the kernel.
+    """
+
+    def __init__(self, info: KernelInfo, function: Callable[..., None] | None, keep: Any = None) -> None:
+        self.info = info
+        self._function = function
+        self._keep = keep
+
+    @property
+    def problem(self) -> Problem:
+        """What the kernel computes."""
+        return self.info.problem
+
+    @property
+    def target(self) -> str:
+        """Name of the target that it was compiled for."""
+        return self.info.target
+
+    @property
+    def function(self) -> Callable[..., None]:
+        """The compiled function itself; it checks its arguments, and allocates nothing.
+
+        Raises
+        ------
+        RuntimeError
+            If this machine cannot run it.
+        """
+        if self._function is None:
+            raise RuntimeError(
+                f"this kernel was compiled for {self.target}, which this machine cannot run; compile it for 'llvm'"
+            )
+        return self._function
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.problem} {self.target}>"
+
+
+class ForwardKernel(Kernel):
+    """A compiled forward.
+
+    Examples
+    --------
+    >>> kernel = compile(Problem((56, 56), heads=4, head_dim=32, kernel_size=7))  # doctest: +SKIP
+    >>> output, lse = kernel(query, key, value)  # doctest: +SKIP
+    """
+
+    def __call__(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        additional_keys: Any = None,
+        additional_values: Any = None,
+        scale: float | None = None,
+    ) -> tuple[Any, Any]:
+        """Compute output and lse.
+
+        Parameters
+        ----------
+        query
+            ``[batch, *layout, heads, head_dim]``, a torch tensor on the CPU or a NumPy array; any strides but the last
+            one, which is 1. Nothing is copied.
+        key, value
+            ``[batch, *layout, heads_kv, head_dim]`` and ``[..., head_dim_v]``, likewise.
+        additional_keys, additional_values
+            ``[batch, additional, heads_kv, head_dim]`` and ``[..., head_dim_v]``, if the problem has them.
+        scale
+            Of the scores; default ``head_dim ** -0.5``.
+
+        Returns
+        -------
+        output
+            ``[batch, *layout, heads, head_dim_v]``, in the inputs' dtype.
+        lse
+            ``[batch, *layout, heads]``, float32: the natural logarithm of the sum of exponentials of scaled scores.
+
+        Raises
+        ------
+        ValueError
+            If a tensor does not fit the problem.
+        RuntimeError
+            If this machine cannot run the kernel.
+        """
+        function = self.function
+        problem = self.problem
+        extra = _additional(problem, additional_keys, additional_values)
+        batch = _check(problem, query, key, value, *extra)
+        output = _empty(query, (batch, *problem.layout, problem.heads, problem.head_dim_v))
+        lse = _empty(query, (batch, *problem.layout, problem.heads), "float32")
+        function(query, key, value, *extra, _scale(problem, scale), output, lse)
+        return output, lse
+
+
+class BackwardKernel(Kernel):
+    """A compiled backward."""
+
+    def __call__(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        output: Any,
+        lse: Any,
+        grad_output: Any,
+        grad_lse: Any = None,
+        additional_keys: Any = None,
+        additional_values: Any = None,
+        scale: float | None = None,
+    ) -> tuple[Any, ...]:
+        """Compute the gradients of query, key, value and, if the problem has them, the additional keys and values.
+
+        Parameters
+        ----------
+        query, key, value, additional_keys, additional_values, scale
+            As the forward was given them.
+        output, lse
+            What the forward returned; contiguous.
+        grad_output
+            Gradient of the output; any strides but the last one, which is 1.
+        grad_lse
+            Gradient of lse, contiguous; default 0.
+
+        Returns
+        -------
+        tuple
+            ``(grad_query, grad_key, grad_value)`` or ``(..., grad_additional_keys, grad_additional_values)``.
+
+        Raises
+        ------
+        ValueError
+            If a tensor does not fit the problem.
+        RuntimeError
+            If this machine cannot run the kernel.
+        """
+        function, workspace = self.function, self.info.workspace
+        assert workspace is not None
+        problem = self.problem
+        extra = _additional(problem, additional_keys, additional_values)
+        batch = _check(problem, query, key, value, *extra)
+        if grad_lse is None:
+            grad_lse = _zeros(lse)
+        gradients = tuple(_empty(tensor, tuple(tensor.shape)) for tensor in (query, key, value, *extra))
+        additional = int(extra[0].shape[1]) if extra else None
+        spaces = [_empty(query, shape, "float32") for shape in workspace.shapes(batch, additional)]
+        scaled = _scale(problem, scale)
+        function(query, key, value, *extra, output, grad_output, lse, grad_lse, scaled, *gradients, *spaces)
+        return gradients
+
+
+def make_kernel(info: KernelInfo, function: Callable[..., None] | None, keep: Any = None) -> Kernel:
+    """Make the kernel of a direction."""
+    return (ForwardKernel if info.direction == "forward" else BackwardKernel)(info, function, keep)
+
+
+def _scale(problem: Problem, scale: float | None) -> float:
+    return problem.head_dim**-0.5 if scale is None else float(scale)
+
+
+def _additional(problem: Problem, keys: Any, values: Any) -> tuple[Any, ...]:
+    if (keys is None) != (values is None):
+        missing = "additional_keys" if keys is None else "additional_values"
+        raise ValueError(f"additional_keys and additional_values come together, and {missing} is None")
+    if problem.additional_kv != (keys is not None):
+        state = "needs" if problem.additional_kv else "takes no"
+        raise ValueError(f"a kernel for {problem} {state} additional_keys and additional_values")
+    return () if keys is None else (keys, values)
+
+
+def _check(problem: Problem, query: Any, key: Any, value: Any, *extra: Any) -> int:
+    """Check shapes and dtypes against the problem; returns the batch. The compiled function checks the rest."""
+    batch = int(query.shape[0]) if len(query.shape) else 0
+    tokens = (batch, *problem.layout)
+    expected: list[tuple[str, Any, Sequence[int]]] = [
+        ("query", query, (*tokens, problem.heads, problem.head_dim)),
+        ("key", key, (*tokens, problem.heads_kv, problem.head_dim)),
+        ("value", value, (*tokens, problem.heads_kv, problem.head_dim_v)),
+    ]
+    if extra:
+        count = int(extra[0].shape[1]) if len(extra[0].shape) > 1 else 0
+        expected += [
+            ("additional_keys", extra[0], (batch, count, problem.heads_kv, problem.head_dim)),
+            ("additional_values", extra[1], (batch, count, problem.heads_kv, problem.head_dim_v)),
+        ]
+    for name, tensor, shape in expected:
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)} for {problem}, got {tuple(tensor.shape)}")
+        dtype = str(tensor.dtype).rpartition(".")[2]
+        if dtype != problem.dtype:
+            raise ValueError(f"{name} must be {problem.dtype} for {problem}, got {dtype}")
+    return batch
+
+
+def _is_torch(tensor: Any) -> bool:
+    return type(tensor).__module__.partition(".")[0] == "torch"
+
+
+def _empty(like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
+    if _is_torch(like):
+        import torch  # noqa: PLC0415
+
+        return torch.empty(shape, dtype=getattr(torch, dtype) if dtype else like.dtype, device=like.device)
+    import numpy as np  # noqa: PLC0415
+
+    return np.empty(shape, dtype or like.dtype)
+
+
+def _zeros(like: Any) -> Any:
+    if _is_torch(like):
+        import torch  # noqa: PLC0415
+
+        return torch.zeros_like(like)
+    import numpy as np  # noqa: PLC0415
+
+    return np.zeros_like(like)

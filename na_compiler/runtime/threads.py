@@ -1,0 +1,126 @@
+"""Which threads run the parallel loops of kernels: the host's choice, made here and nowhere else.
+
+A process with torch runs them on torch's own pool, so that two pools do not fight for the cores, and
+``torch.set_num_threads`` counts. A process without it runs them on TVM's, with as many threads as it may use cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess  # noqa: S404
+import sys
+import tempfile
+from pathlib import Path
+
+from na_compiler.runtime.folders import cache_folder
+
+__all__ = ["attach", "c_compiler", "prepare", "use_launcher"]
+
+_LOG = logging.getLogger("na_compiler")
+_SOURCE = Path(__file__).with_name("launcher.c")
+_SLOT = "__TVMBackendParallelLaunch"
+
+# Slots of the libraries attached so far: what a forked child has to change.
+_slots: list[ctypes.c_void_p] = []
+_given_launcher: list[Path] = []
+
+
+def prepare() -> None:
+    """Set the size of TVM's own pool, before its first use; without this TVM takes half of the cores."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    os.environ.setdefault("TVM_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(cores)))
+    # Threads bound to cores wait for one that another program uses, while others are free.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
+def use_launcher(path: Path) -> None:
+    """Use a launcher that was compiled before, such as a bundle's, where none can be compiled here."""
+    _given_launcher.append(path)
+
+
+def attach(path: Path) -> None:
+    """Point the parallel loops of a loaded library at the host's pool."""
+    slot = _slot(path)
+    if slot is None:
+        return
+    launch = _torch_launch() if "torch" in sys.modules else None
+    if launch is not None:
+        slot.value = launch
+    _slots.append(slot)
+
+
+def c_compiler() -> str | None:
+    """Return the system's C compiler: ``CC``, or the first of the usual names on the path."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def _slot(path: Path) -> ctypes.c_void_p | None:
+    library = ctypes.CDLL(str(path))
+    try:
+        return ctypes.c_void_p.in_dll(library, _SLOT)
+    except ValueError:
+        return None  # A kernel without parallel loops.
+
+
+@functools.cache
+def _torch_launch() -> int | None:
+    """Return the address of a launcher that runs loops on torch's pool; ``None`` where there is none to be had."""
+    launcher = _launcher()
+    if launcher is None:
+        _LOG.warning(
+            "no C compiler was found: kernels run on TVM's threads beside torch's, which costs time; "
+            "install one, or set CC"
+        )
+        return None
+    import torch  # noqa: PLC0415
+
+    host = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    launcher.na_compiler_use_pool(
+        ctypes.cast(host.torch_parallel_for, ctypes.c_void_p), ctypes.cast(host.torch_get_num_threads, ctypes.c_void_p)
+    )
+    return ctypes.cast(launcher.na_compiler_launch, ctypes.c_void_p).value
+
+
+@functools.cache
+def _launcher() -> ctypes.CDLL | None:
+    for path in (*_given_launcher, launcher_library()):
+        if path is not None:
+            return ctypes.CDLL(str(path))
+    return None
+
+
+def launcher_library() -> Path | None:
+    """Return the compiled launcher, from the cache or compiled now; ``None`` without a C compiler."""
+    name = f"launcher-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}.so"
+    path = cache_folder() / "host" / name
+    if path.is_file():
+        return path
+    compiler = c_compiler()
+    if compiler is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=path.parent)
+    except OSError:
+        path = Path(tempfile.mkdtemp()) / name
+        folder = str(path.parent)
+    built = Path(folder) / name
+    command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-o", str(built), str(_SOURCE)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError) as error:
+        _LOG.warning("could not compile the launcher with %s: %s", compiler, error)
+        return None
+    built.replace(path)
+    if built.parent != path.parent:
+        built.parent.rmdir()
+    return path

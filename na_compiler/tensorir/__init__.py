@@ -1,0 +1,1 @@
+"""What neighborhood attention is, in TensorIR."""

@@ -1,0 +1,337 @@
+"""The backward: gradients of query, key, value and the additional keys and values.
+
+With ``P = exp(scale * query . key - lse)`` and ``delta = grad_output . output - grad_lse`` a query::
+
+    dS = P * (grad_output . value - delta)
+    grad_query = scale * sum_key dS key      grad_key = scale * sum_query dS query      grad_value = sum_query P grad_output
+
+One pass over the queries does the five products. A task has its strip's gradients of keys and values to itself, in
+a workspace, and a second loop adds up what the strips left, in a fixed order: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from na_compiler.tensorir.arithmetic import LN2, LOG2_E, exp2
+from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
+from na_compiler.tensorir.frame import Additional, Frame, Place, Window
+from na_compiler.tensorir.steps import Bias, Buffer, Keys, products, stage_keys, stage_queries, weighted_rows
+from na_compiler.tensorir.tiling import AXES, TilingPlan
+
+__all__ = ["backward"]
+
+_ALL = (0, 0, 0)
+_READ = {
+    "query",
+    "key",
+    "value",
+    "additional_keys",
+    "additional_values",
+    "output",
+    "grad_output",
+    "lse",
+    "grad_lse",
+}
+
+
+def backward(plan: TilingPlan) -> tirx.PrimFunc:
+    """Describe the backward of a problem, cut as the plan says.
+
+    Returns
+    -------
+    PrimFunc
+        ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
+        grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] key_space, value_space,
+        [additional_key_space, additional_value_space])``. The first ones and ``grad_output`` may have any strides but the last one, which
+        is 1; all others are contiguous. The spaces are workspace, see `Frame.space`.
+    """
+    f = Frame(plan)
+    extra = plan.problem.additional_kv
+    queries, values = f.tokens(f.heads, f.head_dim), f.tokens(f.heads_kv, f.head_dim_v)
+    keys, outputs = f.tokens(f.heads_kv, f.head_dim), f.tokens(f.heads, f.head_dim_v)
+    more_keys, more_values = f.extra(f.heads_kv, f.head_dim), f.extra(f.heads_kv, f.head_dim_v)
+    parameters: dict[str, Any] = {
+        "query": f.strided("query", queries),
+        "key": f.strided("key", keys),
+        "value": f.strided("value", values),
+    }
+    if extra:
+        parameters["additional_keys"] = f.strided("additional_keys", more_keys)
+        parameters["additional_values"] = f.strided("additional_values", more_values)
+    parameters |= {
+        "output": f.tensor(outputs),
+        "grad_output": f.strided("grad_output", outputs),
+        "lse": f.tensor(f.tokens(f.heads), "float32"),
+        "grad_lse": f.tensor(f.tokens(f.heads), "float32"),
+        "scale": "float32",
+        "grad_query": f.tensor(queries),
+        "grad_key": f.tensor(keys),
+        "grad_value": f.tensor(values),
+    }
+    if extra:
+        parameters["grad_additional_keys"] = f.tensor(more_keys)
+        parameters["grad_additional_values"] = f.tensor(more_values)
+    box = [chunk * count for chunk, count in zip(plan.extents("chunk"), plan.extents("chunks"), strict=True)]
+    parameters["key_space"] = f.tensor(f.space(*box, f.staged_dim), "float32")
+    parameters["value_space"] = f.tensor(f.space(*box, f.staged_dim_v), "float32")
+    if extra:
+        parameters["additional_key_space"] = f.tensor(f.space(f.staged_additional, f.staged_dim), "float32")
+        parameters["additional_value_space"] = f.tensor(f.space(f.staged_additional, f.staged_dim_v), "float32")
+
+    def body(*arguments: Any) -> None:
+        tensors = dict(zip(parameters, arguments, strict=True))
+        written = [name for name in parameters if name == "grad_query" or name.endswith("_space")]
+        read = [name for name in parameters if name in _READ]
+        with block("task", (f.batch, f.heads_kv, *f.strips)) as (batch, head, *strip):
+            reads, writes = ([f.whole(tensors[name]) for name in names] for names in (read, written))
+            T.reads(*reads)
+            T.writes(*writes)
+            # One block inside the other: TensorIR makes a loop parallel only over a block in which the outputs have
+            # one writer, and here the workspace is cleared and then added to.
+            with T.sblock("strip"):
+                T.reads(*reads)
+                T.writes(*writes)
+                task = _Task(f, tensors, batch, head, strip)
+                task.clear()
+                if plan.merges:
+                    task.in_chunks()
+                else:
+                    task.at_once()
+        _gather(f, "key", tensors["key_space"], tensors["grad_key"], f.head_dim, LN2)
+        _gather(f, "value", tensors["value_space"], tensors["grad_value"], f.head_dim_v, 1.0)
+        if extra:
+            _gather_additional(
+                f, "additional_key", tensors["additional_key_space"], tensors["grad_additional_keys"], f.head_dim, LN2
+            )
+            _gather_additional(
+                f,
+                "additional_value",
+                tensors["additional_value_space"],
+                tensors["grad_additional_values"],
+                f.head_dim_v,
+                1.0,
+            )
+
+    return prim_func(parameters, body)
+
+
+class _Task:
+    """Emits what one iteration of the parallel loop does: a strip of queries of the heads that share keys."""
+
+    def __init__(self, f: Frame, tensors: dict[str, Buffer], batch: Any, head: Any, strip: Any) -> None:
+        self.f, self.tensors = f, tensors
+        self.batch, self.head, self.strip = batch, head, tuple(strip)
+        self.tiles = (f.group_size, *f.tiles)
+        self.vector = f.plan.tiling.vector
+
+    def whole(self, *names: str) -> list[tirx.BufferRegion]:
+        """Return all of some tensors."""
+        return [self.f.whole(self.tensors[name]) for name in names]
+
+    def at(self, member: Any, tile: Place) -> Any:
+        """Return ``index(lane, ...)`` of the tokens of a tile, for one of the heads that share keys."""
+        return self.f.queries(self.batch, self.strip, tile, self.head * self.f.group_size + member)
+
+    def spaces(self, keys: Keys) -> tuple[Buffer, Buffer]:
+        """Return the workspace of a set of keys."""
+        return self.tensors[f"{keys.prefix}key_space"], self.tensors[f"{keys.prefix}value_space"]
+
+    def clear(self) -> None:
+        """Set the task's part of the workspace to zero."""
+        for name, space in self.tensors.items():
+            if name.endswith("_space"):
+                with update(f"clear_{name}", tuple(space.shape[2 + AXES :]), self.vector) as index:
+                    T.buffer_store(space, T.float32(0), [self.batch, self.head, *self.strip, *index])
+
+    def at_once(self) -> None:
+        """All keys of the strip are staged at once, and a tile is finished when it has visited its own."""
+        f, keys = self.f, Window(self.f)
+        staged = self.stage(keys, "key", "value", _ALL)
+        spaces = [f.whole(space) for space in self.spaces(keys)]
+        with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
+            T.reads(*self.whole("query", "output", "grad_output", "lse", "grad_lse"), *map(f.whole, staged), *spaces)
+            T.writes(*self.whole("grad_query"), *spaces)
+            gradient = local((*f.patches, *f.patch, f.staged_dim))
+            self.differentiate(keys, staged, member, tile, _ALL, gradient)
+            self.finish(gradient, member, tile)
+
+    def in_chunks(self) -> None:
+        """Keys come in chunks; the gradients of the queries are kept."""
+        f = self.f
+        kept = local((*self.tiles, *f.patches, *f.patch, f.staged_dim))
+        with update("start", tuple(map(int, kept.shape)), self.vector) as index:
+            T.buffer_store(kept, T.float32(0), list(index))
+        self.visit(Window(f), f.chunks, "key", "value", kept)
+        if f.problem.additional_kv:
+            self.visit(Additional(f), (1, 1, f.additional_chunks), "additional_keys", "additional_values", kept)
+        with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
+            T.reads(f.whole(kept))
+            T.writes(*self.whole("grad_query"))
+            self.finish(kept, member, tile, member, *tile)
+
+    def visit(self, keys: Keys, chunks: Any, key: str, value: str, kept: Buffer) -> None:
+        """Differentiate every tile's attention to every chunk of a set of keys."""
+        f = self.f
+        inputs = self.whole("query", "output", "grad_output", "lse", "grad_lse")
+        changed = [f.whole(buffer) for buffer in (kept, *self.spaces(keys))]
+        with block(f"{keys.prefix}chunk", chunks) as chunk:
+            T.reads(*inputs, *self.whole(key, value), *changed)
+            T.writes(*changed)
+            staged = self.stage(keys, key, value, chunk)
+            with block(
+                f"{keys.prefix}visit", self.tiles, where=lambda _, *tile: keys.meets(self.strip, tile, chunk)
+            ) as (member, *tile):
+                T.reads(*inputs, *map(f.whole, staged), *changed)
+                T.writes(*changed)
+                gradient = local((*f.patches, *f.patch, f.staged_dim))
+                self.differentiate(keys, staged, member, tile, chunk, gradient)
+                with update(f"{keys.prefix}add", tuple(map(int, gradient.shape)), self.vector) as index:
+                    at = [member, *tile, *index]
+                    T.buffer_store(kept, kept[at] + gradient[list(index)], at)
+
+    def stage(self, keys: Keys, key: str, value: str, chunk: Place) -> tuple[Buffer, Buffer]:
+        """Stage the keys and values of a chunk."""
+        f = self.f
+        at = keys.at(self.batch, self.strip, chunk, self.head)
+        K, V = local((*keys.box, f.staged_dim)), local((*keys.box, f.staged_dim_v))
+        stage_keys(f"{keys.prefix}key", self.tensors[key], at, K, f.head_dim)
+        stage_keys(f"{keys.prefix}value", self.tensors[value], at, V, f.head_dim_v)
+        return K, V
+
+    def differentiate(
+        self, keys: Keys, staged: tuple[Buffer, Buffer], member: Any, tile: Place, chunk: Place, gradient: Buffer
+    ) -> None:
+        """Make a tile's gradient of its queries, and add to those of the chunk's keys and values."""
+        f = self.f
+        K, V = staged
+        P, slope = (local((*keys.visited, f.lanes)) for _ in range(2))
+        Q, G = local((f.lanes, f.staged_dim)), local((f.lanes, f.staged_dim_v))
+        with T.sblock(f"{keys.prefix}differentiate"):
+            T.reads(*self.whole("query", "output", "grad_output", "lse", "grad_lse"), *map(f.whole, staged))
+            T.writes(*map(f.whole, (P, slope, Q, G, gradient)))
+            self.probabilities(keys, K, V, member, tile, chunk, Q, G, P, slope)
+            weighted_rows("query_grad", f, keys, slope, K, self.strip, tile, gradient)
+        first = [keys.start(axis, self.strip, tile, chunk) for axis in range(AXES)]
+        self.accumulate(keys, first, P, G, slope, Q)
+
+    def probabilities(
+        self,
+        keys: Keys,
+        K: Buffer,
+        V: Buffer,
+        member: Any,
+        tile: Place,
+        chunk: Place,
+        Q: Buffer,
+        G: Buffer,
+        P: Buffer,
+        slope: Buffer,
+    ) -> None:
+        """Recompute ``P`` from lse, and ``dS`` from it; both 0 where a query does not see the key."""
+        f, at, prefix = self.f, self.at(member, tile), keys.prefix
+        Q_lanes, G_lanes = local((f.staged_dim, f.lanes)), local((f.staged_dim_v, f.lanes))
+        O, O_lanes = local((f.lanes, f.staged_dim_v)), local((f.staged_dim_v, f.lanes))
+        delta, exponent, dot = local((f.lanes,)), local((f.lanes,)), local((f.lanes,))
+        scale = self.tensors["scale"] * T.float32(LOG2_E)
+        stage_queries(f"{prefix}query", self.tensors["query"], at, scale, Q, Q_lanes, f.head_dim)
+        stage_queries(f"{prefix}grad", self.tensors["grad_output"], at, T.float32(1), G, G_lanes, f.head_dim_v)
+        stage_queries(f"{prefix}output", self.tensors["output"], at, T.float32(1), O, O_lanes, f.head_dim_v)
+        with reduction(f"{prefix}dot", (f.lanes,), (f.staged_dim_v,)) as (lane, d):
+            with T.init():
+                T.buffer_store(dot, T.float32(0), [lane])
+            T.buffer_store(dot, dot[lane] + G_lanes[d, lane] * O_lanes[d, lane], [lane])
+        with block(f"{prefix}delta", (f.lanes,)) as (lane,):
+            T.buffer_store(delta, dot[lane] - self.tensors["grad_lse"][at(lane)], [lane])
+        with block(f"{prefix}exponent", (f.lanes,)) as (lane,):
+            T.buffer_store(exponent, self.tensors["lse"][at(lane)] * T.float32(LOG2_E), [lane])
+        bias = Bias(f, keys, self.strip, tile, chunk, existing=True)
+        offset = keys.offset(self.strip, tile)
+
+        def weigh(score: Any, u: Place, lane: Any) -> Any:
+            return bias.hide(exp2(score - exponent[lane]), u, lane, hidden=0.0)
+
+        def slopes(product: Any, u: Place, lane: Any) -> Any:
+            # Selected, not only multiplied by P = 0: a hidden value may be so large that its product overflows.
+            weight = P[[*u, lane]]
+            return T.Select(weight > T.float32(0), weight * (product - delta[lane]), T.float32(0))
+
+        products("score", f, keys, K, offset, Q_lanes, f.head_dim, P, weigh)
+        products("grad_weight", f, keys, V, offset, G_lanes, f.head_dim_v, slope, slopes)
+
+    def accumulate(self, keys: Keys, first: list[Any], P: Buffer, G: Buffer, slope: Buffer, Q: Buffer) -> None:
+        """Add a tile's part to the gradients of the keys and values that it visits, a few keys at a time."""
+        f, prefix = self.f, keys.prefix
+        count = f.plan.tiling.grad_block
+        key_space, value_space = self.spaces(keys)
+        v0, v1, v2 = keys.visited
+        with block(f"{prefix}accumulate", (v0, v1, v2 // count)) as (*rows, part):
+            T.reads(*map(f.whole, (P, G, slope, Q, key_space, value_space)))
+            T.writes(f.whole(key_space), f.whole(value_space))
+            for name, weights, vectors, space in (
+                ("value_part", P, G, value_space),
+                ("key_part", slope, Q, key_space),
+            ):
+                width = int(vectors.shape[1])
+                partial = local((count, width))
+                with reduction(f"{prefix}{name}", (count, width), (f.lanes,)) as (u, d, lane):
+                    with T.init():
+                        T.buffer_store(partial, T.float32(0), [u, d])
+                    weight = weights[[*rows, part * count + u, lane]]
+                    T.buffer_store(partial, partial[u, d] + weight * vectors[lane, d], [u, d])
+                with update(f"{prefix}{name}_add", (count, width), self.vector) as (u, d):
+                    position = [rows[0] + first[0], rows[1] + first[1], part * count + u + first[2]]
+                    at = [self.batch, self.head, *self.strip, *keys.space_at(position), d]
+                    T.buffer_store(space, space[at] + partial[u, d], at)
+
+    def finish(self, gradient: Buffer, member: Any, tile: Place, *first: Any) -> None:
+        """Store a tile's gradient of its queries."""
+        f, at = self.f, self.at(member, tile)
+
+        def is_query(*loops: Any) -> Any:
+            return f.exists(self.strip, tile, f.query(loops[:3], loops[3:6]))
+
+        with block("query_store", (*f.patches, *f.patch, f.head_dim), where=is_query) as index:
+            lane = f.lane_of(index[:3], index[3:6])
+            value = T.Cast(f.dtype, gradient[[*first, *index]] * self.tensors["scale"])
+            T.buffer_store(self.tensors["grad_query"], value, list(at(lane, index[-1])))
+
+
+def _gather(f: Frame, name: str, space: Buffer, gradient: Buffer, width: int, factor: float) -> None:
+    """Add up what the strips left for each token, in order."""
+    padded = int(space.shape[-1])
+    layout = f.plan.extents("layout")
+    with block(f"gather_{name}", (f.batch, *layout, f.heads_kv)) as (batch, *token, head):
+        T.reads(f.whole(space))
+        T.writes(f.whole(gradient))
+        total = local((padded,))
+        strips = f.plan.extents("strips")
+        with reduction(f"{name}_total", (padded,), strips) as (d, *numbers):
+            with T.init():
+                T.buffer_store(total, T.float32(0), [d])
+            places = [axis.covering(x, number) for axis, x, number in zip(f.axes, token, numbers, strict=True)]
+            at = [batch, head, *(strip for strip, _, _ in places), *(position for _, position, _ in places), d]
+            covered = tirx.all(*(covers for _, _, covers in places))
+            T.buffer_store(total, total[d] + T.if_then_else(covered, space[at], T.float32(0)), [d])
+        with block(f"{name}_grad", (width,)) as (d,):
+            T.buffer_store(
+                gradient, T.Cast(f.dtype, total[d] * T.float32(factor)), [batch, *f.layout(token), head, d]
+            )
+
+
+def _gather_additional(f: Frame, name: str, space: Buffer, gradient: Buffer, width: int, factor: float) -> None:
+    """Add up what the strips left for each additional key, in order."""
+    padded = int(space.shape[-1])
+    with block(f"gather_{name}", (f.batch, f.additional, f.heads_kv)) as (batch, key, head):
+        T.reads(f.whole(space))
+        T.writes(f.whole(gradient))
+        total = local((padded,))
+        with reduction(f"{name}_total", (padded,), f.strips) as (d, *strip):
+            with T.init():
+                T.buffer_store(total, T.float32(0), [d])
+            T.buffer_store(total, total[d] + space[[batch, head, *strip, key, d]], [d])
+        with block(f"{name}_grad", (width,)) as (d,):
+            T.buffer_store(gradient, T.Cast(f.dtype, total[d] * T.float32(factor)), [batch, key, head, d])

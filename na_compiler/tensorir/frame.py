@@ -1,0 +1,216 @@
+"""`Frame`: a tiling plan in the form that the descriptions are written with.
+
+It holds the static extents under short names, and turns places (a strip, a tile, a lane, a position in a box)
+into tensor indices. `Window` and `Additional` are the two sets of keys that a query sees; the
+steps work on either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tvm import ir, tirx
+
+from na_compiler.tensorir.places import AxisPlaces, Expr
+from na_compiler.tensorir.tiling import AXES, Extents, TilingPlan
+
+__all__ = ["Additional", "Frame", "Window"]
+
+Place = tuple[Any, Any, Any]
+Index = tuple[Expr, ...]
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Frame:
+    """Extents and indices of one `TilingPlan`."""
+
+    def __init__(self, plan: TilingPlan) -> None:
+        problem = plan.problem
+        self.plan = plan
+        self.problem = problem
+        self.axes = tuple(AxisPlaces(axis) for axis in plan)
+        self.dtype = problem.dtype
+        self.heads, self.heads_kv, self.group_size = problem.heads, problem.heads_kv, problem.group_size
+        self.head_dim, self.head_dim_v = problem.head_dim, problem.head_dim_v
+        self.staged_dim, self.staged_dim_v = plan.head_dim, plan.head_dim_v
+        self.merges = plan.merges
+        self.is_ragged = any(axis.is_ragged for axis in plan)
+        self.strips = tuple(axis.strips for axis in self.axes)
+        self.tiles = plan.tiling.strip
+        self.tile, self.patch = plan.tiling.tile, plan.tiling.patch
+        self.patches = tuple(tile // patch for tile, patch in zip(self.tile, self.patch, strict=True))
+        self.lanes = math.prod(self.tile)
+        self.chunks = plan.extents("chunks")
+        self.batch = tirx.Var("batch", "int64")
+        self.additional = tirx.Var("additional", "int64")
+        self.additional_block = plan.tiling.additional_block
+        self.additional_chunks = tirx.ceildiv(self.additional, tirx.IntImm("int64", self.additional_block))
+        self.staged_additional = self.additional_chunks * self.additional_block
+
+    def tokens(self, *last: int) -> Index:
+        """Return the shape of a tensor with one entry a token: ``[batch, *layout, *last]``."""
+        # Every extent is int64: TVM's packed ABI trips over a shape of mixed widths.
+        return self.batch, *(tirx.IntImm("int64", extent) for extent in (*self.problem.layout, *last))
+
+    def extra(self, *last: int) -> Index:
+        """Return the shape of additional keys or values: ``[batch, additional, *last]``."""
+        return self.batch, self.additional, *(tirx.IntImm("int64", extent) for extent in last)
+
+    def space(self, *last: Any) -> Index:
+        """Return the shape of a workspace in which every task has a part: ``[batch, heads_kv, *strips, *last]``."""
+        extents = (self.heads_kv, *self.strips, *last)
+        return self.batch, *(tirx.IntImm("int64", extent) if isinstance(extent, int) else extent for extent in extents)
+
+    def tensor(self, shape: Index, dtype: str | None = None) -> dict[str, Any]:
+        """Return the arguments of ``T.match_buffer`` for a contiguous tensor."""
+        dtype = dtype or self.dtype
+        # TVM assumes 64-byte alignment otherwise, and a tensor that lies elsewhere (a slice, NumPy's memory) crashes.
+        return {"shape": shape, "dtype": dtype, "align": _ELEMENT_BYTES[dtype]}
+
+    def strided(self, name: str, shape: Index) -> dict[str, Any]:
+        """Return the arguments of ``T.match_buffer`` for a tensor read where it is, at any strides but the last's."""
+        strides = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
+        return {**self.tensor(shape), "strides": [*strides, tirx.IntImm("int64", 1)]}
+
+    def lane(self, lane: Expr) -> Place:
+        """Return the place in its tile of a lane."""
+        _, second, third = self.tile
+        return lane // (second * third), lane // third % second, lane % third
+
+    def query(self, patch: Place, place: Place) -> Place:
+        """Return the place in its tile of a patch's query."""
+        first, second, third = (patch[axis] * self.patch[axis] + place[axis] for axis in range(AXES))
+        return first, second, third
+
+    def lane_of(self, patch: Place, place: Place) -> Expr:
+        """Return the lane of a patch's query."""
+        first, second, third = self.query(patch, place)
+        return (first * self.tile[1] + second) * self.tile[2] + third
+
+    def layout(self, tokens: Iterable[Expr]) -> list[Expr]:
+        """Leave out the axes that the problem does not have."""
+        return list(tokens)[AXES - self.problem.rank :]
+
+    def queries(self, batch: Expr, strip: Place, tile: Place, head: Expr) -> Callable[..., Index]:
+        """Return ``index(lane, ...)``; a lane beyond the end gives the last query again."""
+
+        def index(lane: Expr, *last: Expr) -> Index:
+            place = self.lane(lane)
+            tokens = (
+                axis.token(strip[i], axis.query(strip[i], tile[i], place[i])) for i, axis in enumerate(self.axes)
+            )
+            return batch, *self.layout(tokens), head, *last
+
+        return index
+
+    def exists(self, strip: Place, tile: Place, query: Place) -> Expr:
+        """Return whether a tile's query exists."""
+        return _all(axis.is_query(strip[i], tile[i], query[i]) for i, axis in enumerate(self.axes))
+
+    @staticmethod
+    def whole(buffer: tirx.Buffer) -> tirx.BufferRegion:
+        """Return all of a buffer, as the region that a block reads or writes."""
+        return tirx.BufferRegion(buffer, [ir.Range(0, extent) for extent in buffer.shape])
+
+
+class Window:
+    """The keys of the windows: a box of the layout, staged in chunks."""
+
+    # Before the names of its blocks, so that schedules can tell the two sets of keys apart.
+    prefix = ""
+
+    def __init__(self, frame: Frame) -> None:
+        plan = frame.plan
+        self.frame = frame
+        self.box: Extents = plan.extents("chunk")
+        self.visited: Extents = plan.extents("visited")
+        self.patch_visited: Extents = plan.extents("patch_visited")
+        self.masks = plan.extents("masks")
+
+    def at(self, batch: Expr, strip: Place, chunk: Place, head: Expr) -> Callable[[Place, Expr], Index]:
+        """Return ``index(position, d)`` of a chunk; a position beyond the end gives the last key again."""
+        frame = self.frame
+
+        def index(position: Place, d: Expr) -> Index:
+            tokens = (
+                axis.key(strip[i], chunk[i] * self.box[i] + position[i]) for i, axis in enumerate(frame.axes)
+            )
+            return batch, *frame.layout(tokens), head, d
+
+        return index
+
+    def offset(self, strip: Place, tile: Place) -> Place:
+        """Return where a tile's box begins in the staged one."""
+        first, second, third = (axis.tile_offset(strip[i], tile[i]) for i, axis in enumerate(self.frame.axes))
+        return first, second, third
+
+    def patch_offset(self, strip: Place, tile: Place, patch: Place) -> Place:
+        """Return where a patch's box begins in its tile's."""
+        axes = self.frame.axes
+        first, second, third = (axis.patch_offset(strip[i], tile[i], patch[i]) for i, axis in enumerate(axes))
+        return first, second, third
+
+    def start(self, axis: int, strip: Place, tile: Place, chunk: Place) -> Expr:
+        """Return the position in the strip's box of the first key that a tile visits."""
+        return chunk[axis] * self.box[axis] + self.frame.axes[axis].tile_offset(strip[axis], tile[axis])
+
+    def space_at(self, position: Place) -> list[Expr]:
+        """Return the place in a task's workspace of a key, given its position in the strip's box."""
+        return list(position)
+
+    def meets(self, strip: Place, tile: Place, chunk: Place) -> Expr:
+        """Return whether a tile has queries, and these see keys of the chunk."""
+        axes = self.frame.axes
+        needed = _all(axis.meets(strip[i], tile[i], chunk[i]) for i, axis in enumerate(axes))
+        return tirx.all(self.frame.exists(strip, tile, (0, 0, 0)), needed)
+
+
+class Additional:
+    """The additional keys, which every query sees: a box of one row, staged in chunks."""
+
+    prefix = "additional_"
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.box = self.visited = self.patch_visited = (1, 1, frame.additional_block)
+        self.masks = (False, False, True)
+
+    def at(self, batch: Expr, strip: Place, chunk: Place, head: Expr) -> Callable[[Place, Expr], Index]:
+        """Return ``index(position, d)`` of a chunk; a position beyond the end gives the last key again."""
+
+        def index(position: Place, d: Expr) -> Index:
+            key = chunk[-1] * self.frame.additional_block + position[-1]
+            return batch, tirx.min(key, self.frame.additional - 1), head, d
+
+        return index
+
+    def offset(self, strip: Place, tile: Place) -> Place:
+        """Return where a tile's box begins in the staged one."""
+        return 0, 0, 0
+
+    def patch_offset(self, strip: Place, tile: Place, patch: Place) -> Place:
+        """Return where a patch's box begins in its tile's."""
+        return 0, 0, 0
+
+    def start(self, axis: int, strip: Place, tile: Place, chunk: Place) -> Expr:
+        """Return the number of a chunk's first key."""
+        return chunk[axis] * self.box[axis]
+
+    def space_at(self, position: Place) -> list[Expr]:
+        """Return the place in a task's workspace of a key, given its number."""
+        return [position[-1]]
+
+    def meets(self, strip: Place, tile: Place, chunk: Place) -> Expr:
+        """Return whether a tile has queries."""
+        return self.frame.exists(strip, tile, (0, 0, 0))
+
+    def left(self, chunk: Place) -> Expr:
+        """Return how many keys are left from the beginning of a chunk on."""
+        return tirx.Cast("int32", self.frame.additional - chunk[-1] * self.frame.additional_block)
+
+
+def _all(conditions: Iterable[Any]) -> Expr:
+    return tirx.all(*[condition for condition in conditions if condition is not True], tirx.const(True, "bool"))

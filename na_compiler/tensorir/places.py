@@ -1,0 +1,145 @@
+"""Where queries and keys lie, as TensorIR expressions: the window rule applied to strips, tiles and patches.
+
+The strips of an axis are numbered dilation group by dilation group; that number is what the parallel loop runs over.
+A *position* counts keys from the first one of the strip's box.
+"""
+
+from __future__ import annotations
+
+from tvm import ir, tirx
+
+from na_compiler.tensorir.tiling import AxisTiling
+from na_compiler.window import group_length, window_end, window_start
+
+__all__ = ["AxisPlaces"]
+
+Expr = ir.Expr
+
+
+# Keys. Below, building a bias takes less than the branch that would skip it.
+_WIDE = 64
+
+
+class AxisPlaces:
+    """Expressions of one axis."""
+
+    def __init__(self, axis: AxisTiling) -> None:
+        self.axis = axis
+
+    @property
+    def strips(self) -> int:
+        """Strips of all dilation groups: iterations of the parallel loop along the axis."""
+        return self.axis.strips * self.axis.dilation
+
+    def group(self, strip: Expr) -> Expr:
+        """Return the dilation group of a strip."""
+        return 0 if self.axis.dilation == 1 else strip // self.axis.strips
+
+    def length(self, strip: Expr) -> Expr:
+        """Return the tokens of the strip's dilation group."""
+        if self.axis.longest == self.axis.shortest:
+            return self.axis.longest
+        return group_length(self.axis.layout, self.axis.dilation, self.group(strip))
+
+    def token(self, strip: Expr, index: Expr) -> Expr:
+        """Return the place in the layout of a token, given its index in the dilation group."""
+        return index if self.axis.dilation == 1 else index * self.axis.dilation + self.group(strip)
+
+    def _first(self, strip: Expr, tile: Expr = 0) -> Expr:
+        number = strip if self.axis.dilation == 1 else strip % self.axis.strips
+        return number * self.axis.strip + tile * self.axis.tile
+
+    def _clamp(self, strip: Expr, index: Expr) -> Expr:
+        return tirx.min(index, self.length(strip) - 1) if self.axis.is_ragged else index
+
+    def query(self, strip: Expr, tile: Expr, lane: Expr) -> Expr:
+        """Return the index of a tile's query; beyond the end of the group, the group's last one again."""
+        return self._clamp(strip, self._first(strip, tile) + lane)
+
+    def is_query(self, strip: Expr, tile: Expr, lane: Expr) -> Expr | bool:
+        """Return whether a tile's query exists."""
+        if not self.axis.is_ragged and self.axis.longest % self.axis.strip == 0:
+            return True
+        return self._first(strip, tile) + lane < self.length(strip)
+
+    def start(self, strip: Expr, index: Expr) -> Expr:
+        """Return the first key of a query's window."""
+        return window_start(index, self.length(strip), *self._rule, minimum=tirx.min, maximum=tirx.max)
+
+    def end(self, strip: Expr, index: Expr) -> Expr:
+        """Return one past the last key of a query's window."""
+        return window_end(index, self.length(strip), *self._rule, minimum=tirx.min, maximum=tirx.max)
+
+    @property
+    def _rule(self) -> tuple[int, int, bool]:
+        return self.axis.kernel_size, self.axis.stride, self.axis.is_causal
+
+    def box(self, strip: Expr) -> Expr:
+        """Return the index of the first key of the strip's box, moved left where the box would pass the end."""
+        axis = self.axis
+        if axis.strip_box >= axis.longest:
+            return 0
+        first = self.start(strip, self._clamp(strip, self._first(strip)))
+        base = tirx.min(first, self.length(strip) - axis.strip_box)
+        return tirx.max(base, 0) if axis.strip_box > axis.shortest else base
+
+    def key(self, strip: Expr, position: Expr) -> Expr:
+        """Return the place in the layout of the key at a position; beyond the group's end, of its last key."""
+        axis = self.axis
+        index = self.box(strip) + position
+        if axis.chunk * axis.chunks > axis.shortest:
+            index = tirx.min(index, self.length(strip) - 1)
+        return self.token(strip, index)
+
+    def tile_offset(self, strip: Expr, tile: Expr) -> Expr:
+        """Return the position where a tile's own box begins; 0 where it visits whole chunks."""
+        axis = self.axis
+        if axis.chunks > 1 or axis.tile_box == axis.strip_box:
+            return 0
+        first = self.start(strip, self._clamp(strip, self._first(strip, tile)))
+        return tirx.min(first - self.box(strip), axis.strip_box - axis.tile_box)
+
+    def patch_offset(self, strip: Expr, tile: Expr, patch: Expr) -> Expr:
+        """Return where a patch's own box begins inside the tile's."""
+        axis = self.axis
+        if axis.chunks > 1 or axis.patch_box == axis.tile_box:
+            return 0
+        first = self.start(strip, self.query(strip, tile, patch * axis.patch))
+        return tirx.min(first - self.box(strip) - self.tile_offset(strip, tile), axis.tile_box - axis.patch_box)
+
+    def low(self, strip: Expr, tile: Expr, lane: Expr) -> Expr:
+        """Return the first key that a tile's query sees, as a position."""
+        return self.start(strip, self.query(strip, tile, lane)) - self.box(strip)
+
+    def high(self, strip: Expr, tile: Expr, lane: Expr) -> Expr:
+        """Return the last key that a tile's query sees, as a position."""
+        return self.end(strip, self.query(strip, tile, lane)) - 1 - self.box(strip)
+
+    def meets(self, strip: Expr, tile: Expr, chunk: Expr) -> Expr | bool:
+        """Return whether any of a tile's queries sees any key of a chunk."""
+        axis = self.axis
+        if axis.chunks == 1:
+            return True
+        first = chunk * axis.chunk
+        last = axis.tile - 1
+        return tirx.all(first <= self.high(strip, tile, last), first + axis.chunk > self.low(strip, tile, 0))
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether enough keys of a tile's box are seen by all of its queries for a branch to pay."""
+        axis = self.axis
+        return axis.visited >= _WIDE and 2 * axis.kernel_size - axis.tile_box >= _WIDE // 2
+
+    def seen_by_all(self, strip: Expr, tile: Expr, position: Expr) -> Expr:
+        """Return whether all of a tile's queries see the key at a position; windows begin and end in order."""
+        return tirx.all(
+            position >= self.low(strip, tile, self.axis.tile - 1), position <= self.high(strip, tile, 0)
+        )
+
+    def covering(self, token: Expr, number: Expr) -> tuple[Expr, Expr, Expr]:
+        """Return, for a token and the ``number``-th strip of its group, the strip, the position, and if it is in the box."""
+        axis = self.axis
+        group, index = (0, token) if axis.dilation == 1 else (token % axis.dilation, token // axis.dilation)
+        strip = group * axis.strips + number
+        position = index - self.box(strip)
+        return strip, position, tirx.all(position >= 0, position < axis.strip_box)

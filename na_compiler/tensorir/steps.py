@@ -1,0 +1,152 @@
+"""The steps that the forward and the backward are made of.
+
+Each function emits TensorIR where it is called. Block names are what the schedules know the steps by. Buffers are
+upper case, as in the formulas. The last axis of what belongs to one query is the *lane*: the query's number in its
+tile. ``f`` is the `Frame`, ``keys`` a `Window` or `Additional`; ``strip``, ``tile`` and ``chunk`` are places on the
+three axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from na_compiler.tensorir.arithmetic import LOWEST
+from na_compiler.tensorir.blocks import block, local, reduction
+from na_compiler.tensorir.frame import Additional, Frame, Place, Window
+from na_compiler.tensorir.tiling import AXES
+
+__all__ = ["Bias", "Buffer", "products", "stage_keys", "stage_queries", "weighted_rows"]
+
+Buffer = Any
+Keys = Window | Additional
+
+
+def stage_keys(name: str, source: Buffer, at: Callable[..., Any], staged: Buffer, width: int) -> None:
+    """Copy a box of keys or values to float32, each padded with zeros to the staged width."""
+    *extents, padded = map(int, staged.shape)
+    with block(name, (*extents, width)) as (*position, d):
+        T.buffer_store(staged, T.Cast("float32", source[at(position, d)]), [*position, d])
+    if padded > width:
+        with block(f"{name}_padding", (*extents, padded - width)) as (*position, d):
+            T.buffer_store(staged, T.float32(0), [*position, width + d])
+
+
+def stage_queries(
+    name: str, source: Buffer, at: Callable[..., Any], factor: Any, rows: Buffer, lanes: Buffer, width: int
+) -> None:
+    """Copy what belongs to a tile's queries to float32, times a factor: as rows, and transposed to lanes."""
+    count, padded = map(int, rows.shape)
+    with block(name, (count, width)) as (lane, d):
+        T.buffer_store(rows, T.Cast("float32", source[at(lane, d)]) * factor, [lane, d])
+    if padded > width:
+        with block(f"{name}_padding", (count, padded - width)) as (lane, d):
+            T.buffer_store(rows, T.float32(0), [lane, width + d])
+    with block(f"{name}_lanes", (padded, count)) as (d, lane):
+        T.buffer_store(lanes, rows[lane, d], [d, lane])
+
+
+class Bias:
+    """What hides the keys that a query does not see: per axis, a number that is negative where it does not."""
+
+    def __init__(
+        self, f: Frame, keys: Keys, strip: Place, tile: Place, chunk: Place, *, existing: bool = False
+    ) -> None:
+        """Emit the biases of a tile and a chunk; ``existing`` hides everything from lanes that are no queries."""
+        self.of_axis = [
+            local((keys.visited[axis], f.lanes), "int32") if keys.masks[axis] else None for axis in range(AXES)
+        ]
+        self.of_lane = local((f.lanes,), "int32") if existing and f.is_ragged else None
+        if self.of_lane is not None:
+            with block(f"{keys.prefix}existing", (f.lanes,)) as (lane,):
+                value = T.Select(f.exists(strip, tile, f.lane(lane)), T.int32(0), T.int32(-1))
+                T.buffer_store(self.of_lane, value, [lane])
+        if isinstance(keys, Additional):
+            with block(f"{keys.prefix}bias", (f.additional_block, f.lanes)) as (u, lane):
+                T.buffer_store(self.of_axis[-1], keys.left(chunk) - 1 - u, [u, lane])
+            return
+        for axis, bias in enumerate(self.of_axis):
+            if bias is not None:
+                self._window(f, keys, axis, bias, strip, tile, chunk)
+
+    @staticmethod
+    def _window(
+        f: Frame, keys: Window, axis: int, bias: Buffer, strip: Place, tile: Place, chunk: Place
+    ) -> None:
+        along = f.axes[axis]
+        first = keys.start(axis, strip, tile, chunk)
+        low, high = local((f.lanes,), "int32"), local((f.lanes,), "int32")
+        with block(f"{keys.prefix}low{axis}", (f.lanes,)) as (lane,):
+            T.buffer_store(low, along.low(strip[axis], tile[axis], f.lane(lane)[axis]) - first, [lane])
+        with block(f"{keys.prefix}high{axis}", (f.lanes,)) as (lane,):
+            T.buffer_store(high, along.high(strip[axis], tile[axis], f.lane(lane)[axis]) - first, [lane])
+        with block(f"{keys.prefix}bias{axis}", (keys.visited[axis], f.lanes)) as (u, lane):
+            value = T.min(u - low[lane], high[lane] - u)
+            if along.is_wide:
+                # One comparison for the whole tile, in place of two for each query.
+                value = T.if_then_else(along.seen_by_all(strip[axis], tile[axis], first + u), T.int32(0), value)
+            T.buffer_store(bias, value, [u, lane])
+
+    def hide(self, score: Any, position: Place, lane: Any, hidden: float = LOWEST) -> Any:
+        """Return the score, or what stands for it where the query does not see the key."""
+        lowest = None if self.of_lane is None else self.of_lane[lane]
+        for bias, u in zip(self.of_axis, position, strict=True):
+            if bias is not None:
+                lowest = bias[u, lane] if lowest is None else T.min(lowest, bias[u, lane])
+        return score if lowest is None else T.Select(lowest >= 0, score, T.float32(hidden))
+
+
+def products(
+    name: str,
+    f: Frame,
+    keys: Keys,
+    rows: Buffer,
+    offset: Place,
+    lanes: Buffer,
+    width: int,
+    target: Buffer,
+    consume: Callable[[Any, Place, Any], Any],
+) -> None:
+    """Multiply keys (or values) that a tile visits with queries (or gradients), a block of keys at a time.
+
+    ``target[u, lane] = consume(sum_d rows[u, d] * lanes[d, lane], u, lane)``.
+    """
+    at_once = f.plan.tiling.key_block
+    counts = [visited // block for visited, block in zip(keys.visited, at_once, strict=True)]
+    with block(f"{keys.prefix}{name}_block", tuple(counts)) as places:
+        T.reads(*map(f.whole, (rows, lanes)))
+        T.writes(f.whole(target))
+        part = local((*at_once, f.lanes))
+
+        def position(inner: Any) -> list[Any]:
+            return [place * size + u for place, size, u in zip(places, at_once, inner, strict=True)]
+
+        with reduction(f"{keys.prefix}{name}", (*at_once, f.lanes), (width,)) as (*u, lane, d):
+            with T.init():
+                T.buffer_store(part, T.float32(0), [*u, lane])
+            row = rows[[*_sum(offset, position(u)), d]]
+            T.buffer_store(part, part[[*u, lane]] + lanes[d, lane] * row, [*u, lane])
+        with block(f"{keys.prefix}{name}_use", (*at_once, f.lanes)) as (*u, lane):
+            at = position(u)
+            T.buffer_store(target, consume(part[[*u, lane]], at, lane), [*at, lane])
+
+
+def weighted_rows(
+    name: str, f: Frame, keys: Keys, P: Buffer, rows: Buffer, strip: Place, tile: Place, O: Buffer
+) -> None:
+    """Sum the rows of a tile's values (or keys), weighted, for each query of each patch over the patch's own box."""
+    width = int(O.shape[-1])
+    offset = keys.offset(strip, tile)
+    with reduction(keys.prefix + name, (*f.patches, *f.patch, width), keys.patch_visited) as indices:
+        patch, query, d, r = indices[:3], indices[3:6], indices[6], indices[7:]
+        u = _sum(keys.patch_offset(strip, tile, patch), r)
+        with T.init():
+            T.buffer_store(O, T.float32(0), [*patch, *query, d])
+        weighted = P[[*u, f.lane_of(patch, query)]] * rows[[*_sum(offset, u), d]]
+        T.buffer_store(O, O[[*patch, *query, d]] + weighted, [*patch, *query, d])
+
+
+def _sum(first: Any, second: Any) -> list[Any]:
+    return [a + b for a, b in zip(first, second, strict=True)]

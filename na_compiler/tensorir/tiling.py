@@ -1,0 +1,242 @@
+"""How a problem is cut into tasks, tiles and patches: the static extents that the description is written with.
+
+Problems of rank 1 and 2 get leading axes of one token, so everything below has three axes. All positions are
+counted inside a dilation group. From the outside in, on every axis:
+
+strip
+    The queries of one task (one iteration of the parallel loop), a whole number of tiles. The keys that they
+    need are one box, staged once for all of them.
+tile
+    The queries whose scores are computed together. They share one box of keys inside the strip's.
+patch
+    The queries whose weighted sums are computed together, over their own, tighter box.
+chunk
+    Where the strip's box is too large to stage at once, it is visited in chunks of keys, and the softmax is
+    merged from one chunk to the next.
+
+A box has the same extents everywhere, so that loops have constant bounds: those of the largest union of windows.
+Keys in a box but outside a query's window are masked.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from na_compiler.problem import Problem
+from na_compiler.window import group_length, window_end, window_start
+
+__all__ = ["AXES", "AxisTiling", "Extents", "Tiling", "TilingPlan", "round_up"]
+
+AXES = 3
+Extents = tuple[int, int, int]
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The part of a schedule's config that changes what the description looks like.
+
+    Parameters
+    ----------
+    tile
+        Queries of a tile per axis.
+    patch
+        Queries of a patch per axis; divides ``tile``.
+    strip
+        Tiles of a task per axis.
+    chunk
+        Keys staged at once per axis; ``None`` stages a strip's whole box.
+    key_block
+        Keys whose scores are computed at once per axis; a tile's box is rounded up to a multiple of it.
+    vector
+        head_dim and head_dim_v are padded with zeros to a multiple of it in the staged copies.
+    additional_block
+        Additional keys staged at once, a multiple of the last ``key_block``.
+    grad_block
+        Keys of the last axis whose gradients are summed at once over a tile's queries; divides the last extent of a
+        tile's box.
+    """
+
+    tile: Extents = (1, 1, 1)
+    patch: Extents = (1, 1, 1)
+    strip: Extents = (1, 1, 1)
+    chunk: Extents | None = None
+    key_block: Extents = (1, 1, 1)
+    vector: int = 1
+    additional_block: int = 1
+    grad_block: int = 1
+
+
+@dataclass(frozen=True)
+class AxisTiling:
+    """One axis of a `TilingPlan`; extents are in queries or keys of one dilation group."""
+
+    layout: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+    tile: int
+    patch: int
+    tiles: int
+    chunk_limit: int | None
+    key_block: int
+    longest: int = field(init=False)
+    shortest: int = field(init=False)
+    strips: int = field(init=False)
+    patch_box: int = field(init=False)
+    tile_box: int = field(init=False)
+    strip_box: int = field(init=False)
+    chunk: int = field(init=False)
+    chunks: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        longest = group_length(self.layout, self.dilation)
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        set_("longest", longest)
+        set_("shortest", self.layout // self.dilation)
+        set_("strips", -(-longest // self.strip))
+        set_("patch_box", self._union(self.patch))
+        set_("tile_box", round_up(self._union(self.tile), self.key_block))
+        set_("strip_box", max(self._union(self.strip), self.tile_box))
+        if self.chunk_limit is None or self.chunk_limit >= self.strip_box:
+            set_("chunk", self.strip_box)
+        else:
+            set_("chunk", round_up(self.chunk_limit, self.key_block))
+        set_("chunks", -(-self.strip_box // self.chunk))
+
+    @property
+    def strip(self) -> int:
+        """Queries of a strip."""
+        return self.tile * self.tiles
+
+    @property
+    def lengths(self) -> set[int]:
+        """The one or two lengths that dilation groups have."""
+        return {self.longest, self.shortest}
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a tile may reach beyond the end of its dilation group."""
+        return self.longest != self.shortest or self.longest % self.tile != 0
+
+    @property
+    def visited(self) -> int:
+        """Keys of a chunk that one tile visits: its own box where there is one chunk, else all of the chunk."""
+        return self.tile_box if self.chunks == 1 else self.chunk
+
+    @property
+    def patch_visited(self) -> int:
+        """Keys of a chunk that one patch visits."""
+        return self.patch_box if self.chunks == 1 else self.chunk
+
+    @property
+    def masks(self) -> bool:
+        """Whether any query masks a key of its tile's box on this axis."""
+        return not (self.visited == self.kernel_size == self.longest == self.shortest and not self.is_causal)
+
+    def _union(self, queries: int) -> int:
+        rule = (self.kernel_size, self.stride, self.is_causal)
+        return max(_widest_union(length, *rule, min(queries, length)) for length in self.lengths)
+
+
+@functools.lru_cache(maxsize=4096)
+def _widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, queries: int) -> int:
+    """Return the largest number of keys that ``queries`` consecutive queries, aligned, see together."""
+    widest = 0
+    for first in range(0, length, queries):
+        last = min(first + queries, length) - 1
+        start = window_start(first, length, kernel_size, stride, is_causal)
+        widest = max(widest, window_end(last, length, kernel_size, stride, is_causal) - start)
+    return widest
+
+
+# A planner tries many tilings whose axes have few different cuts each.
+_axis_tiling = functools.lru_cache(maxsize=4096)(AxisTiling)
+
+
+@dataclass(frozen=True)
+class TilingPlan:
+    """A problem and a tiling, with every extent that follows from the two.
+
+    Examples
+    --------
+    >>> plan = TilingPlan.make(Problem((56, 56), 4, 32, 7), Tiling(tile=(1, 4, 4), strip=(1, 2, 14)))
+    >>> [axis.tile_box for axis in plan.axes], [axis.strip_box for axis in plan.axes]
+    ([1, 10, 10], [1, 14, 56])
+    """
+
+    problem: Problem
+    tiling: Tiling
+    axes: tuple[AxisTiling, AxisTiling, AxisTiling]
+
+    @classmethod
+    def make(cls, problem: Problem, tiling: Tiling) -> TilingPlan:
+        """Derive the extents."""
+        missing = AXES - problem.rank
+        layout = (1,) * missing + problem.layout
+        kernel_size = (1,) * missing + problem.kernel_size
+        stride = (1,) * missing + problem.stride
+        dilation = (1,) * missing + problem.dilation
+        is_causal = (False,) * missing + problem.is_causal
+        axes = [
+            _axis_tiling(
+                layout=layout[axis],
+                kernel_size=kernel_size[axis],
+                stride=stride[axis],
+                dilation=dilation[axis],
+                is_causal=is_causal[axis],
+                tile=tiling.tile[axis],
+                patch=tiling.patch[axis],
+                tiles=tiling.strip[axis],
+                chunk_limit=tiling.chunk[axis] if tiling.chunk else None,
+                key_block=tiling.key_block[axis],
+            )
+            for axis in range(AXES)
+        ]
+        return cls(problem, tiling, (axes[0], axes[1], axes[2]))
+
+    def extents(self, name: str) -> Extents:
+        """Return one attribute of the three axes."""
+        first, second, third = (getattr(axis, name) for axis in self.axes)
+        return first, second, third
+
+    def size(self, name: str) -> int:
+        """Return the product of one attribute over the axes."""
+        return math.prod(self.extents(name))
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the softmax is merged over several chunks of the window."""
+        return self.size("chunks") > 1
+
+    @property
+    def merges(self) -> bool:
+        """Whether the softmax is merged at all: over chunks, or with additional keys."""
+        return self.is_chunked or self.problem.additional_kv
+
+    @property
+    def head_dim(self) -> int:
+        """head_dim in the staged copies."""
+        return round_up(self.problem.head_dim, self.tiling.vector)
+
+    @property
+    def head_dim_v(self) -> int:
+        """head_dim_v in the staged copies."""
+        return round_up(self.problem.head_dim_v, self.tiling.vector)
+
+    @property
+    def tasks(self) -> int:
+        """Iterations of the parallel loop for one batch entry."""
+        groups = self.size("dilation")
+        return self.problem.heads_kv * self.size("strips") * groups
+
+    def __iter__(self) -> Iterator[AxisTiling]:
+        return iter(self.axes)

@@ -1,0 +1,1 @@
+"""How a description is run: one file a target family, and the planner that chooses among their configs."""

@@ -1,0 +1,197 @@
+"""Chooses a config for a problem by counting what it would do: pure Python, no TVM, a few milliseconds.
+
+The counts are cycles of one core: multiply-adds over the rate of the vector units, or loads over that of the load
+ports where these are more. They need not be right, only in the right order.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.config import QueriesInLanes
+from na_compiler.tensorir.tiling import AXES, Extents, Tiling, TilingPlan, round_up
+
+__all__ = ["Machine", "choose"]
+
+# Bytes of staged keys and values that a task may keep: about what a second-level cache holds beside the rest.
+_STAGED_BYTES = 512 * 1024
+# Keys whose scores a tile may keep at once, and keys of a chunk where that is too few.
+_KEYS_AT_ONCE = 4096
+_CHUNK_KEYS = 1024
+# Tasks of one batch entry, below which a strip is cut smaller.
+_TASKS = 16
+_ROW_BLOCK = 32
+_L1_BYTES = 16 * 1024
+# Cycles, fitted to measurements: of the softmax a vector of scores, of staging a vector, of a tile beside its loops.
+_SOFTMAX, _STAGE, _TILE = 8.0, 2.5, 900.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the planner needs to know of a target.
+
+    Parameters
+    ----------
+    vector
+        float32 lanes of a vector.
+    registers
+        Vector registers.
+    """
+
+    vector: int
+    registers: int
+
+    @property
+    def lanes(self) -> int:
+        """Queries of a tile: two vectors where vectors are short, so that a broadcast key element is used twice."""
+        return max(2 * self.vector, 8) if self.vector < 16 else self.vector
+
+    @property
+    def accumulators(self) -> int:
+        """Vectors of accumulators, leaving registers for operands.
+
+        TVM keeps local arrays of 1024 bytes and more in memory, which bounds them as well.
+        """
+        return min(12 if self.registers == 16 else 24, (1024 - 1) // (4 * self.vector))
+
+
+def choose(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes:
+    """Return the config to compile a problem with."""
+    return min(_candidates(problem, machine, direction), key=lambda config: _cycles(problem, machine, config, direction))
+
+
+def _candidates(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:
+    for tile in _factorizations(machine.lanes):
+        extents = (1,) * (AXES - problem.rank) + problem.layout
+        if any(queries > 1 and queries >= 2 * extent for queries, extent in zip(tile, extents, strict=True)):
+            continue
+        for patch in _patches(tile, machine):
+            yield _complete(problem, machine, direction, tile, patch)
+
+
+def _factorizations(lanes: int) -> Iterator[Extents]:
+    sizes = [2**power for power in range(lanes.bit_length())]
+    for first, second in itertools.product(sizes, sizes):
+        if lanes % (first * second) == 0:
+            yield first, second, lanes // (first * second)
+
+
+def _patches(tile: Extents, machine: Machine) -> Iterator[Extents]:
+    sizes = [[size for size in (1, 2, 4) if extent % size == 0] for extent in tile]
+    for patch in itertools.product(*sizes):
+        if math.prod(patch) in ((2, 4) if machine.registers == 16 else (4, 8)) or math.prod(tile) <= math.prod(patch):
+            yield patch[0], patch[1], patch[2]
+
+
+def _complete(problem: Problem, machine: Machine, direction: str, tile: Extents, patch: Extents) -> QueriesInLanes:
+    """Choose the rest of a config, given tile and patch."""
+    bare = Tiling(tile=tile, patch=patch, vector=machine.vector)
+    box = TilingPlan.make(problem, bare).axes[-1].tile_box
+    rows = machine.accumulators * machine.vector // machine.lanes
+    key_block = _block(box, rows)
+    grad_block = _divisor(key_block if direction == "backward" else 1, 4)
+    tiling = replace(
+        bare,
+        key_block=(1, 1, key_block),
+        grad_block=grad_block,
+        additional_block=round_up(64, key_block),
+    )
+    tiling = _with_strip(problem, tiling, direction)
+    plan = TilingPlan.make(problem, tiling)
+    visited = plan.extents("patch_visited")
+    row_block = None
+    if math.prod(visited) * 4 * plan.head_dim_v > _L1_BYTES and visited[-1] % _ROW_BLOCK == 0:
+        row_block = _ROW_BLOCK
+    return QueriesInLanes(tiling, machine.accumulators, row_block)
+
+
+def _with_strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
+    """Choose how many tiles share staged keys, and whether these come in chunks."""
+    chosen = _strip(problem, replace(tiling, patch=(1, 1, 1)))
+    return replace(tiling, strip=chosen.strip, chunk=chosen.chunk)
+
+
+@functools.lru_cache(maxsize=256)
+def _strip(problem: Problem, tiling: Tiling) -> Tiling:
+    best: tuple[float, Tiling] | None = None
+    counts = [_counts(axis.longest, axis.tile) for axis in TilingPlan.make(problem, tiling)]
+    for strip in itertools.product(*counts):
+        candidate = replace(tiling, strip=strip)
+        plan = TilingPlan.make(problem, candidate)
+        staged = plan.size("strip_box") * 4 * (plan.head_dim + plan.head_dim_v)
+        keys = plan.size("tile_box")
+        if keys > _KEYS_AT_ONCE or staged > _STAGED_BYTES * 4:
+            if math.prod(strip) > 8:
+                continue
+            candidate = replace(candidate, chunk=_chunk(plan))
+            plan = TilingPlan.make(problem, candidate)
+        queries = plan.size("strip")
+        # Staged keys a query, and what a task too many or too large costs.
+        cost = plan.size("strip_box") / queries
+        if staged > _STAGED_BYTES:
+            cost *= 1.5
+        if plan.tasks < _TASKS:
+            cost *= 2.0 * _TASKS / plan.tasks
+        if plan.is_chunked:
+            cost *= plan.size("strip_box") / keys * 10
+        cost *= plan.size("strips") * plan.size("strip") / math.prod(axis.longest for axis in plan)
+        if best is None or cost < best[0]:
+            best = cost, candidate
+    assert best is not None
+    return best[1]
+
+
+def _counts(queries: int, tile: int) -> list[int]:
+    tiles = -(-queries // tile)
+    return sorted({*(2**power for power in range(tiles.bit_length())), tiles, -(-tiles // 2), -(-tiles // 4)})
+
+
+def _chunk(plan: TilingPlan) -> Extents:
+    """Return a chunk of about `_CHUNK_KEYS` keys, of whole rows where these are short enough."""
+    extents = list(plan.extents("strip_box"))
+    for axis in range(AXES):
+        others = math.prod(extents) // extents[axis]
+        extents[axis] = max(1, min(extents[axis], _CHUNK_KEYS // others))
+    return extents[0], extents[1], extents[2]
+
+
+def _block(extent: int, most: int) -> int:
+    """Return the block size that wastes least of an extent, of those that keep the units busy."""
+    sizes = range(max(most // 2, min(4, most)), most + 1)
+    return min(sizes, key=lambda size: (round_up(extent, size), -size))
+
+
+def _divisor(value: int, most: int) -> int:
+    return max(divisor for divisor in range(1, most + 1) if value % divisor == 0)
+
+
+def _cycles(problem: Problem, machine: Machine, config: QueriesInLanes, direction: str) -> float:
+    """Estimate the cycles of one head of one batch entry."""
+    plan = TilingPlan.make(problem, config.tiling)
+    vectors = machine.lanes // machine.vector
+    depth, depth_v = plan.head_dim / machine.vector, plan.head_dim_v / machine.vector
+    visited = plan.size("visited") * plan.size("chunks")
+    patch_visited = plan.size("patch_visited") * plan.size("chunks")
+    rows = config.tiling.key_block[-1]
+    score = max(rows * vectors, rows + vectors) / (2 * rows)  # cycles a key and an element of it
+    queries = math.prod(config.tiling.patch)
+    columns = min(max(config.accumulators // queries, 1), max(int(depth_v), 1))
+    # A chain of additions is four cycles long: fewer than eight accumulators wait for it.
+    weighted = max(queries * columns, queries + columns, 8) / (2 * queries * columns)
+    patches = machine.lanes // queries
+    overhead = patches * plan.extents("patch_visited")[0] * plan.extents("patch_visited")[1] * 12.0
+    tile = visited * vectors * _SOFTMAX + _TILE + overhead
+    if direction == "forward":
+        tile += visited * problem.head_dim * score + machine.lanes * patch_visited * depth_v * weighted
+    else:
+        tile += visited * (problem.head_dim + problem.head_dim_v) * score
+        tile += machine.lanes * patch_visited * depth * weighted
+        tile += visited * machine.lanes * (depth + depth_v) * 0.6
+    tiles = plan.size("tiles") * plan.size("strips") * plan.size("dilation")
+    staged = plan.size("strip_box") * (depth + depth_v) * _STAGE * plan.size("strips") * plan.size("dilation")
+    return tiles * tile + staged

@@ -1,0 +1,247 @@
+"""CPU schedule with one query in each vector lane.
+
+Scores of a tile are ``S[key, lane] += Q[d, lane] * K[key, d]``: a vector of queries, transposed once, times one
+element of a key that is broadcast, so keys need no packing and the softmax no operation across lanes. The weighted
+sum turns to ``O[query, d] += P[key, query] * V[key, d]``, with the lanes along ``d``, so outputs need no transposing
+back. Every product keeps a block of accumulators in registers.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm import s_tir, tirx
+
+from na_compiler.schedules.config import QueriesInLanes
+from na_compiler.schedules.transpose import transpose_intrin
+from na_compiler.tensorir.backward import backward
+from na_compiler.tensorir.forward import forward
+from na_compiler.tensorir.tiling import TilingPlan
+
+__all__ = ["schedule_backward", "schedule_forward"]
+
+_CHAINS = 4  # Independent partial results of a reduction: enough to cover the latency of an addition.
+_UNROLL = 4
+
+
+def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
+    """Return the scheduled forward."""
+    steps = _Steps(forward(plan), plan, config)
+    for prefix in steps.prefixes:
+        steps.stage(prefix)
+        steps.queries(f"{prefix}query", plan.problem.head_dim)
+        steps.bias(prefix)
+        steps.product(f"{prefix}score", plan.problem.head_dim)
+        steps.over_keys(f"{prefix}highest")
+        steps.elementwise(f"{prefix}weight")
+        steps.over_keys(f"{prefix}total")
+        steps.weighted_rows(f"{prefix}weighted", plan.head_dim_v)
+        if plan.merges:
+            steps.lanes(f"{prefix}raised", f"{prefix}factor")
+    steps.lanes("inverse", "natural")
+    steps.store("output", plan.problem.head_dim_v)
+    steps.unroll("lse")
+    return steps.function()
+
+
+def schedule_backward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
+    """Return the scheduled backward."""
+    steps = _Steps(backward(plan), plan, config)
+    problem = plan.problem
+    for prefix in steps.prefixes:
+        steps.stage(prefix)
+        steps.queries(f"{prefix}query", problem.head_dim)
+        steps.queries(f"{prefix}grad", problem.head_dim_v)
+        steps.queries(f"{prefix}output", problem.head_dim_v)
+        steps.over_depth(f"{prefix}dot", plan.head_dim_v)
+        steps.unroll(f"{prefix}delta", f"{prefix}exponent")
+        steps.bias(prefix, existing=True)
+        steps.product(f"{prefix}score", problem.head_dim)
+        steps.product(f"{prefix}grad_weight", problem.head_dim_v)
+        steps.weighted_rows(f"{prefix}query_grad", plan.head_dim)
+        steps.key_gradients(f"{prefix}value_part", plan.head_dim_v)
+        steps.key_gradients(f"{prefix}key_part", plan.head_dim)
+    steps.store("query_store", problem.head_dim)
+    steps.gather("key", problem.head_dim)
+    steps.gather("value", problem.head_dim_v)
+    if problem.additional_kv:
+        steps.gather("additional_key", problem.head_dim)
+        steps.gather("additional_value", problem.head_dim_v)
+    return steps.function()
+
+
+class _Steps:
+    """Schedules the steps that forward and backward share, each known by the name of its block."""
+
+    def __init__(self, description: tirx.PrimFunc, plan: TilingPlan, config: QueriesInLanes) -> None:
+        self.plan, self.config = plan, config
+        self.vector = plan.tiling.vector
+        self.prefixes = ("", "additional_") if plan.problem.additional_kv else ("",)
+        self.schedule = s_tir.Schedule(description)
+        loops = self.schedule.get_loops(self.schedule.get_sblock("task"))
+        self.schedule.parallel(self.schedule.fuse(*loops))
+
+    def function(self) -> tirx.PrimFunc:
+        """Return what was scheduled."""
+        return self.schedule.mod["main"]
+
+    def loops(self, name: str, count: int) -> list:
+        """Return the innermost loops around a block."""
+        return self.schedule.get_loops(self.schedule.get_sblock(name))[-count:]
+
+    def vectorize(self, loop, extent: int):
+        """Vectorize a loop by the widest vector that divides its extent; returns the loop outside."""
+        outer, inner = self.schedule.split(loop, [None, math.gcd(extent, self.vector)])
+        self.schedule.vectorize(inner)
+        return outer
+
+    def lanes(self, *names: str) -> None:
+        """Vectorize blocks over the lanes, their last axis."""
+        for name in names:
+            self.schedule.vectorize(self.loops(name, 1)[0])
+
+    def unroll(self, *names: str) -> None:
+        """Unroll the innermost loop of blocks that gather or scatter, lane by lane."""
+        for name in names:
+            self.schedule.unroll(self.loops(name, 1)[0])
+
+    def stage(self, prefix: str) -> None:
+        """Copy rows of keys and values by vectors."""
+        for name, width in (("key", self.plan.problem.head_dim), ("value", self.plan.problem.head_dim_v)):
+            self.schedule.unroll(self.vectorize(self.loops(prefix + name, 1)[0], width))
+
+    def queries(self, name: str, width: int) -> None:
+        """Copy a tile's rows by vectors, and transpose them in registers."""
+        lane, d = self.loops(name, 2)
+        self.schedule.unroll(self.vectorize(d, width))
+        self.schedule.unroll(lane)
+        d, lane = self.loops(f"{name}_lanes", 2)
+        d_outer, d_inner = self.schedule.split(d, [None, self.vector])
+        lane_outer, lane_inner = self.schedule.split(lane, [None, self.vector])
+        self.schedule.reorder(d_outer, lane_outer, d_inner, lane_inner)
+        self.schedule.tensorize(d_inner, transpose_intrin(self.vector))
+
+    def bias(self, prefix: str, *, existing: bool = False) -> None:
+        """Make the biases of a whole tile at once."""
+        if existing and any(axis.is_ragged for axis in self.plan):
+            self.lanes(f"{prefix}existing")
+        if prefix:
+            self.lanes(f"{prefix}bias")
+            return
+        for number, axis in enumerate(self.plan):
+            if axis.masks:
+                self.lanes(f"low{number}", f"high{number}", f"bias{number}")
+
+    def product(self, name: str, depth: int) -> None:
+        """Accumulate the scores of a block of keys in registers, and consume them there."""
+        schedule = self.schedule
+        *u, lane, d = self.loops(name, 5)
+        d_outer, d_inner = schedule.split(d, [None, math.gcd(depth, _UNROLL)])
+        schedule.reorder(d_outer, d_inner, *u, lane)
+        for loop in (d_inner, *u):
+            schedule.unroll(loop)
+        schedule.vectorize(lane)
+        init = schedule.decompose_reduction(schedule.get_sblock(name), d_outer)
+        for *u, lane in (schedule.get_loops(init)[-4:], self.loops(f"{name}_use", 4)):
+            for loop in u:
+                schedule.unroll(loop)
+            schedule.vectorize(lane)
+
+    def over_keys(self, name: str) -> None:
+        """Reduce over the keys of a tile, lane by lane."""
+        lane, *u = self.loops(name, 4)
+        extent = math.prod(self.schedule.get(loop).extent.value for loop in u)
+        self._reduce(name, self.schedule.fuse(*u), extent)
+
+    def over_depth(self, name: str, depth: int) -> None:
+        """Reduce over head_dim, lane by lane."""
+        self._reduce(name, self.loops(name, 2)[1], depth)
+
+    def _reduce(self, name: str, loop, extent: int) -> None:
+        """Reduce in a few independent chains, then over the chains."""
+        schedule, block = self.schedule, self.schedule.get_sblock(name)
+        chains = max(count for count in range(1, _CHAINS + 1) if extent % count == 0)
+        _, inner = schedule.split(loop, [None, chains])
+        partial = schedule.rfactor(inner, 0)
+        lane, outer, inner = schedule.get_loops(partial)[-3:]
+        schedule.reorder(outer, inner, lane)
+        schedule.unroll(inner)
+        schedule.vectorize(lane)
+        inner, lane = schedule.get_loops(schedule.decompose_reduction(partial, outer))[-2:]
+        schedule.unroll(inner)
+        schedule.vectorize(lane)
+        lane, inner = schedule.get_loops(block)[-2:]
+        schedule.reorder(inner, lane)
+        schedule.unroll(inner)
+        schedule.vectorize(lane)
+        schedule.vectorize(schedule.get_loops(schedule.decompose_reduction(block, inner))[-1])
+
+    def elementwise(self, name: str) -> None:
+        """Vectorize over lanes, a few keys at a time."""
+        *u, lane = self.loops(name, 4)
+        self.schedule.vectorize(lane)
+        extent = math.prod(self.schedule.get(loop).extent.value for loop in u)
+        _, inner = self.schedule.split(self.schedule.fuse(*u), [None, math.gcd(extent, _UNROLL)])
+        self.schedule.unroll(inner)
+
+    def weighted_rows(self, name: str, width: int) -> None:
+        """Accumulate a patch's rows in registers, as many vectors at once as there are accumulators for."""
+        schedule, config = self.schedule, self.config
+        block = schedule.get_sblock(name)
+        *patches, y0, y1, y2, d, r0, r1, r2 = self.loops(name, 10)
+        d_outer, d_inner = schedule.split(d, [None, self.vector])
+        at_once = _largest_divisor(width // self.vector, config.accumulators // math.prod(self.plan.tiling.patch))
+        d_outer, d_middle = schedule.split(d_outer, [None, at_once])
+        row_block = config.row_block
+        if row_block and schedule.get(r2).extent.value % row_block == 0:
+            r2_outer, r2 = schedule.split(r2, [None, row_block])
+            schedule.reorder(r0, r1, r2_outer, *patches, d_outer, r2, y0, y1, y2, d_middle, d_inner)
+        else:
+            schedule.reorder(*patches, d_outer, r0, r1, r2, y0, y1, y2, d_middle, d_inner)
+        for loop in (y0, y1, y2, d_middle):
+            schedule.unroll(loop)
+        schedule.vectorize(d_inner)
+        *unrolled, d_inner = schedule.get_loops(schedule.decompose_reduction(block, r0))[-5:]
+        for loop in unrolled:
+            schedule.unroll(loop)
+        schedule.vectorize(d_inner)
+
+    def key_gradients(self, name: str, width: int) -> None:
+        """Accumulate the gradients of a few keys in registers over the tile's queries."""
+        schedule = self.schedule
+        block = schedule.get_sblock(name)
+        u, d, lane = self.loops(name, 3)
+        d_outer, d_inner = schedule.split(d, [None, self.vector])
+        at_once = _largest_divisor(width // self.vector, self.config.accumulators // self.plan.tiling.grad_block)
+        d_outer, d_middle = schedule.split(d_outer, [None, at_once])
+        schedule.reorder(d_outer, lane, u, d_middle, d_inner)
+        schedule.unroll(u)
+        schedule.unroll(d_middle)
+        schedule.vectorize(d_inner)
+        *unrolled, d_inner = schedule.get_loops(schedule.decompose_reduction(block, lane))[-3:]
+        for loop in unrolled:
+            schedule.unroll(loop)
+        schedule.vectorize(d_inner)
+
+    def store(self, name: str, width: int) -> None:
+        """Store rows of a patch by vectors."""
+        *y, d = self.loops(name, 4)
+        for loop in y:
+            self.schedule.unroll(loop)
+        self.vectorize(d, width)
+
+    def gather(self, name: str, width: int) -> None:
+        """Add up the parts of the strips, in parallel over tokens."""
+        schedule = self.schedule
+        schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock(f"gather_{name}"))))
+        block = schedule.get_sblock(f"{name}_total")
+        d, *strips = self.loops(f"{name}_total", 4)
+        d_outer, d_inner = schedule.split(d, [None, self.vector])
+        schedule.reorder(*strips, d_outer, d_inner)
+        schedule.vectorize(d_inner)
+        schedule.vectorize(schedule.get_loops(schedule.decompose_reduction(block, strips[0]))[-1])
+        self.vectorize(self.loops(f"{name}_grad", 1)[0], width)
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, max(min(value, limit), 1) + 1) if value % divisor == 0)
