@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from na_compiler.problem import Problem
 
-__all__ = ["Problem", "compile", "load_bundle"]
+__all__ = [
+    "KernelSpec",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "Problem",
+    "compile",
+    "load_bundle",
+    "na1d",
+    "na2d",
+    "na3d",
+    "save_bundle",
+]
 __version__ = "0.1.0"
 
 # Where each name is defined; loaded when it is first asked for, so that importing the package stays light.
 _LAZY = {
+    "KernelSpec": "na_compiler.compiler.spec",
+    "NeighborhoodAttention1D": "na_compiler.modules",
+    "NeighborhoodAttention2D": "na_compiler.modules",
+    "NeighborhoodAttention3D": "na_compiler.modules",
     "compile": "na_compiler.compiler.kernels",
+    "load_bundle": "na_compiler.runtime.bundle",
+    "na1d": "na_compiler.functional",
+    "na2d": "na_compiler.functional",
+    "na3d": "na_compiler.functional",
+    "save_bundle": "na_compiler.compiler.bundle",
 }
 
 
@@ -23,3 +45,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
+
+
+if "torch" in sys.modules:
+    # torch finds an operator only where it was registered: when it loads an exported program, say.
+    importlib.import_module("na_compiler.torch_ops")

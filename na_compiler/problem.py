@@ -11,7 +11,7 @@ from typing import Any
 
 from na_compiler.window import group_length, window_bounds
 
-__all__ = ["DTYPES", "MAX_RANK", "Problem", "dtype_name"]
+__all__ = ["DTYPES", "MAX_RANK", "Problem", "dtype_name", "flags_per_axis", "ints_per_axis"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_RANK = 3
@@ -94,10 +94,10 @@ class Problem:
             "layout": layout,
             "heads": heads,
             "head_dim": head_dim,
-            "kernel_size": _per_axis("kernel_size", self.kernel_size, rank),
-            "stride": _per_axis("stride", self.stride, rank),
-            "dilation": _per_axis("dilation", self.dilation, rank),
-            "is_causal": _flags_per_axis("is_causal", self.is_causal, rank),
+            "kernel_size": ints_per_axis("kernel_size", self.kernel_size, rank),
+            "stride": ints_per_axis("stride", self.stride, rank),
+            "dilation": ints_per_axis("dilation", self.dilation, rank),
+            "is_causal": flags_per_axis("is_causal", self.is_causal, rank),
             "heads_kv": heads_kv,
             "head_dim_v": head_dim if self.head_dim_v is None else _positive("head_dim_v", self.head_dim_v),
             "additional_kv": _flag("additional_kv", self.additional_kv),
@@ -153,6 +153,53 @@ class Problem:
         if direction == "backward":
             return 2 * pairs * (3 * self.head_dim + 2 * self.head_dim_v)
         raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+
+    @classmethod
+    def of_tensors(
+        cls,
+        query: Any,
+        key: Any,
+        value: Any,
+        kernel_size: Any,
+        stride: Any = 1,
+        dilation: Any = 1,
+        is_causal: Any = False,
+        additional_keys: Any = None,
+        additional_values: Any = None,
+        *,
+        dtype: Any = None,
+    ) -> Problem:
+        """Make the problem that tensors pose, checking that they fit each other.
+
+        Parameters
+        ----------
+        query, key, value, additional_keys, additional_values
+            Tensors of any library: only shape, dtype and device are looked at.
+        kernel_size, stride, dilation, is_causal
+            As for the class.
+        dtype
+            In place of the tensors' own, for those that only the reference takes.
+
+        Raises
+        ------
+        ValueError
+            Naming the argument, the value given, the limit, and a value that would work.
+        """
+        _check_tensors(query, key, value, additional_keys, additional_values)
+        *_, heads, head_dim = query.shape
+        return cls(
+            layout=tuple(query.shape[1:-2]),
+            heads=heads,
+            head_dim=head_dim,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            is_causal=is_causal,
+            heads_kv=key.shape[-2],
+            head_dim_v=value.shape[-1],
+            additional_kv=additional_keys is not None,
+            dtype=query.dtype if dtype is None else dtype,
+        )
 
     def replace(self, **changes: Any) -> Problem:
         """Return a copy with some fields changed, validated anew."""
@@ -249,7 +296,14 @@ def _layout(value: Any) -> tuple[int, ...]:
     return tuple(map(int, axes))
 
 
-def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
+def ints_per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    """Return a parameter that is an int, or a sequence of one an axis, as a tuple.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or less than 1.
+    """
     if _is_int(value):
         axes: tuple[Any, ...] = (value,) * rank
     elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == rank and all(map(_is_int, value)):
@@ -264,7 +318,7 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
     return tuple(map(int, axes))
 
 
-def _flags_per_axis(name: str, value: Any, rank: int) -> tuple[bool, ...]:
+def flags_per_axis(name: str, value: Any, rank: int) -> tuple[bool, ...]:
     if isinstance(value, bool):
         return (value,) * rank
     if isinstance(value, Sequence) and len(value) == rank and all(isinstance(flag, bool) for flag in value):
@@ -302,3 +356,42 @@ def _axis_pairs(tokens: int, kernel: int, stride: int, dilation: int, is_causal:
             start, end = window_bounds(index, length, kernel, stride, is_causal)
             total += end - start
     return total
+
+
+def _check_tensors(query: Any, key: Any, value: Any, additional_keys: Any, additional_values: Any) -> None:
+    rank = len(query.shape) - 3
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(
+            "query must have 4, 5 or 6 dimensions, [batch, *layout, heads, head_dim] with 1, 2 or 3 axes of layout, "
+            f"got shape {tuple(query.shape)}"
+        )
+    tokens, head_dim = tuple(query.shape[:-2]), query.shape[-1]
+    for name, tensor in (("key", key), ("value", value)):
+        if len(tensor.shape) != rank + 3 or tuple(tensor.shape[:-2]) != tokens:
+            raise ValueError(
+                f"{name} must have query's batch and layout, {tokens}, as its first dimensions, and two more; "
+                f"got shape {tuple(tensor.shape)}"
+            )
+    if key.shape[-1] != head_dim:
+        raise ValueError(f"key must have query's head_dim, {head_dim}, got {key.shape[-1]}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must have as many heads as key, {key.shape[-2]}, got {value.shape[-2]}")
+    tensors = [("key", key), ("value", value)]
+    if (additional_keys is None) != (additional_values is None):
+        missing = "additional_keys" if additional_keys is None else "additional_values"
+        raise ValueError(f"additional_keys and additional_values come together, and {missing} is None")
+    if additional_keys is not None:
+        tensors += [("additional_keys", additional_keys), ("additional_values", additional_values)]
+        count = additional_keys.shape[1] if len(additional_keys.shape) > 1 else 0
+        for (name, tensor), like in zip(tensors[2:], (key, value), strict=True):
+            expected = (tokens[0], count, *like.shape[-2:])
+            if tuple(tensor.shape) != expected:
+                raise ValueError(
+                    f"{name} must have shape [batch, additional, heads_kv, head_dim], here {expected}, "
+                    f"got {tuple(tensor.shape)}"
+                )
+    for name, tensor in tensors:
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device, {query.device}, got {tensor.device}")

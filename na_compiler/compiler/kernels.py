@@ -10,13 +10,14 @@ from pathlib import Path
 
 from na_compiler.compiler import cache
 from na_compiler.compiler.spec import KernelSpec
-from na_compiler.compiler.target import Target
+from na_compiler.target import Target
 from na_compiler.problem import Problem
 from na_compiler.runtime import threads
+from na_compiler.runtime.bundle import loaded_bundles
 from na_compiler.runtime.kernel import Kernel, make_kernel
 from na_compiler.runtime.library import load_function
 
-__all__ = ["compile", "compile_spec"]
+__all__ = ["compile", "compile_spec", "find_kernel"]
 
 _LOG = logging.getLogger("na_compiler")
 _kernels: dict[KernelSpec, Kernel] = {}
@@ -64,6 +65,15 @@ def compile(problem: Problem, target: str | Target = "llvm", direction: str = "f
     return compile_spec(KernelSpec.make(problem, target, direction))
 
 
+def find_kernel(problem: Problem, direction: str) -> Kernel:
+    """Return a kernel for this machine: from a loaded bundle, the cache, or compiled now."""
+    for bundle in loaded_bundles():
+        kernel = bundle.find(problem, direction)
+        if kernel is not None:
+            return kernel
+    return compile(problem, "llvm", direction)
+
+
 def compile_spec(spec: KernelSpec) -> Kernel:
     """Return the kernel of a spec; see `compile`."""
     kernel = _kernels.get(spec)
@@ -81,7 +91,7 @@ def _load(spec: KernelSpec) -> Kernel:
         from na_compiler.compiler.build import build_in_memory  # noqa: PLC0415
 
         return make_kernel(spec.info, *build_in_memory(spec))
-    library = _library(spec)
+    library = library_of(spec)
     return make_kernel(spec.info, load_function(library) if spec.target.runs_here else None)
 
 
@@ -93,7 +103,8 @@ def _is_cached(spec: KernelSpec) -> bool:
     return True
 
 
-def _library(spec: KernelSpec) -> Path:
+def library_of(spec: KernelSpec) -> Path:
+    """Return the library of a spec, from the cache or compiled now."""
     def build(path: Path) -> None:
         from na_compiler.compiler.build import build_library  # noqa: PLC0415
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from na_compiler.compiler.target import Target
+from na_compiler.target import Target
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import DIRECTIONS, KernelInfo, Workspace
 from na_compiler.schedules import planner
@@ -104,7 +104,7 @@ def source_fingerprint() -> str:
     package = Path(__file__).parent.parent
     folders = [package / "tensorir", Path(planner.__file__).parent]
     files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
-    files += [package / "window.py", package / "compiler" / "build.py", package / "compiler" / "target.py"]
+    files += [package / "window.py", package / "compiler" / "build.py", package / "target.py"]
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

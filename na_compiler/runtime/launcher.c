@@ -4,6 +4,7 @@
  * na_compiler_launch there and tells it, with na_compiler_use_pool, two functions of its own pool: one that runs a
  * callback over a range, and one that says how many threads there are.
  */
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 
@@ -32,6 +33,12 @@ enum { PARTS_PER_THREAD = 4 };
 
 static ParallelFor pool_run;
 static ThreadCount pool_threads;
+static int is_forked;
+
+/* A forked child has no threads but the one that forked, and OpenMP would wait for the others for ever. */
+static void after_fork(void) { is_forked = 1; }
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(0, 0, after_fork); }
 
 void na_compiler_use_pool(ParallelFor run, ThreadCount threads) {
   pool_run = run;
@@ -54,7 +61,7 @@ static void work(int64_t begin, int64_t end, void* context) {
 int na_compiler_launch(Loop loop, void* data, int tasks) {
   uint32_t threads = 1;
   (void)tasks;
-  if (pool_threads == 0 || pool_threads(&threads) != 0 || threads == 0) threads = 1;
+  if (is_forked || pool_threads == 0 || pool_threads(&threads) != 0 || threads == 0) threads = 1;
   Launch launch;
   launch.loop = loop;
   launch.data = data;

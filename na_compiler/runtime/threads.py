@@ -114,7 +114,7 @@ def launcher_library() -> Path | None:
         path = Path(tempfile.mkdtemp()) / name
         folder = str(path.parent)
     built = Path(folder) / name
-    command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-o", str(built), str(_SOURCE)]
+    command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-pthread", "-o", str(built), str(_SOURCE)]
     try:
         subprocess.run(command, check=True, capture_output=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError) as error:

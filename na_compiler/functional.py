@@ -1,0 +1,229 @@
+"""`na1d`, `na2d` and `na3d`: neighborhood attention as functions, with NATTEN's signatures."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from na_compiler.problem import flags_per_axis, ints_per_axis
+from na_compiler.torch_ops import call
+
+__all__ = ["na1d", "na2d", "na3d"]
+
+_LOG = logging.getLogger("na_compiler")
+# Arguments of NATTEN's that tune its kernels. Ours are planned per problem, so there is nothing to set.
+_TUNING = {
+    "attention_kwargs",
+    "backend",
+    "backward_kv_splits",
+    "backward_kv_tile_shape",
+    "backward_q_tile_shape",
+    "backward_use_pt_reduction",
+    "kernel_schedule",
+    "kv_tile_shape",
+    "q_tile_shape",
+    "run_persistent_kernel",
+    "torch_compile",
+}
+_ignored: set[str] = set()
+
+Ints = int | Sequence[int]
+Flags = bool | Sequence[bool]
+
+_PARAMETERS = """
+    Parameters
+    ----------
+    query
+        ``[batch, {axes}, heads, head_dim]``; float32, bfloat16 or float16, on the CPU.
+    key
+        ``[batch, {axes}, heads_kv, head_dim]``; ``heads`` is a multiple of ``heads_kv``.
+    value
+        ``[batch, {axes}, heads_kv, head_dim_v]``.
+    kernel_size
+        Window along the layout, in tokens; ``kernel_size * dilation`` is at most the layout's extent.
+    stride
+        Queries that share one window, at most ``kernel_size``. Default 1.
+    dilation
+        Distance between neighbors. Default 1.
+    is_causal
+        Whether a query sees no key after itself. Default False.
+    scale
+        Of the scores. Default ``head_dim ** -0.5``; 0 is 0.
+    additional_keys, additional_values
+        ``[batch, additional, heads_kv, head_dim]`` and ``[..., head_dim_v]``: seen by every query beside its window,
+        inside the same softmax. Default none.
+    return_lse
+        Whether to return lse as well. It has a gradient.
+    **tuning
+        NATTEN's tuning arguments are accepted and ignored, with one line in the log.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Output, ``[batch, {axes}, heads, head_dim_v]`` in query's dtype, and lse, ``[batch, {axes}, heads]`` in
+        float32: the natural logarithm of the sum of exponentials of the scaled scores.
+
+    Raises
+    ------
+    ValueError
+        If arguments do not fit each other; the message names a value that would work.
+    NotImplementedError
+        For sparse or nested tensors, and for tensors that are not on the CPU.
+
+    Notes
+    -----
+    Tensors may have any strides: views of one fused projection are read where they are. (One whose last stride is
+    not 1 is copied.) The first call with a shape compiles it, unless the on-disk cache or a loaded bundle has it.
+    The window rule is that of NATTEN 0.21, see `na_compiler.window`.
+"""
+
+
+def _attention(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None,
+    dilation: Ints | None,
+    is_causal: Flags | None,
+    scale: float | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    return_lse: bool,
+    tuning: dict[str, Any],
+) -> Any:
+    if tuning:
+        _ignore(rank, tuning)
+    result = call(
+        rank,
+        query,
+        key,
+        value,
+        *_canonical(rank, kernel_size, stride, dilation, is_causal),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        additional_keys,
+        additional_values,
+    )
+    return result if return_lse else result[0]
+
+
+def _canonical(rank: int, *parameters: Any) -> tuple[Any, ...]:
+    """Return kernel_size, stride, dilation and is_causal with a value for each axis."""
+    if torch.compiler.is_compiling():  # Dynamo traces through a cache, and warns that it does.
+        return _canonical_parameters(rank, *parameters)
+    try:
+        return _canonical_cached(rank, *parameters)
+    except TypeError:  # A list is not hashable.
+        return _canonical_parameters(rank, *parameters)
+
+
+def _canonical_parameters(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple[Any, ...]:
+    return (
+        ints_per_axis("kernel_size", kernel_size, rank),
+        ints_per_axis("stride", 1 if stride is None else stride, rank),
+        ints_per_axis("dilation", 1 if dilation is None else dilation, rank),
+        flags_per_axis("is_causal", False if is_causal is None else is_causal, rank),
+    )
+
+
+# Equal keys may differ in type: True == 1, and kernel_size=True is refused.
+_canonical_cached = functools.lru_cache(maxsize=1024, typed=True)(_canonical_parameters)
+
+
+def _ignore(rank: int, tuning: dict[str, Any]) -> None:
+    unknown = sorted(set(tuning) - _TUNING)
+    if unknown:
+        raise TypeError(f"na{rank}d() got an unexpected keyword argument {unknown[0]!r}")
+    new = sorted(set(tuning) - _ignored)
+    if new and not torch.compiler.is_compiling():
+        _ignored.update(new)
+        _LOG.warning("ignoring %s: kernels are planned for each problem", ", ".join(new))
+
+
+_AXES = {1: "X", 2: "X, Y", 3: "X, Y, Z"}
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = 1,
+    dilation: Ints | None = 1,
+    is_causal: Flags | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    **tuning: Any,
+) -> Any:
+    """Attend along one axis, each query to its neighborhood."""
+    return _attention(
+        1, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
+        return_lse, tuning,
+    )  # fmt: skip
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = 1,
+    dilation: Ints | None = 1,
+    is_causal: Flags | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    **tuning: Any,
+) -> Any:
+    """Attend over two axes, each query to its neighborhood."""
+    return _attention(
+        2, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
+        return_lse, tuning,
+    )  # fmt: skip
+
+
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = 1,
+    dilation: Ints | None = 1,
+    is_causal: Flags | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    **tuning: Any,
+) -> Any:
+    """Attend over three axes, each query to its neighborhood."""
+    return _attention(
+        3, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
+        return_lse, tuning,
+    )  # fmt: skip
+
+
+_EXAMPLE = """
+    Examples
+    --------
+    >>> import torch
+    >>> query, key, value = torch.randn(3, 1, {sizes}, 2, 16)
+    >>> na{rank}d(query, key, value, kernel_size=3).shape
+    torch.Size([1, {sizes}, 2, 16])
+"""
+for _rank, _function, _sizes in ((1, na1d, "8"), (2, na2d, "8, 8"), (3, na3d, "4, 4, 4")):
+    _function.__doc__ = (
+        f"{_function.__doc__}\n{_PARAMETERS.format(axes=_AXES[_rank])}{_EXAMPLE.format(rank=_rank, sizes=_sizes)}"
+    )

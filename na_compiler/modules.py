@@ -1,0 +1,142 @@
+"""`NeighborhoodAttention1D`, `2D` and `3D`: multi-head attention layers, with NATTEN's parameters and state_dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from na_compiler.functional import Flags, Ints, na1d, na2d, na3d
+from na_compiler.problem import flags_per_axis, ints_per_axis
+
+__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
+
+_FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
+
+
+class _NeighborhoodAttention(nn.Module):
+    """Multi-head neighborhood attention over a channels-last layout.
+
+    Parameters
+    ----------
+    embed_dim
+        Channels of input and output; a multiple of ``num_heads``.
+    num_heads
+        Attention heads.
+    kernel_size, stride, dilation, is_causal
+        An int (or bool), or one for each axis: see `na_compiler.na2d`.
+    qkv_bias
+        Whether the projection to query, key and value has a bias.
+    qk_scale
+        Of the scores; default ``(embed_dim // num_heads) ** -0.5``.
+    proj_drop
+        Dropout probability after the output projection.
+
+    Raises
+    ------
+    ValueError
+        If arguments do not fit each other, and on call, if the input does not.
+
+    Notes
+    -----
+    Parameters are named ``qkv`` and ``proj`` as in NATTEN, so that its checkpoints load.
+    """
+
+    rank: int
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        dilation: Ints = 1,
+        is_causal: Flags = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
+            )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.kernel_size = ints_per_axis("kernel_size", kernel_size, self.rank)
+        self.stride = ints_per_axis("stride", stride, self.rank)
+        self.dilation = ints_per_axis("dilation", dilation, self.rank)
+        self.is_causal = flags_per_axis("is_causal", is_causal, self.rank)
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend.
+
+        Parameters
+        ----------
+        x
+            ``[batch, *layout, embed_dim]``.
+
+        Returns
+        -------
+        Tensor
+            Of the same shape.
+        """
+        if x.dim() != self.rank + 2:
+            raise ValueError(
+                f"the input of {type(self).__name__} must have {self.rank + 2} dimensions, [batch, *layout, embed_dim], "
+                f"got shape {tuple(x.shape)}"
+            )
+        if x.shape[-1] != self.embed_dim:
+            raise ValueError(f"the input's last dimension must be embed_dim={self.embed_dim}, got {x.shape[-1]}")
+        # Views of one projection: the kernel reads them where they are.
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        attended: Any = _FUNCTIONS[self.rank](
+            query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale
+        )
+        return self.proj_drop(self.proj(attended.flatten(-2)))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Return what the representation shows beside the submodules."""
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}"
+        )
+
+
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    __doc__ = f"""{_NeighborhoodAttention.__doc__}
+    Examples
+    --------
+    >>> layer = NeighborhoodAttention1D(embed_dim=32, num_heads=2, kernel_size=7)
+    >>> layer(torch.randn(1, 16, 32)).shape
+    torch.Size([1, 16, 32])
+    """
+    rank = 1
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    __doc__ = f"""{_NeighborhoodAttention.__doc__}
+    Examples
+    --------
+    >>> layer = NeighborhoodAttention2D(embed_dim=32, num_heads=2, kernel_size=(3, 5), dilation=(2, 1))
+    >>> layer(torch.randn(1, 8, 8, 32)).shape
+    torch.Size([1, 8, 8, 32])
+    """
+    rank = 2
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    __doc__ = f"""{_NeighborhoodAttention.__doc__}
+    Examples
+    --------
+    >>> layer = NeighborhoodAttention3D(embed_dim=32, num_heads=2, kernel_size=3, is_causal=(True, False, False))
+    >>> layer(torch.randn(1, 4, 4, 4, 32)).shape
+    torch.Size([1, 4, 4, 4, 32])
+    """
+    rank = 3

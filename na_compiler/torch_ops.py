@@ -1,0 +1,349 @@
+"""The torch operators: ``torch.ops.na_compiler.na1d``, ``na2d``, ``na3d``, and the backward of each.
+
+One implementation serves the three: the rank is the tensors'. The operators read query, key and value where they are
+and return contiguous tensors. An implementation runs below autograd; everything else that torch wants to know of an
+operator (shapes, gradients, autocast, batching, FLOPs) is registered here beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from na_compiler.problem import Problem
+
+__all__ = ["OPERATORS", "call"]
+
+_LOG = logging.getLogger("na_compiler")
+_PARAMETERS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+_ADDITIONAL = "Tensor? additional_keys=None, Tensor? additional_values=None"
+_FORWARD = f"(Tensor query, Tensor key, Tensor value, {_PARAMETERS}, {_ADDITIONAL}) -> (Tensor output, Tensor lse)"
+# The last two gradients are empty where there are no additional keys.
+_BACKWARD = (
+    f"(Tensor grad_output, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+    f"{_PARAMETERS}, {_ADDITIONAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+_library = torch.library.Library("na_compiler", "DEF")  # noqa: TOR901
+# Kernels by what decides which one it is. Looking one up takes a microsecond or two; making a Problem, thirty.
+_kernels: dict[tuple[Any, ...], Any] = {}
+_KERNELS = 4096
+
+
+def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Call the operator of a rank; or its implementation, where nothing in between has anything to do.
+
+    torch's dispatcher and the way back into Python take more time than a small kernel. They are for autograd, autocast,
+    dispatch modes (FLOP counters, fakes), functorch and tensor subclasses: without any of them the result is the same.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_inference_mode_enabled()
+        and not torch._C._len_torch_dispatch_stack()  # noqa: SLF001
+        and not torch._C._is_any_autocast_enabled()  # noqa: SLF001
+        and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
+        and type(arguments[0]) is type(arguments[1]) is type(arguments[2]) is Tensor
+        and arguments[0].is_cpu
+    ):
+        return _forward(rank, *arguments)
+    return OPERATORS[rank](*arguments)  # type: ignore[no-any-return]
+
+
+def _find(direction: str, rank: int, query: Tensor, key: Tensor, value: Tensor, *parameters: Any) -> Any:
+    """Return the kernel for some tensors; checks them when such ones are first seen."""
+    kernel_size, stride, dilation, is_causal, additional_keys, additional_values = parameters
+    at = (
+        direction,
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        key.dtype,
+        value.dtype,
+        tuple(kernel_size),
+        tuple(stride),
+        tuple(dilation),
+        tuple(is_causal),
+        None if additional_keys is None else additional_keys.shape,
+        None if additional_values is None else additional_values.shape,
+    )
+    kernel = _kernels.get(at)
+    if kernel is None:
+        _check_rank(rank, query)
+        problem = Problem.of_tensors(query, key, value, *parameters)
+        from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
+
+        if len(_kernels) >= _KERNELS:
+            _kernels.clear()
+        kernel = _kernels[at] = find_kernel(problem, direction)
+    return kernel
+
+
+def _check_rank(rank: int, query: Tensor) -> None:
+    if query.dim() != rank + 3:
+        axes = ", ".join("XYZ"[:rank])
+        raise ValueError(
+            f"query must have {rank + 3} dimensions for na{rank}d, [batch, {axes}, heads, head_dim], "
+            f"got shape {tuple(query.shape)}"
+        )
+
+
+def _prepare(tensor: Tensor) -> Tensor:
+    """Kernels take any strides but the last: rows of head_dim elements lie together in anything that is usual."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _forward(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    kernel = _find(
+        "forward",
+        rank,
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        additional_keys,
+        additional_values,
+    )
+    shape = query.shape[:-1]
+    output = torch.empty((*shape, value.shape[-1]), dtype=query.dtype)
+    lse = torch.empty(shape, dtype=torch.float32)
+    if additional_keys is None or additional_values is None:
+        kernel.function(_prepare(query), _prepare(key), _prepare(value), scale, output, lse)
+    else:
+        tensors = map(_prepare, (query, key, value, additional_keys, additional_values))
+        kernel.function(*tensors, scale, output, lse)
+    return output, lse
+
+
+def _backward(
+    rank: int,
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernel = _find(
+        "backward",
+        rank,
+        query,
+        key,
+        value,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        additional_keys,
+        additional_values,
+    )
+    query, key, value, grad_output = (_prepare(tensor) for tensor in (query, key, value, grad_output))
+    extra = (
+        () if additional_keys is None or additional_values is None else map(_prepare, (additional_keys, additional_values))
+    )
+    gradients = kernel(
+        query, key, value, output.contiguous(), lse.contiguous(), grad_output, grad_lse.contiguous(), *extra, scale=scale
+    )
+    if additional_keys is None:
+        gradients += (query.new_empty(0), query.new_empty(0))
+    return gradients
+
+
+def _unsupported(rank: int, *arguments: Any) -> Any:
+    """Refuse tensors that no kernel takes."""
+    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise NotImplementedError(f"na{rank}d takes dense tensors, got a {kind} one; use .to_dense() or padding")
+    raise NotImplementedError(
+        f"na_compiler has kernels for the CPU, got tensors on {tensor.device}; move them, e.g. with .cpu()"
+    )
+
+
+def _sizes_are_known(*tensors: Tensor) -> bool:
+    return all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+
+
+def _forward_fake(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,  # noqa: ARG001
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_rank(rank, query)
+    if _sizes_are_known(query, key, value):  # A problem cannot be made of symbols.
+        Problem.of_tensors(
+            query, key, value, kernel_size, stride, dilation, is_causal, additional_keys, additional_values
+        )
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _backward_fake(
+    grad_output: Tensor,  # noqa: ARG001
+    grad_lse: Tensor,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,  # noqa: ARG001
+    lse: Tensor,  # noqa: ARG001
+    kernel_size: list[int],  # noqa: ARG001
+    stride: list[int],  # noqa: ARG001
+    dilation: list[int],  # noqa: ARG001
+    is_causal: list[bool],  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    extra = [query.new_empty(0) if t is None else t.new_empty(t.shape) for t in (additional_keys, additional_values)]
+    query_grad, key_grad, value_grad = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return query_grad, key_grad, value_grad, extra[0], extra[1]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, *parameters, additional_keys, additional_values = inputs
+    ctx.save_for_backward(query, key, value, *output, additional_keys, additional_values)
+    ctx.parameters = parameters
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(operator: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, output, lse, *additional = ctx.saved_tensors
+    if grad_output is None and grad_lse is None:
+        return (None,) * 10
+    grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    arguments = (grad_output, grad_lse, query, key, value, output, lse, *ctx.parameters, *additional)
+    grads = operator(*arguments)
+    extra = (None, None) if additional[0] is None else grads[3:]
+    return (*grads[:3], None, None, None, None, None, *extra)
+
+
+def _differentiate_twice(ctx: Any, *grads: Tensor) -> Any:  # noqa: ARG001
+    raise NotImplementedError("neighborhood attention cannot be differentiated twice")
+
+
+def _refuse_forward_mode(differentiable: Callable[..., Any], keyset: Any, *arguments: Any, **named: Any) -> Any:
+    """Differentiate, or refuse: torch would drop tangents in silence."""
+    if forward_ad._current_level >= 0:  # noqa: SLF001
+        for argument in arguments:
+            if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+                raise NotImplementedError("neighborhood attention has no forward-mode derivative; use backward")
+    return differentiable(keyset, *arguments, **named)
+
+
+def _autocast(operator: Any, device: str, keyset: Any, *arguments: Any) -> Any:  # noqa: ARG001
+    """Cast to the dtype that autocast has now; torch's own registration would fix one."""
+    dtype = torch.get_autocast_dtype(device)
+    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA  # noqa: SLF001
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):  # noqa: SLF001
+        return operator(
+            *(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+        )
+
+
+def _batched(operator: Any, tensors: tuple[int, ...], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    """Fold the dimension that vmap adds into the batch."""
+    count = info.batch_size
+
+    def fold(tensor: Tensor, dim: int | None) -> Tensor:
+        moved = tensor.unsqueeze(0).expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return moved.flatten(0, 1)
+
+    folded = list(arguments)
+    for i in (*tensors, len(arguments) - 2, len(arguments) - 1):
+        if isinstance(folded[i], Tensor):
+            folded[i] = fold(folded[i], in_dims[i])
+    results = operator(*folded)
+    absent = [result.dim() == 1 for result in results]  # The gradients of additional keys that there are not.
+    unfolded = tuple(r if gone else r.unflatten(0, (count, -1)) for r, gone in zip(results, absent, strict=True))
+    return unfolded, tuple(None if gone else 0 for gone in absent)
+
+
+def _flops(query: Any, key: Any, value: Any, parameters: tuple[Any, ...], extra: Any, direction: str) -> int:
+    problem = Problem(
+        tuple(query[1:-2]), query[-2], query[-1], *parameters, heads_kv=key[-2], head_dim_v=value[-1]
+    )
+    return problem.flops(query[0], 0 if extra is None else extra[1], direction)
+
+
+def _forward_flops(
+    query: Any, key: Any, value: Any, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: Any,
+    additional_keys: Any = None, additional_values: Any = None, **_: Any,
+) -> int:  # fmt: skip  # noqa: ARG001
+    return _flops(query, key, value, (kernel_size, stride, dilation, is_causal), additional_keys, "forward")
+
+
+def _backward_flops(
+    grad_output: Any, grad_lse: Any, query: Any, key: Any, value: Any, output: Any, lse: Any, kernel_size: Any,
+    stride: Any, dilation: Any, is_causal: Any, scale: Any, additional_keys: Any = None, additional_values: Any = None,
+    **_: Any,
+) -> int:  # fmt: skip  # noqa: ARG001
+    return _flops(query, key, value, (kernel_size, stride, dilation, is_causal), additional_keys, "backward")
+
+
+def _register(rank: int) -> Any:
+    """Define an operator and its backward, and tell torch about them; returns the operator."""
+    names = (f"na{rank}d", f"na{rank}d_backward")
+    for name, schema in zip(names, (_FORWARD, _BACKWARD), strict=True):
+        # Inductor must hand the strides over as they are: it would copy views of a fused projection otherwise.
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+        _library.define(name + schema, tags=tags)
+    operators = [getattr(torch.ops.na_compiler, name).default for name in names]
+    differentiate = (functools.partial(_differentiate, operators[1]), _differentiate_twice)
+    setup = (_setup_context, lambda ctx, inputs, output: None)  # noqa: ARG005
+    for i, (name, operator) in enumerate(zip(names, operators, strict=True)):
+        _library.impl(name, functools.partial((_forward, _backward)[i], rank), "CPU")
+        _library.impl(name, functools.partial(_unsupported, rank), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"na_compiler::{name}", (functools.partial(_forward_fake, rank), _backward_fake)[i], lib=_library)
+        autograd = make_autograd_impl(operator, Info(differentiate[i], setup[i]))
+        _library.impl(name, functools.partial(_refuse_forward_mode, autograd), "Autograd", with_keyset=True)
+        tensors = (tuple(range(3)), tuple(range(7)))[i]
+        torch.library.register_vmap(
+            f"na_compiler::{name}", functools.partial(_batched, operator, tensors), lib=_library
+        )
+        register_flop_formula(operator.overloadpacket)((_forward_flops, _backward_flops)[i])
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(names[0], functools.partial(_autocast, operators[0], device), key, with_keyset=True)
+    return operators[0]
+
+
+OPERATORS = {rank: _register(rank) for rank in (1, 2, 3)}
