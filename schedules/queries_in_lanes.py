@@ -195,9 +195,9 @@ class _Steps:
         row_block = config.row_block
         if row_block and schedule.get(r2).extent.value % row_block == 0:
             r2_outer, r2 = schedule.split(r2, [None, row_block])
-            schedule.reorder(r0, r1, r2_outer, *patches, d_outer, r2, y0, y1, y2, d_middle, d_inner)
+            schedule.reorder(r0, r1, r2_outer, d_outer, *patches, r2, y0, y1, y2, d_middle, d_inner)
         else:
-            schedule.reorder(*patches, d_outer, r0, r1, r2, y0, y1, y2, d_middle, d_inner)
+            schedule.reorder(d_outer, *patches, r0, r1, r2, y0, y1, y2, d_middle, d_inner)
         for loop in (y0, y1, y2, d_middle):
             schedule.unroll(loop)
         schedule.vectorize(d_inner)

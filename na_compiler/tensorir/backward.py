@@ -19,7 +19,7 @@ from tvm.tirx.script import builder as T
 from na_compiler.tensorir.arithmetic import LN2, LOG2_E, exp2
 from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
 from na_compiler.tensorir.frame import Additional, Frame, Place, Window
-from na_compiler.tensorir.steps import Bias, Buffer, Keys, products, stage_keys, stage_queries, weighted_rows
+from na_compiler.tensorir.steps import Bias, Buffer, Keys, products, stage_keys, stage_queries, to_lanes, weighted_rows
 from na_compiler.tensorir.tiling import AXES, TilingPlan
 
 __all__ = ["backward"]
@@ -233,13 +233,15 @@ class _Task:
     ) -> None:
         """Recompute ``P`` from lse, and ``dS`` from it; both 0 where a query does not see the key."""
         f, at, prefix = self.f, self.at(member, tile), keys.prefix
-        Q_lanes, G_lanes = local((f.staged_dim, f.lanes)), local((f.staged_dim_v, f.lanes))
-        O, O_lanes = local((f.lanes, f.staged_dim_v)), local((f.staged_dim_v, f.lanes))
+        O = local((f.lanes, f.staged_dim_v))
         delta, exponent, dot = local((f.lanes,)), local((f.lanes,)), local((f.lanes,))
         scale = self.tensors["scale"] * T.float32(LOG2_E)
-        stage_queries(f"{prefix}query", self.tensors["query"], at, scale, Q, Q_lanes, f.head_dim)
-        stage_queries(f"{prefix}grad", self.tensors["grad_output"], at, T.float32(1), G, G_lanes, f.head_dim_v)
-        stage_queries(f"{prefix}output", self.tensors["output"], at, T.float32(1), O, O_lanes, f.head_dim_v)
+        stage_queries(f"{prefix}query", self.tensors["query"], at, scale, Q, f.head_dim)
+        stage_queries(f"{prefix}grad", self.tensors["grad_output"], at, T.float32(1), G, f.head_dim_v)
+        stage_queries(f"{prefix}output", self.tensors["output"], at, T.float32(1), O, f.head_dim_v)
+        Q_lanes, G_lanes, O_lanes = (
+            to_lanes(f"{prefix}{name}", rows) for name, rows in (("query", Q), ("grad", G), ("output", O))
+        )
         with reduction(f"{prefix}dot", (f.lanes,), (f.staged_dim_v,)) as (lane, d):
             with T.init():
                 T.buffer_store(dot, T.float32(0), [lane])

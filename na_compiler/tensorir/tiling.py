@@ -59,6 +59,8 @@ class Tiling:
         head_dim and head_dim_v are padded with zeros to a multiple of it in the staged copies.
     additional_block
         Additional keys staged at once, a multiple of the last ``key_block``.
+    keys_in_lanes
+        Whether keys are staged transposed, and scores have the key as their last axis and not the query.
     grad_block
         Keys of the last axis whose gradients are summed at once over a tile's queries; divides the last extent of a
         tile's box.
@@ -72,6 +74,7 @@ class Tiling:
     vector: int = 1
     additional_block: int = 1
     grad_block: int = 1
+    keys_in_lanes: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class AxisTiling:
     tiles: int
     chunk_limit: int | None
     key_block: int
+    staged_multiple: int
     longest: int = field(init=False)
     shortest: int = field(init=False)
     strips: int = field(init=False)
@@ -105,7 +109,7 @@ class AxisTiling:
         set_("strips", -(-longest // self.strip))
         set_("patch_box", self._union(self.patch))
         set_("tile_box", round_up(self._union(self.tile), self.key_block))
-        set_("strip_box", max(self._union(self.strip), self.tile_box))
+        set_("strip_box", round_up(max(self._union(self.strip), self.tile_box), self.staged_multiple))
         if self.chunk_limit is None or self.chunk_limit >= self.strip_box:
             set_("chunk", self.strip_box)
         else:
@@ -139,8 +143,8 @@ class AxisTiling:
 
     @property
     def masks(self) -> bool:
-        """Whether any query masks a key of its tile's box on this axis."""
-        return not (self.visited == self.kernel_size == self.longest == self.shortest and not self.is_causal)
+        """Whether any query masks a key of its tile's box: a box as long as a window is every query's window."""
+        return self.is_causal or self.visited != self.kernel_size
 
     def _union(self, queries: int) -> int:
         rule = (self.kernel_size, self.stride, self.is_causal)
@@ -198,6 +202,7 @@ class TilingPlan:
                 tiles=tiling.strip[axis],
                 chunk_limit=tiling.chunk[axis] if tiling.chunk else None,
                 key_block=tiling.key_block[axis],
+                staged_multiple=tiling.vector if tiling.keys_in_lanes and axis == AXES - 1 else 1,
             )
             for axis in range(AXES)
         ]
