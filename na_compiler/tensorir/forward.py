@@ -23,7 +23,6 @@ from na_compiler.tensorir.steps import (
     Buffer,
     Keys,
     products,
-    stage_columns,
     stage_keys,
     stage_queries,
     to_lanes,
@@ -149,13 +148,8 @@ class _Task:
         """Stage the keys and values of a chunk."""
         f = self.f
         at = keys.at(self.batch, self.strip, chunk, self.head)
-        V = local((*keys.box, f.staged_dim_v))
-        if f.keys_in_lanes:
-            K = local((*keys.box[:2], f.staged_dim, keys.box[2]))
-            stage_columns(f"{keys.prefix}key", key, at, K, f.head_dim)
-        else:
-            K = local((*keys.box, f.staged_dim))
-            stage_keys(f"{keys.prefix}key", key, at, K, f.head_dim)
+        K, V = local((*keys.box, f.staged_dim)), local((*keys.box, f.staged_dim_v))
+        stage_keys(f"{keys.prefix}key", key, at, K, f.head_dim)
         stage_keys(f"{keys.prefix}value", value, at, V, f.head_dim_v)
         return K, V
 
@@ -176,13 +170,13 @@ class _Task:
             T.reads(*map(f.whole, (self.query, K, V)))
             T.writes(*sums.regions)
             Q = local((f.lanes, f.staged_dim))
-            scores, P = local(f.scores(keys.visited)), local(f.scores(keys.visited))
+            scores, P = local((*keys.visited, f.lanes)), local((*keys.visited, f.lanes))
             scale = self.scale * T.float32(LOG2_E)
             stage_queries(f"{keys.prefix}query", self.query, self.at(member, tile), scale, Q, f.head_dim)
-            queries = Q if f.keys_in_lanes else to_lanes(f"{keys.prefix}query", Q)
+            Q_lanes = to_lanes(f"{keys.prefix}query", Q)
             bias = Bias(f, keys, self.strip, tile, chunk)
             offset = keys.offset(self.strip, tile)
-            products("score", f, keys, K, offset, queries, f.head_dim, scores, bias.hide)
+            products("score", f, keys, K, offset, Q_lanes, f.head_dim, scores, bias.hide)
             self.softmax(keys, scores, P, sums, before)
             weighted_rows("weighted", f, keys, P, V, self.strip, tile, sums.weighted)
 
@@ -193,21 +187,21 @@ class _Task:
         with reduction(f"{keys.prefix}highest", (lanes,), keys.visited) as (lane, *u):
             with T.init():
                 T.buffer_store(highest, T.min_value("float32"), [lane])
-            T.buffer_store(highest, T.max(highest[lane], scores[self.f.score(u, lane)]), [lane])
+            T.buffer_store(highest, T.max(highest[lane], scores[[*u, lane]]), [lane])
         if before:
             with block(f"{keys.prefix}raised", (lanes,)) as (lane,):
                 T.buffer_store(sums.highest, T.max(highest[lane], before(lane)), [lane])
         with block(f"{keys.prefix}weight", (*keys.visited, lanes)) as (*u, lane):
-            score = scores[self.f.score(u, lane)]
+            score = scores[[*u, lane]]
             weight = exp2(score - sums.highest[lane])
             if before:
                 # A query may see no key so far: the highest score is then a hidden one's, and the weight 1.
                 weight = T.Select(score > T.float32(LOWEST), weight, T.float32(0))
-            T.buffer_store(P, weight, self.f.score(u, lane))
+            T.buffer_store(P, weight, [*u, lane])
         with reduction(f"{keys.prefix}total", (lanes,), keys.visited) as (lane, *u):
             with T.init():
                 T.buffer_store(sums.total, T.float32(0), [lane])
-            T.buffer_store(sums.total, sums.total[lane] + P[self.f.score(u, lane)], [lane])
+            T.buffer_store(sums.total, sums.total[lane] + P[[*u, lane]], [lane])
 
     def merge(self, keys: Keys, sums: _Sums, kept: _Sums, tile: list[Any]) -> None:
         """Scale the sums so far to the new highest score, and add the chunk's."""

@@ -37,7 +37,6 @@ class Frame:
         self.head_dim, self.head_dim_v = problem.head_dim, problem.head_dim_v
         self.staged_dim, self.staged_dim_v = plan.head_dim, plan.head_dim_v
         self.merges = plan.merges
-        self.keys_in_lanes = plan.tiling.keys_in_lanes
         self.is_ragged = any(axis.is_ragged for axis in plan)
         self.strips = tuple(axis.strips for axis in self.axes)
         self.tiles = plan.tiling.strip
@@ -75,15 +74,6 @@ class Frame:
         """Return the arguments of ``T.match_buffer`` for a tensor read where it is, at any strides but the last's."""
         strides = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
         return {**self.tensor(shape), "strides": [*strides, tirx.IntImm("int64", 1)]}
-
-    def score(self, key: Place, lane: Expr) -> list[Expr]:
-        """Return the index of the score of a key and a query."""
-        first, second, third = key
-        return [first, second, lane, third] if self.keys_in_lanes else [first, second, third, lane]
-
-    def scores(self, keys: Extents) -> tuple[int, ...]:
-        """Return the shape of the scores of a tile and a box of keys."""
-        return tuple(self.score(keys, self.lanes))
 
     def lane(self, lane: Expr) -> Place:
         """Return the place in its tile of a lane."""

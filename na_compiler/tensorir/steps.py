@@ -23,7 +23,6 @@ __all__ = [
     "Buffer",
     "Keys",
     "products",
-    "stage_columns",
     "stage_keys",
     "stage_queries",
     "to_lanes",
@@ -42,22 +41,6 @@ def stage_keys(name: str, source: Buffer, at: Callable[..., Any], staged: Buffer
     if padded > width:
         with block(f"{name}_padding", (*extents, padded - width)) as (*position, d):
             T.buffer_store(staged, T.float32(0), [*position, width + d])
-
-
-def stage_columns(name: str, source: Buffer, at: Callable[..., Any], staged: Buffer, width: int) -> None:
-    """Copy a box of keys to float32 and transpose it, row of the layout by row: ``staged[..., d, key]``."""
-    *rows, padded, count = map(int, staged.shape)
-    with block(f"{name}_row", tuple(rows)) as place:
-        T.reads(Frame.whole(source))
-        T.writes(Frame.whole(staged))
-        row = local((count, padded))
-        with block(name, (count, width)) as (key, d):
-            T.buffer_store(row, T.Cast("float32", source[at((*place, key), d)]), [key, d])
-        if padded > width:
-            with block(f"{name}_padding", (count, padded - width)) as (key, d):
-                T.buffer_store(row, T.float32(0), [key, width + d])
-        with block(f"{name}_columns", (padded, count)) as (d, key):
-            T.buffer_store(staged, row[key, d], [*place, d, key])
 
 
 def stage_queries(name: str, source: Buffer, at: Callable[..., Any], factor: Any, rows: Buffer, width: int) -> None:
@@ -86,8 +69,9 @@ class Bias:
         self, f: Frame, keys: Keys, strip: Place, tile: Place, chunk: Place, *, existing: bool = False
     ) -> None:
         """Emit the biases of a tile and a chunk; ``existing`` hides everything from lanes that are no queries."""
-        self.f = f
-        self.of_axis = [local(self._shape(keys, axis), "int32") if keys.masks[axis] else None for axis in range(AXES)]
+        self.of_axis = [
+            local((keys.visited[axis], f.lanes), "int32") if keys.masks[axis] else None for axis in range(AXES)
+        ]
         self.of_lane = local((f.lanes,), "int32") if existing and f.is_ragged else None
         if self.of_lane is not None:
             with block(f"{keys.prefix}existing", (f.lanes,)) as (lane,):
@@ -95,21 +79,15 @@ class Bias:
                 T.buffer_store(self.of_lane, value, [lane])
         if isinstance(keys, Additional):
             with block(f"{keys.prefix}bias", (f.additional_block, f.lanes)) as (u, lane):
-                T.buffer_store(self.of_axis[-1], keys.left(chunk) - 1 - u, self._at(AXES - 1, u, lane))
+                T.buffer_store(self.of_axis[-1], keys.left(chunk) - 1 - u, [u, lane])
             return
         for axis, bias in enumerate(self.of_axis):
             if bias is not None:
                 self._window(f, keys, axis, bias, strip, tile, chunk)
 
-    def _shape(self, keys: Keys, axis: int) -> tuple[int, ...]:
-        return tuple(self._at(axis, keys.visited[axis], self.f.lanes))
-
-    def _at(self, axis: int, u: Any, lane: Any) -> list[Any]:
-        """Return the index of the bias of a key and a query, in the scores' order."""
-        return [lane, u] if axis == AXES - 1 and self.f.keys_in_lanes else [u, lane]
-
+    @staticmethod
     def _window(
-        self, f: Frame, keys: Window, axis: int, bias: Buffer, strip: Place, tile: Place, chunk: Place
+        f: Frame, keys: Window, axis: int, bias: Buffer, strip: Place, tile: Place, chunk: Place
     ) -> None:
         along = f.axes[axis]
         first = keys.start(axis, strip, tile, chunk)
@@ -123,15 +101,14 @@ class Bias:
             if along.is_wide:
                 # One comparison for the whole tile, in place of two for each query.
                 value = T.if_then_else(along.seen_by_all(strip[axis], tile[axis], first + u), T.int32(0), value)
-            T.buffer_store(bias, value, self._at(axis, u, lane))
+            T.buffer_store(bias, value, [u, lane])
 
     def hide(self, score: Any, position: Place, lane: Any, hidden: float = LOWEST) -> Any:
         """Return the score, or what stands for it where the query does not see the key."""
         lowest = None if self.of_lane is None else self.of_lane[lane]
-        for axis, (bias, u) in enumerate(zip(self.of_axis, position, strict=True)):
+        for bias, u in zip(self.of_axis, position, strict=True):
             if bias is not None:
-                value = bias[self._at(axis, u, lane)]
-                lowest = value if lowest is None else T.min(lowest, value)
+                lowest = bias[u, lane] if lowest is None else T.min(lowest, bias[u, lane])
         return score if lowest is None else T.Select(lowest >= 0, score, T.float32(hidden))
 
 
@@ -141,38 +118,32 @@ def products(
     keys: Keys,
     staged: Buffer,
     offset: Place,
-    queries: Buffer,
+    lanes: Buffer,
     width: int,
     target: Buffer,
     consume: Callable[[Any, Place, Any], Any],
 ) -> None:
     """Multiply keys (or values) that a tile visits with queries (or gradients), a block of keys at a time.
 
-    ``target[u, lane] = consume(sum_d key[u, d] * query[lane, d], u, lane)``. One of the two comes transposed: that
-    which has the vector lanes.
+    ``target[u, lane] = consume(sum_d staged[u, d] * lanes[d, lane], u, lane)``.
     """
     at_once = f.plan.tiling.key_block
     counts = [visited // block for visited, block in zip(keys.visited, at_once, strict=True)]
     with block(f"{keys.prefix}{name}_block", tuple(counts)) as places:
-        T.reads(*map(f.whole, (staged, queries)))
+        T.reads(*map(f.whole, (staged, lanes)))
         T.writes(f.whole(target))
-        part = local(f.scores(at_once))
+        part = local((*at_once, f.lanes))
 
         def position(inner: Any) -> list[Any]:
             return [place * size + u for place, size, u in zip(places, at_once, inner, strict=True)]
 
         with reduction(f"{keys.prefix}{name}", (*at_once, f.lanes), (width,)) as (*u, lane, d):
-            at = f.score(u, lane)
             with T.init():
-                T.buffer_store(part, T.float32(0), at)
-            first, second, third = _sum(offset, position(u))
-            if f.keys_in_lanes:
-                product = queries[lane, d] * staged[first, second, d, third]
-            else:
-                product = queries[d, lane] * staged[first, second, third, d]
-            T.buffer_store(part, part[at] + product, at)
+                T.buffer_store(part, T.float32(0), [*u, lane])
+            product = lanes[d, lane] * staged[[*_sum(offset, position(u)), d]]
+            T.buffer_store(part, part[[*u, lane]] + product, [*u, lane])
         with block(f"{keys.prefix}{name}_use", (*at_once, f.lanes)) as (*u, lane):
-            T.buffer_store(target, consume(part[f.score(u, lane)], position(u), lane), f.score(position(u), lane))
+            T.buffer_store(target, consume(part[[*u, lane]], position(u), lane), [*position(u), lane])
 
 
 def weighted_rows(
@@ -186,7 +157,7 @@ def weighted_rows(
         u = _sum(keys.patch_offset(strip, tile, patch), r)
         with T.init():
             T.buffer_store(O, T.float32(0), [*patch, *query, d])
-        weighted = P[f.score(u, f.lane_of(patch, query))] * rows[[*_sum(offset, u), d]]
+        weighted = P[[*u, f.lane_of(patch, query)]] * rows[[*_sum(offset, u), d]]
         T.buffer_store(O, O[[*patch, *query, d]] + weighted, [*patch, *query, d])
 
 

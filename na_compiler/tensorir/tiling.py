@@ -59,8 +59,6 @@ class Tiling:
         head_dim and head_dim_v are padded with zeros to a multiple of it in the staged copies.
     additional_block
         Additional keys staged at once, a multiple of the last ``key_block``.
-    keys_in_lanes
-        Whether keys are staged transposed, and scores have the key as their last axis and not the query.
     grad_block
         Keys of the last axis whose gradients are summed at once over a tile's queries; divides the last extent of a
         tile's box.
@@ -74,7 +72,6 @@ class Tiling:
     vector: int = 1
     additional_block: int = 1
     grad_block: int = 1
-    keys_in_lanes: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,6 @@ class AxisTiling:
     tiles: int
     chunk_limit: int | None
     key_block: int
-    staged_multiple: int
     longest: int = field(init=False)
     shortest: int = field(init=False)
     strips: int = field(init=False)
@@ -109,7 +105,7 @@ class AxisTiling:
         set_("strips", -(-longest // self.strip))
         set_("patch_box", self._union(self.patch))
         set_("tile_box", round_up(self._union(self.tile), self.key_block))
-        set_("strip_box", round_up(max(self._union(self.strip), self.tile_box), self.staged_multiple))
+        set_("strip_box", max(self._union(self.strip), self.tile_box))
         if self.chunk_limit is None or self.chunk_limit >= self.strip_box:
             set_("chunk", self.strip_box)
         else:
@@ -202,7 +198,6 @@ class TilingPlan:
                 tiles=tiling.strip[axis],
                 chunk_limit=tiling.chunk[axis] if tiling.chunk else None,
                 key_block=tiling.key_block[axis],
-                staged_multiple=tiling.vector if tiling.keys_in_lanes and axis == AXES - 1 else 1,
             )
             for axis in range(AXES)
         ]
