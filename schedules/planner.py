@@ -24,9 +24,9 @@ _STAGED_BYTES = 512 * 1024
 _KEYS_AT_ONCE = 4096
 _CHUNK_KEYS = 1024
 # Tasks of one batch entry, below which a strip is cut smaller.
-_TASKS = 16
+_TASKS = 24
 _ROW_BLOCK = 32
-_L1_BYTES = 16 * 1024
+_L1_BYTES = 20 * 1024
 # Cycles, fitted to measurements: of the softmax a vector of scores, of staging a vector, of a tile beside its loops.
 _SOFTMAX, _STAGE, _TILE = 8.0, 2.5, 900.0
 
@@ -52,12 +52,17 @@ class Machine:
         return max(2 * self.vector, 8) if self.vector < 16 else self.vector
 
     @property
-    def accumulators(self) -> int:
-        """Vectors of accumulators, leaving registers for operands.
+    def scores(self) -> int:
+        """Vectors of accumulators of the products that make scores: beside them, two operands.
 
         TVM keeps local arrays of 1024 bytes and more in memory, which bounds them as well.
         """
         return min(12 if self.registers == 16 else 24, (1024 - 1) // (4 * self.vector))
+
+    @property
+    def accumulators(self) -> int:
+        """Vectors of accumulators of the other products, where there are as many operands beside them as columns."""
+        return 8 if self.registers == 16 else min(16, (1024 - 1) // (4 * self.vector))
 
 
 def choose(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes:
@@ -92,14 +97,15 @@ def _complete(problem: Problem, machine: Machine, direction: str, tile: Extents,
     """Choose the rest of a config, given tile and patch."""
     bare = Tiling(tile=tile, patch=patch, vector=machine.vector)
     box = TilingPlan.make(problem, bare).axes[-1].tile_box
-    rows = machine.accumulators * machine.vector // machine.lanes
+    rows = machine.scores * machine.vector // machine.lanes
     key_block = _block(box, rows)
-    grad_block = _divisor(key_block if direction == "backward" else 1, 4)
+    visited = round_up(box, key_block)
+    grad_block = _divisor(visited, 4) if direction == "backward" else 1
     tiling = replace(
         bare,
         key_block=(1, 1, key_block),
         grad_block=grad_block,
-        additional_block=round_up(64, key_block),
+        additional_block=round_up(64, math.lcm(key_block, grad_block)),
     )
     tiling = _with_strip(problem, tiling, direction)
     plan = TilingPlan.make(problem, tiling)
@@ -180,9 +186,11 @@ def _cycles(problem: Problem, machine: Machine, config: QueriesInLanes, directio
     rows = config.tiling.key_block[-1]
     score = max(rows * vectors, rows + vectors) / (2 * rows)  # cycles a key and an element of it
     queries = math.prod(config.tiling.patch)
-    columns = min(max(config.accumulators // queries, 1), max(int(depth_v), 1))
+    columns = _divisor(max(int(depth_v), 1), max(config.accumulators // queries, 1))
     # A chain of additions is four cycles long: fewer than eight accumulators wait for it.
     weighted = max(queries * columns, queries + columns, 8) / (2 * queries * columns)
+    if config.row_block is None and plan.size("visited") * columns * machine.vector * 4 > _L1_BYTES:
+        weighted *= 1.3  # The values that the patches share do not stay in the innermost cache.
     patches = machine.lanes // queries
     overhead = patches * plan.extents("patch_visited")[0] * plan.extents("patch_visited")[1] * 12.0
     tile = visited * vectors * _SOFTMAX + _TILE + overhead
