@@ -1,0 +1,303 @@
+"""``na-compile bench``: times this package against what else there is, all in one interleaved run.
+
+Machines are noisy: what counts are ratios of medians over rounds in which everything runs once. Each result is
+compared with the float64 reference before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from na_compiler.problem import Problem
+
+__all__ = ["add_parser"]
+
+Run = Callable[[], Any]
+
+# Relative error, ``|x - reference| / |reference|``, up to which a float32 result counts as right.
+_TOLERANCE = 1e-5
+_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem, and what to time it against: name of the competitor to the ratio that is asked for, if any."""
+
+    title: str
+    problem: Problem
+    forward: dict[str, float | None]
+    backward: dict[str, float | None] = field(default_factory=dict)
+
+
+def _windowed(title: str, problem: Problem, sdpa: float, sdpa_backward: float, flex: float | None) -> Case:
+    forward = {"masked SDPA": sdpa, "FlexAttention": flex, "gather": None}
+    return Case(title, problem, forward, {"masked SDPA": sdpa_backward})
+
+
+CPU_SUITE = (
+    _windowed("2-D, small window", Problem((56, 56), 4, 32, 7), 55, 50, 35),
+    _windowed("2-D, large window", Problem((64, 64), 8, 64, 13), 25, 25, None),
+    _windowed("1-D", Problem(4096, 4, 64, 255), 30, 27, 3.5),
+    _windowed("3-D", Problem((16, 16, 16), 4, 32, 5), 34, 28, None),
+    Case("dense", Problem((32, 32), 4, 64, 32), {"dense SDPA": 1.0}, {"dense SDPA": 1.0}),
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser("bench", help="time this package against torch's attention")
+    parser.add_argument("--suite", choices=["cpu"], default="cpu", help="which problems (default: cpu)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of everything that is timed (default: 2)")
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"time for each table row (default: {_SECONDS})")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a competitor to leave out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file as well")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    import torch  # noqa: PLC0415
+
+    from na_compiler.target import Target  # noqa: PLC0415
+
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    torch.set_num_threads(options.threads)
+    console = Console()
+    seed = int.from_bytes(os.urandom(2), "little")
+    machine = f"{_processor()}, {Target.parse('llvm')}, {options.threads} threads, torch {torch.__version__}, seed {seed}"
+    console.print(machine)
+    for case in CPU_SUITE:
+        console.print(f"{case.title}: {case.problem}", highlight=False)
+    rows: list[dict[str, Any]] = []
+    steps = sum(1 + bool(case.backward) for case in CPU_SUITE) + 1
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("timing", total=steps)
+        for case in CPU_SUITE:
+            for direction in ("forward", "backward"):
+                competitors = getattr(case, direction)
+                if competitors:
+                    progress.update(task, description=f"{case.title}, {direction}")
+                    wanted = {name: ratio for name, ratio in competitors.items() if name not in options.skip}
+                    rows.append(_row(case, direction, wanted, options.seconds, seed, progress.console))
+                    progress.advance(task)
+        progress.update(task, description="overheads")
+        overheads = _overheads(options.seconds)
+    console.print(_table(rows))
+    console.print(_overhead_table(overheads))
+    if options.json:
+        figures = {"machine": machine, "rows": rows, "overheads": overheads}
+        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+def _row(
+    case: Case, direction: str, wanted: dict[str, float | None], seconds: float, seed: int, console: Console
+) -> dict[str, Any]:
+    """Check and time one problem in one direction."""
+    import torch  # noqa: PLC0415
+
+    from na_compiler.cli import competitors  # noqa: PLC0415
+    from na_compiler.functional import na1d, na2d, na3d  # noqa: PLC0415
+
+    problem = case.problem
+    inputs = competitors.Inputs.draw(problem, seed)
+    attend = {1: na1d, 2: na2d, 3: na3d}[problem.rank]
+    runs: dict[str, Run] = {}
+    if direction == "forward":
+        runs["na_compiler"] = lambda: attend(inputs.query, inputs.key, inputs.value, problem.kernel_size)
+        makers: dict[str, Callable[[], Run]] = {
+            "masked SDPA": lambda: competitors.masked_sdpa(inputs),
+            "dense SDPA": lambda: competitors.dense_sdpa(inputs),
+            "FlexAttention": lambda: competitors.flex_attention(inputs),
+            "gather": lambda: competitors.gather(inputs),
+        }
+    else:
+        grad = torch.randn_like(inputs.query)
+        tensors = [tensor.clone().requires_grad_() for tensor in (inputs.query, inputs.key, inputs.value)]
+        output = attend(*tensors, problem.kernel_size)
+        runs["na_compiler"] = lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True)
+        makers = dict.fromkeys(wanted, lambda: competitors.masked_sdpa_backward(inputs, grad))
+    expected = _expected(inputs, None if direction == "forward" else grad)
+    failures = {}
+    for name in ("na_compiler", *wanted):
+        try:
+            runs.setdefault(name, makers[name]() if name in makers else runs["na_compiler"])
+            _check(name, runs[name](), expected)
+        except Exception as error:  # noqa: BLE001  # A competitor that does not run is a result too.
+            if name == "na_compiler":
+                raise
+            runs.pop(name, None)
+            failures[name] = _reason(error)
+            console.print(f"{case.title}: {name} does not run here: {failures[name]}")
+    medians = {name: 1e3 * value for name, value in _interleave(runs, seconds).items()}
+    ours = medians["na_compiler"]
+    return {
+        "title": case.title,
+        "problem": str(problem),
+        "direction": direction,
+        "milliseconds": medians,
+        "ratios": {name: value / ours for name, value in medians.items() if name != "na_compiler"},
+        "asked": {name: ratio for name, ratio in wanted.items() if ratio is not None},
+        "failures": failures,
+        "gflops": problem.flops(direction=direction) / ours / 1e6,
+    }
+
+
+def _expected(inputs: Any, grad: Any) -> list[Any]:
+    """Return the output, or the gradients, in float64."""
+    import torch  # noqa: PLC0415
+
+    from na_compiler.reference import neighborhood_attention  # noqa: PLC0415
+
+    tensors = [tensor.double().requires_grad_(grad is not None) for tensor in (inputs.query, inputs.key, inputs.value)]
+    output, _ = neighborhood_attention(*tensors, inputs.problem.kernel_size)
+    return [output] if grad is None else list(torch.autograd.grad(output, tensors, grad.double()))
+
+
+def _check(name: str, results: Any, expected: list[Any]) -> None:
+    for result, reference in zip(results if isinstance(results, tuple) else [results], expected, strict=True):
+        error = ((result.double() - reference).norm() / reference.norm()).item()
+        if not error < _TOLERANCE:
+            raise RuntimeError(f"{name} is wrong: relative error {error:.1e}")
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line for line in str(error).replace("\\n", "\n").splitlines() if "error:" in line] or [str(error)]
+    return f"{type(error).__name__}: {lines[0].strip()[:160]}"
+
+
+def _interleave(runs: dict[str, Run], seconds: float) -> dict[str, float]:
+    """Run everything in turn until the time is up; returns medians in seconds.
+
+    What is quick runs three times in a round, so that there are enough samples for a median where one competitor
+    takes a second; what takes longer than a tenth of the time runs in the first three rounds only.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    until = time.perf_counter() + seconds
+    rounds = 0
+    while time.perf_counter() < until or rounds < 3:
+        for name, run in runs.items():
+            latest = times[name][-1] if times[name] else seconds
+            if rounds >= 3 and latest > 0.1 * seconds:
+                continue
+            for _ in range(3 if latest < 0.02 else 1):
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _overheads(seconds: float) -> dict[str, float]:
+    """Measure what a call costs beside the kernel, what a matrix product before it does, and bfloat16."""
+    import torch  # noqa: PLC0415
+
+    from na_compiler.compiler.kernels import compile as compile_kernel  # noqa: PLC0415
+    from na_compiler.functional import na2d  # noqa: PLC0415
+
+    found = {}
+    with torch.inference_mode():
+        small = Problem((4, 4), 1, 8, 3)
+        tensors = torch.randn(3, 1, 4, 4, 1, 8).unbind()
+        kernel: Any = compile_kernel(small)
+        output, lse = kernel(*tensors)
+        runs: dict[str, Run] = {
+            "bare": lambda: kernel.function(*tensors, 0.35, output, lse),
+            "na2d": lambda: na2d(*tensors, 3),
+        }
+        times = {name: 1e6 * min(_many(run) for _ in range(20)) for name, run in runs.items()}
+        found["na2d on a 4x4 layout in inference_mode, us above the bare kernel"] = times["na2d"] - times["bare"]
+
+        problem = Problem((56, 56), 4, 32, 7)
+        query, key, value = torch.randn(3, 1, 56, 56, 4, 32)
+        large: Any = compile_kernel(problem)
+        output, lse = large(query, key, value)
+        matrix = torch.randn(512, 512)
+        product = torch.empty(512, 512)
+
+        def attend() -> None:
+            large.function(query, key, value, 0.2, output, lse)
+
+        def multiply() -> None:
+            torch.mm(matrix, matrix, out=product)
+
+        alone, multiply_alone, after, multiply_mixed = _mixed(attend, multiply, seconds)
+        found["right after torch.mm, time over the kernel alone"] = after / alone
+        found["torch.mm mixed with kernels, time over torch.mm alone"] = multiply_mixed / multiply_alone
+        half = [tensor.bfloat16() for tensor in (query, key, value)]
+        times = _interleave(
+            {"float32": lambda: na2d(query, key, value, 7), "bfloat16": lambda: na2d(*half, 7)}, seconds / 2
+        )
+        found["bfloat16, time over float32 (56x56, kernel 7)"] = times["bfloat16"] / times["float32"]
+    return found
+
+
+def _many(run: Run, count: int = 200) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - start) / count
+
+
+def _mixed(attend: Run, multiply: Run, seconds: float) -> tuple[float, float, float, float]:
+    """Return medians of each alone, and of both in turn; alone and mixed alternate in short spells."""
+    times: list[list[float]] = [[], [], [], []]
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for series, run in zip(times[:2], (attend, multiply), strict=True):
+            for _ in range(20):
+                start = time.perf_counter()
+                run()
+                series.append(time.perf_counter() - start)
+        for _ in range(20):
+            start = time.perf_counter()
+            multiply()
+            between = time.perf_counter()
+            attend()
+            times[2].append(time.perf_counter() - between)
+            times[3].append(between - start)
+    return statistics.median(times[0]), statistics.median(times[1]), statistics.median(times[2]), statistics.median(times[3])
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="time over ours: medians of one interleaved run (asked for)")
+    names = list(dict.fromkeys(name for row in rows for name in (*row["ratios"], *row["failures"])))
+    table.add_column("problem")
+    for name in ("ours, ms", "GFLOP/s", *names):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = []
+        for name in names:
+            asked = row["asked"].get(name)
+            text = f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "failed" if name in row["failures"] else ""
+            cells.append(f"{text} ({asked:g})" if text and asked is not None else text)
+        title = row["title"] if row["direction"] == "forward" else "  its backward"
+        table.add_row(title, f"{row['milliseconds']['na_compiler']:.2f}", f"{row['gflops']:.0f}", *cells)
+    return table
+
+
+def _overhead_table(overheads: dict[str, float]) -> Table:
+    table = Table("measure", "value", title="overheads")
+    for name, value in overheads.items():
+        table.add_row(name, f"{value:.2f}")
+    return table
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
