@@ -1,0 +1,131 @@
+"""Comparing with the float64 reference: inputs, expected results, and the error that counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from na_compiler.problem import Problem
+from na_compiler.reference import neighborhood_attention
+
+# Relative errors, ``|x - reference| / |reference|``.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+@dataclasses.dataclass
+class Example:
+    """Inputs of a problem, and what the reference makes of them in float64."""
+
+    problem: Problem
+    inputs: list[torch.Tensor]
+    grad_output: torch.Tensor
+    grad_lse: torch.Tensor
+    output: torch.Tensor
+    lse: torch.Tensor
+    grads: list[torch.Tensor]
+    magnitudes: list[float]
+    tokens: torch.Tensor | None = None
+
+    @property
+    def additional(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return (self.inputs[3], self.inputs[4]) if len(self.inputs) > 3 else (None, None)
+
+    @property
+    def parameters(self) -> tuple[Any, ...]:
+        p = self.problem
+        return p.kernel_size, p.stride, p.dilation, p.is_causal
+
+
+def draw(
+    problem: Problem,
+    *,
+    batch: int = 1,
+    additional: int = 5,
+    scale: float | None = None,
+    tokens: torch.Tensor | None = None,
+) -> Example:
+    """Draw inputs in the problem's dtype; the reference sees them as they are rounded to it.
+
+    With ``tokens`` the reference is computed for these queries only, and only they have a gradient of the output:
+    the gradients of everything are still exact.
+    """
+    dtype = getattr(torch, problem.dtype)
+    layout = (batch, *problem.layout)
+    shapes = [
+        (*layout, problem.heads, problem.head_dim),
+        (*layout, problem.heads_kv, problem.head_dim),
+        (*layout, problem.heads_kv, problem.head_dim_v),
+    ]
+    if problem.additional_kv:
+        shapes += [
+            (batch, additional, problem.heads_kv, problem.head_dim),
+            (batch, additional, problem.heads_kv, problem.head_dim_v),
+        ]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    grad_output = torch.randn(*layout, problem.heads, problem.head_dim_v).to(dtype)
+    grad_lse = torch.randn(*layout, problem.heads)
+    some_output, some_lse = grad_output, grad_lse
+    if tokens is not None:
+        others = torch.ones(problem.tokens, dtype=torch.bool).index_fill(0, tokens, value=False)
+        grad_output.flatten(1, -3)[:, others] = 0
+        grad_lse.flatten(1, -2)[:, others] = 0
+        some_output, some_lse = grad_output.flatten(1, -3)[:, tokens], grad_lse.flatten(1, -2)[:, tokens]
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    parameters = (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal, scale)
+    output, lse = neighborhood_attention(*exact[:3], *parameters, *exact[3:], tokens=tokens)
+    grads = torch.autograd.grad((output, lse), exact, (some_output.double(), some_lse.double()))
+    magnitudes = _magnitudes(problem, exact, grad_output)
+    return Example(
+        problem, inputs, grad_output, grad_lse, output.detach(), lse.detach(), list(grads), magnitudes, tokens
+    )
+
+
+def _magnitudes(problem: Problem, exact: list[torch.Tensor], grad_output: torch.Tensor) -> list[float]:
+    """Return, per gradient, the norm of the same sum over absolute values, where the exact result vanishes; else 0.
+
+    With one key in every window the softmax is constant: the gradients of query and key are 0, and what a kernel
+    returns for them is the rounding of ``grad_output . value - grad_output . output``.
+    """
+    if problem.additional_kv or any(extent > 1 for extent in problem.kernel_size):
+        return [0.0] * 5
+    query, key, value = (tensor.detach().abs() for tensor in exact[:3])
+    key, value = (t.repeat_interleave(problem.group_size, -2) for t in (key, value))
+    steep = 2 * problem.head_dim**-0.5 * (grad_output.double().abs() * value).sum(-1, keepdim=True)
+    by_key = (steep * query).unflatten(-2, (problem.heads_kv, problem.group_size)).sum(-2)
+    return [(steep * key).norm().item(), by_key.norm().item(), 0.0, 0.0, 0.0]
+
+
+def check(name: str, result: torch.Tensor, reference: torch.Tensor, dtype: str, *, floor: float = 0.0) -> None:
+    """Assert that a result is as near to the reference as its dtype allows."""
+    assert result.shape == reference.shape, f"{name}: shape {tuple(result.shape)}, not {tuple(reference.shape)}"
+    if reference.numel() == 0:
+        return
+    norm = max(reference.norm().item(), floor)
+    error = (result.double() - reference).norm().item()
+    relative = error / norm if norm else error
+    assert math.isfinite(relative), f"{name}: not finite: an output was not written, or overflowed"
+    assert relative < TOLERANCE[dtype], f"{name}: relative error {relative:.2e}"
+
+
+def check_forward(example: Example, output: torch.Tensor, lse: torch.Tensor) -> None:
+    assert torch.isfinite(output).all(), "output: not finite: not written, or overflowed"
+    assert torch.isfinite(lse).all(), "lse: not finite: not written, or overflowed"
+    if example.tokens is not None:
+        output, lse = output.flatten(1, -3)[:, example.tokens], lse.flatten(1, -2)[:, example.tokens]
+    check("output", output, example.output, example.problem.dtype)
+    # lse is float32 whatever the inputs are; it may pass through 0, so its scale is at least 1 an element.
+    check("lse", lse, example.lse, "float32", floor=math.sqrt(max(example.lse.numel(), 1)))
+
+
+def check_backward(example: Example, grads) -> None:
+    names = ("grad_query", "grad_key", "grad_value", "grad_additional_keys", "grad_additional_values")
+    for name, grad, reference, magnitude in zip(names, grads, example.grads, example.magnitudes, strict=False):
+        check(name, grad, reference, example.problem.dtype, floor=magnitude)
+
+
+def poisoned(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors like these, full of NaN."""
+    return [torch.full_like(tensor, math.nan) for tensor in tensors]
