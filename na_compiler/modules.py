@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from na_compiler.functional import Flags, Ints, na1d, na2d, na3d

@@ -32,7 +32,7 @@ _BACKWARD = (
     f"{_PARAMETERS}, {_ADDITIONAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-_library = torch.library.Library("na_compiler", "DEF")  # noqa: TOR901
+_library = torch.library.Library("na_compiler", "DEF")
 # Kernels by what decides which one it is. Looking one up takes a microsecond or two; making a Problem, thirty.
 _kernels: dict[tuple[Any, ...], Any] = {}
 _KERNELS = 4096
@@ -170,10 +170,20 @@ def _backward(
     )
     query, key, value, grad_output = (_prepare(tensor) for tensor in (query, key, value, grad_output))
     extra = (
-        () if additional_keys is None or additional_values is None else map(_prepare, (additional_keys, additional_values))
+        ()
+        if additional_keys is None or additional_values is None
+        else map(_prepare, (additional_keys, additional_values))
     )
     gradients = kernel(
-        query, key, value, output.contiguous(), lse.contiguous(), grad_output, grad_lse.contiguous(), *extra, scale=scale
+        query,
+        key,
+        value,
+        output.contiguous(),
+        lse.contiguous(),
+        grad_output,
+        grad_lse.contiguous(),
+        *extra,
+        scale=scale,
     )
     if additional_keys is None:
         gradients += (query.new_empty(0), query.new_empty(0))
@@ -257,7 +267,7 @@ def _differentiate(operator: Any, ctx: Any, grad_output: Tensor | None, grad_lse
     return (*grads[:3], None, None, None, None, None, *extra)
 
 
-def _differentiate_twice(ctx: Any, *grads: Tensor) -> Any:  # noqa: ARG001
+def _differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
     raise NotImplementedError("neighborhood attention cannot be differentiated twice")
 
 
@@ -275,9 +285,7 @@ def _autocast(operator: Any, device: str, keyset: Any, *arguments: Any) -> Any: 
     dtype = torch.get_autocast_dtype(device)
     key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA  # noqa: SLF001
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):  # noqa: SLF001
-        return operator(
-            *(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
-        )
+        return operator(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments))
 
 
 def _batched(operator: Any, tensors: tuple[int, ...], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
@@ -299,16 +307,14 @@ def _batched(operator: Any, tensors: tuple[int, ...], info: Any, in_dims: tuple[
 
 
 def _flops(query: Any, key: Any, value: Any, parameters: tuple[Any, ...], extra: Any, direction: str) -> int:
-    problem = Problem(
-        tuple(query[1:-2]), query[-2], query[-1], *parameters, heads_kv=key[-2], head_dim_v=value[-1]
-    )
+    problem = Problem(tuple(query[1:-2]), query[-2], query[-1], *parameters, heads_kv=key[-2], head_dim_v=value[-1])
     return problem.flops(query[0], 0 if extra is None else extra[1], direction)
 
 
 def _forward_flops(
     query: Any, key: Any, value: Any, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any, scale: Any,
     additional_keys: Any = None, additional_values: Any = None, **_: Any,
-) -> int:  # fmt: skip  # noqa: ARG001
+) -> int:  # fmt: skip
     return _flops(query, key, value, (kernel_size, stride, dilation, is_causal), additional_keys, "forward")
 
 
@@ -316,7 +322,7 @@ def _backward_flops(
     grad_output: Any, grad_lse: Any, query: Any, key: Any, value: Any, output: Any, lse: Any, kernel_size: Any,
     stride: Any, dilation: Any, is_causal: Any, scale: Any, additional_keys: Any = None, additional_values: Any = None,
     **_: Any,
-) -> int:  # fmt: skip  # noqa: ARG001
+) -> int:  # fmt: skip
     return _flops(query, key, value, (kernel_size, stride, dilation, is_causal), additional_keys, "backward")
 
 
@@ -333,7 +339,9 @@ def _register(rank: int) -> Any:
     for i, (name, operator) in enumerate(zip(names, operators, strict=True)):
         _library.impl(name, functools.partial((_forward, _backward)[i], rank), "CPU")
         _library.impl(name, functools.partial(_unsupported, rank), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"na_compiler::{name}", (functools.partial(_forward_fake, rank), _backward_fake)[i], lib=_library)
+        torch.library.register_fake(
+            f"na_compiler::{name}", (functools.partial(_forward_fake, rank), _backward_fake)[i], lib=_library
+        )
         autograd = make_autograd_impl(operator, Info(differentiate[i], setup[i]))
         _library.impl(name, functools.partial(_refuse_forward_mode, autograd), "Autograd", with_keyset=True)
         tensors = (tuple(range(3)), tuple(range(7)))[i]

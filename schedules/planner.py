@@ -67,7 +67,9 @@ class Machine:
 
 def choose(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes:
     """Return the config to compile a problem with."""
-    return min(_candidates(problem, machine, direction), key=lambda config: _cycles(problem, machine, config, direction))
+    return min(
+        _candidates(problem, machine, direction), key=lambda config: _cycles(problem, machine, config, direction)
+    )
 
 
 def _candidates(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:

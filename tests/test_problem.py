@@ -97,7 +97,10 @@ def test_refused(change, message):
     ("data", "message"),
     [
         ({"layout": [8], "heads": 1, "head_dim": 8}, "a problem needs kernel_size as well"),
-        ({"layout": [8], "heads": 1, "head_dim": 8, "kernel_size": 3, "color": 1}, "unknown fields of a problem: color"),
+        (
+            {"layout": [8], "heads": 1, "head_dim": 8, "kernel_size": 3, "color": 1},
+            "unknown fields of a problem: color",
+        ),
     ],
 )
 def test_refused_data(data, message):

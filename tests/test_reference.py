@@ -56,7 +56,9 @@ def test_agrees_with_loops_over_the_definition(seed):
             seen = neighbors(problem, token)
             shared = head // problem.group_size
             keys = torch.stack([key[(batch, *place, shared)] for place in seen] + list(extra_key[batch, :, shared]))
-            values = torch.stack([value[(batch, *place, shared)] for place in seen] + list(extra_value[batch, :, shared]))
+            values = torch.stack(
+                [value[(batch, *place, shared)] for place in seen] + list(extra_value[batch, :, shared])
+            )
             scores = 0.7 * keys @ query[(batch, *token, head)]
             torch.testing.assert_close(output[(batch, *token, head)], scores.softmax(0) @ values)
             torch.testing.assert_close(lse[(batch, *token, head)], scores.logsumexp(0))

@@ -16,8 +16,12 @@ from na_compiler.target import Target
 from na_compiler.tensorir.tiling import Tiling, TilingPlan
 
 WHOLE = Tiling()
-TILED = Tiling(tile=(1, 2, 4), patch=(1, 1, 2), strip=(1, 2, 2), key_block=(1, 1, 2), vector=4, additional_block=4, grad_block=2)
-CHUNKED = Tiling(tile=(2, 1, 4), patch=(2, 1, 1), strip=(1, 2, 1), chunk=(1, 3, 4), key_block=(1, 1, 2), vector=4, additional_block=2)
+TILED = Tiling(
+    tile=(1, 2, 4), patch=(1, 1, 2), strip=(1, 2, 2), key_block=(1, 1, 2), vector=4, additional_block=4, grad_block=2
+)
+CHUNKED = Tiling(
+    tile=(2, 1, 4), patch=(2, 1, 1), strip=(1, 2, 1), chunk=(1, 3, 4), key_block=(1, 1, 2), vector=4, additional_block=2
+)
 
 PROBLEMS = [
     Problem(37, 1, 3, 7, 3, 3, head_dim_v=5),

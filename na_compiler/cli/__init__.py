@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except (ValueError, OSError, RuntimeError, NotImplementedError, ImportError) as error:
-        print(f"na-compile: {error}", file=sys.stderr)  # noqa: T201
+        print(f"na-compile: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

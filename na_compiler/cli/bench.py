@@ -61,7 +61,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="time this package against torch's attention")
     parser.add_argument("--suite", choices=["cpu"], default="cpu", help="which problems (default: cpu)")
     parser.add_argument("--threads", type=int, default=2, help="threads of everything that is timed (default: 2)")
-    parser.add_argument("--seconds", type=float, default=_SECONDS, help=f"time for each table row (default: {_SECONDS})")
+    parser.add_argument(
+        "--seconds", type=float, default=_SECONDS, help=f"time for each table row (default: {_SECONDS})"
+    )
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a competitor to leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file as well")
     parser.set_defaults(run=_run)
@@ -77,7 +79,9 @@ def _run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     console = Console()
     seed = int.from_bytes(os.urandom(2), "little")
-    machine = f"{_processor()}, {Target.parse('llvm')}, {options.threads} threads, torch {torch.__version__}, seed {seed}"
+    machine = (
+        f"{_processor()}, {Target.parse('llvm')}, {options.threads} threads, torch {torch.__version__}, seed {seed}"
+    )
     console.print(machine)
     for case in CPU_SUITE:
         console.print(f"{case.title}: {case.problem}", highlight=False)
@@ -135,7 +139,7 @@ def _row(
         try:
             runs.setdefault(name, makers[name]() if name in makers else runs["na_compiler"])
             _check(name, runs[name](), expected)
-        except Exception as error:  # noqa: BLE001  # A competitor that does not run is a result too.
+        except Exception as error:  # A competitor that does not run is a result too.
             if name == "na_compiler":
                 raise
             runs.pop(name, None)
@@ -268,7 +272,12 @@ def _mixed(attend: Run, multiply: Run, seconds: float) -> tuple[float, float, fl
             attend()
             times[2].append(time.perf_counter() - between)
             times[3].append(between - start)
-    return statistics.median(times[0]), statistics.median(times[1]), statistics.median(times[2]), statistics.median(times[3])
+    return (
+        statistics.median(times[0]),
+        statistics.median(times[1]),
+        statistics.median(times[2]),
+        statistics.median(times[3]),
+    )
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -281,7 +290,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         cells = []
         for name in names:
             asked = row["asked"].get(name)
-            text = f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "failed" if name in row["failures"] else ""
+            text = (
+                f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "failed" if name in row["failures"] else ""
+            )
             cells.append(f"{text} ({asked:g})" if text and asked is not None else text)
         title = row["title"] if row["direction"] == "forward" else "  its backward"
         table.add_row(title, f"{row['milliseconds']['na_compiler']:.2f}", f"{row['gflops']:.0f}", *cells)

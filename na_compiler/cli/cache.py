@@ -31,7 +31,7 @@ def _list(options: argparse.Namespace) -> None:
     folder = cache.cache_folder()
     if options.json:
         data = [{"key": e.key, "bytes": e.bytes, "used": e.used, **e.info.to_dict()} for e in found]
-        print(json.dumps({"folder": str(folder), "kernels": data}, indent=1))  # noqa: T201
+        print(json.dumps({"folder": str(folder), "kernels": data}, indent=1))
         return
     table = Table("problem", "direction", "target", "size", "last used", title=f"{len(found)} kernels in {folder}")
     for entry in found:

@@ -48,14 +48,14 @@ class Inputs:
 
 
 def masked_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
-    """torch's attention with the neighborhood as a boolean mask."""
+    """Torch's attention with the neighborhood as a boolean mask."""
     query, key, value = inputs.heads_first()
     mask = neighborhood_mask(inputs.problem)
     return lambda: inputs.heads_last(scaled_dot_product_attention(query, key, value, attn_mask=mask))
 
 
 def dense_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
-    """torch's attention without a mask: the same problem only where the window is the whole layout."""
+    """Torch's attention without a mask: the same problem only where the window is the whole layout."""
     query, key, value = inputs.heads_first()
     return lambda: inputs.heads_last(scaled_dot_product_attention(query, key, value))
 
@@ -75,7 +75,7 @@ def masked_sdpa_backward(inputs: Inputs, grad: Tensor) -> Callable[[], tuple[Ten
 
 
 def flex_attention(inputs: Inputs) -> Callable[[], Tensor]:
-    """torch's compiled FlexAttention with the neighborhood as a block mask.
+    """Torch's compiled FlexAttention with the neighborhood as a block mask.
 
     Raises
     ------

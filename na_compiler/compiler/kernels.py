@@ -10,12 +10,12 @@ from pathlib import Path
 
 from na_compiler.compiler import cache
 from na_compiler.compiler.spec import KernelSpec
-from na_compiler.target import Target
 from na_compiler.problem import Problem
 from na_compiler.runtime import threads
 from na_compiler.runtime.bundle import loaded_bundles
 from na_compiler.runtime.kernel import Kernel, make_kernel
 from na_compiler.runtime.library import load_function
+from na_compiler.target import Target
 
 __all__ = ["compile", "compile_spec", "find_kernel"]
 
@@ -87,7 +87,9 @@ def compile_spec(spec: KernelSpec) -> Kernel:
 
 def _load(spec: KernelSpec) -> Kernel:
     if spec.target.runs_here and threads.c_compiler() is None and not _is_cached(spec):
-        _say_once("no C compiler was found: kernels are built in memory, again in every process; install one, or set CC")
+        _say_once(
+            "no C compiler was found: kernels are built in memory, again in every process; install one, or set CC"
+        )
         from na_compiler.compiler.build import build_in_memory  # noqa: PLC0415
 
         return make_kernel(spec.info, *build_in_memory(spec))
@@ -105,6 +107,7 @@ def _is_cached(spec: KernelSpec) -> bool:
 
 def library_of(spec: KernelSpec) -> Path:
     """Return the library of a spec, from the cache or compiled now."""
+
     def build(path: Path) -> None:
         from na_compiler.compiler.build import build_library  # noqa: PLC0415
 
@@ -113,7 +116,9 @@ def library_of(spec: KernelSpec) -> Path:
     try:
         return cache.fetch(spec.key, spec.info, build).library
     except OSError as error:
-        _say_once(f"the cache in {cache.cache_folder()} cannot be used, kernels are kept for this process only: {error}")
+        _say_once(
+            f"the cache in {cache.cache_folder()} cannot be used, kernels are kept for this process only: {error}"
+        )
         folder = Path(tempfile.mkdtemp(prefix="na_compiler-"))
         try:
             return cache.write_entry(folder / spec.key, spec.key, spec.info, build).library

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from na_compiler.target import Target
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import DIRECTIONS, KernelInfo, Workspace
 from na_compiler.schedules import planner
+from na_compiler.target import Target
 from na_compiler.tensorir.tiling import TilingPlan
 
 __all__ = ["KernelSpec"]

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
-import subprocess  # noqa: S404
+import subprocess
 import sys
 import tempfile
 from pathlib import Path

@@ -6,7 +6,7 @@ import functools
 import math
 
 import numpy as np
-from tvm import ir, tirx
+from tvm import ir
 from tvm.tirx.script import builder as T
 
 __all__ = ["LN2", "LOG2_E", "LOWEST", "exp2", "log2"]

@@ -319,9 +319,7 @@ def _gather(f: Frame, name: str, space: Buffer, gradient: Buffer, width: int, fa
             covered = tirx.all(*(covers for _, _, covers in places))
             T.buffer_store(total, total[d] + T.if_then_else(covered, space[at], T.float32(0)), [d])
         with block(f"{name}_grad", (width,)) as (d,):
-            T.buffer_store(
-                gradient, T.Cast(f.dtype, total[d] * T.float32(factor)), [batch, *f.layout(token), head, d]
-            )
+            T.buffer_store(gradient, T.Cast(f.dtype, total[d] * T.float32(factor)), [batch, *f.layout(token), head, d])
 
 
 def _gather_additional(f: Frame, name: str, space: Buffer, gradient: Buffer, width: int, factor: float) -> None:

@@ -11,8 +11,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tvm.tirx.script import builder as T
 from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
 
 __all__ = ["block", "local", "prim_func", "reduction", "update"]
 
@@ -95,7 +95,9 @@ def prim_func(parameters: dict[str, Any], body: Callable[..., None]) -> Any:
             for name, kind in parameters.items():
                 arguments[name] = T.arg(name, T.handle() if isinstance(kind, dict) else getattr(T, kind)())
             buffers = [
-                IRBuilder.name(name, T.match_buffer(arguments[name], **kind)) if isinstance(kind, dict) else arguments[name]
+                IRBuilder.name(name, T.match_buffer(arguments[name], **kind))
+                if isinstance(kind, dict)
+                else arguments[name]
                 for name, kind in parameters.items()
             ]
             body(*buffers)

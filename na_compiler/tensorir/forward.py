@@ -90,7 +90,15 @@ class _Task:
     """Emits what one iteration of the parallel loop does: a strip of queries of the heads that share keys."""
 
     def __init__(
-        self, f: Frame, tensors: list[Buffer], scale: Any, output: Buffer, lse: Buffer, batch: Any, head: Any, strip: Any
+        self,
+        f: Frame,
+        tensors: list[Buffer],
+        scale: Any,
+        output: Buffer,
+        lse: Buffer,
+        batch: Any,
+        head: Any,
+        strip: Any,
     ) -> None:
         self.f, self.scale, self.output, self.lse = f, scale, output, lse
         self.query, self.key, self.value, *self.additional = tensors

@@ -99,9 +99,7 @@ class Frame:
 
         def index(lane: Expr, *last: Expr) -> Index:
             place = self.lane(lane)
-            tokens = (
-                axis.token(strip[i], axis.query(strip[i], tile[i], place[i])) for i, axis in enumerate(self.axes)
-            )
+            tokens = (axis.token(strip[i], axis.query(strip[i], tile[i], place[i])) for i, axis in enumerate(self.axes))
             return batch, *self.layout(tokens), head, *last
 
         return index
@@ -135,9 +133,7 @@ class Window:
         frame = self.frame
 
         def index(position: Place, d: Expr) -> Index:
-            tokens = (
-                axis.key(strip[i], chunk[i] * self.box[i] + position[i]) for i, axis in enumerate(frame.axes)
-            )
+            tokens = (axis.key(strip[i], chunk[i] * self.box[i] + position[i]) for i, axis in enumerate(frame.axes))
             return batch, *frame.layout(tokens), head, d
 
         return index

@@ -132,9 +132,7 @@ class AxisPlaces:
 
     def seen_by_all(self, strip: Expr, tile: Expr, position: Expr) -> Expr:
         """Return whether all of a tile's queries see the key at a position; windows begin and end in order."""
-        return tirx.all(
-            position >= self.low(strip, tile, self.axis.tile - 1), position <= self.high(strip, tile, 0)
-        )
+        return tirx.all(position >= self.low(strip, tile, self.axis.tile - 1), position <= self.high(strip, tile, 0))
 
     def covering(self, token: Expr, number: Expr) -> tuple[Expr, Expr, Expr]:
         """Return, for a token and the ``number``-th strip of its group, the strip, the position, and if it is in the box."""

@@ -86,9 +86,7 @@ class Bias:
                 self._window(f, keys, axis, bias, strip, tile, chunk)
 
     @staticmethod
-    def _window(
-        f: Frame, keys: Window, axis: int, bias: Buffer, strip: Place, tile: Place, chunk: Place
-    ) -> None:
+    def _window(f: Frame, keys: Window, axis: int, bias: Buffer, strip: Place, tile: Place, chunk: Place) -> None:
         along = f.axes[axis]
         first = keys.start(axis, strip, tile, chunk)
         low, high = local((f.lanes,), "int32"), local((f.lanes,), "int32")
