@@ -14,9 +14,7 @@ __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAt
 _FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 
 
-class _NeighborhoodAttention(nn.Module):
-    """Multi-head neighborhood attention over a channels-last layout.
-
+_PARAMETERS = """
     Parameters
     ----------
     embed_dim
@@ -40,7 +38,11 @@ class _NeighborhoodAttention(nn.Module):
     Notes
     -----
     Parameters are named ``qkv`` and ``proj`` as in NATTEN, so that its checkpoints load.
-    """
+"""
+
+
+class _NeighborhoodAttention(nn.Module):
+    """What the three share: see `NeighborhoodAttention2D`."""
 
     rank: int
 
@@ -88,8 +90,8 @@ class _NeighborhoodAttention(nn.Module):
         """
         if x.dim() != self.rank + 2:
             raise ValueError(
-                f"the input of {type(self).__name__} must have {self.rank + 2} dimensions, [batch, *layout, embed_dim], "
-                f"got shape {tuple(x.shape)}"
+                f"the input of {type(self).__name__} must have {self.rank + 2} dimensions, "
+                f"[batch, *layout, embed_dim], got shape {tuple(x.shape)}"
             )
         if x.shape[-1] != self.embed_dim:
             raise ValueError(f"the input's last dimension must be embed_dim={self.embed_dim}, got {x.shape[-1]}")
@@ -109,33 +111,37 @@ class _NeighborhoodAttention(nn.Module):
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):
-    __doc__ = f"""{_NeighborhoodAttention.__doc__}
-    Examples
-    --------
-    >>> layer = NeighborhoodAttention1D(embed_dim=32, num_heads=2, kernel_size=7)
-    >>> layer(torch.randn(1, 16, 32)).shape
-    torch.Size([1, 16, 32])
-    """
+    """Multi-head neighborhood attention along one axis, ``[batch, X, embed_dim]``."""
+
     rank = 1
 
 
 class NeighborhoodAttention2D(_NeighborhoodAttention):
-    __doc__ = f"""{_NeighborhoodAttention.__doc__}
-    Examples
-    --------
-    >>> layer = NeighborhoodAttention2D(embed_dim=32, num_heads=2, kernel_size=(3, 5), dilation=(2, 1))
-    >>> layer(torch.randn(1, 8, 8, 32)).shape
-    torch.Size([1, 8, 8, 32])
-    """
+    """Multi-head neighborhood attention over two axes, ``[batch, X, Y, embed_dim]``."""
+
     rank = 2
 
 
 class NeighborhoodAttention3D(_NeighborhoodAttention):
-    __doc__ = f"""{_NeighborhoodAttention.__doc__}
+    """Multi-head neighborhood attention over three axes, ``[batch, X, Y, Z, embed_dim]``."""
+
+    rank = 3
+
+
+_EXAMPLE = """
     Examples
     --------
-    >>> layer = NeighborhoodAttention3D(embed_dim=32, num_heads=2, kernel_size=3, is_causal=(True, False, False))
-    >>> layer(torch.randn(1, 4, 4, 4, 32)).shape
-    torch.Size([1, 4, 4, 4, 32])
-    """
-    rank = 3
+    >>> import torch
+    >>> layer = {name}({arguments})
+    >>> layer(torch.randn({shape})).shape
+    torch.Size([{shape}])
+"""
+_ARGUMENTS = "embed_dim=32, num_heads=2, kernel_size="
+for _class, _arguments, _shape in (
+    (NeighborhoodAttention1D, "7", "1, 16, 32"),
+    (NeighborhoodAttention2D, "(3, 5), dilation=(2, 1)", "1, 8, 8, 32"),
+    (NeighborhoodAttention3D, "3, is_causal=(True, False, False)", "1, 4, 4, 4, 32"),
+):
+    _class.__doc__ = f"{_class.__doc__}\n{_PARAMETERS}" + _EXAMPLE.format(
+        name=_class.__name__, arguments=_ARGUMENTS + _arguments, shape=_shape
+    )

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from na_compiler.window import group_length, window_bounds
 
@@ -78,6 +78,23 @@ class Problem:
     head_dim_v: int = None  # type: ignore[assignment]
     additional_kv: bool = False
     dtype: str = "float32"
+
+    if TYPE_CHECKING:
+        # Fields are what `__post_init__` makes of the arguments.
+        def __init__(
+            self,
+            layout: int | Sequence[int],
+            heads: int,
+            head_dim: int,
+            kernel_size: int | Sequence[int],
+            stride: int | Sequence[int] = 1,
+            dilation: int | Sequence[int] = 1,
+            is_causal: bool | Sequence[bool] = False,
+            heads_kv: int | None = None,
+            head_dim_v: int | None = None,
+            additional_kv: bool = False,
+            dtype: Any = "float32",
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         layout = _layout(self.layout)
@@ -319,6 +336,13 @@ def ints_per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
 
 
 def flags_per_axis(name: str, value: Any, rank: int) -> tuple[bool, ...]:
+    """Return a parameter that is a bool, or a sequence of one an axis, as a tuple.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+    """
     if isinstance(value, bool):
         return (value,) * rank
     if isinstance(value, Sequence) and len(value) == rank and all(isinstance(flag, bool) for flag in value):
@@ -359,6 +383,24 @@ def _axis_pairs(tokens: int, kernel: int, stride: int, dilation: int, is_causal:
 
 
 def _check_tensors(query: Any, key: Any, value: Any, additional_keys: Any, additional_values: Any) -> None:
+    _check_shapes(query, key, value)
+    tensors = {"key": key, "value": value}
+    if (additional_keys is None) != (additional_values is None):
+        missing = "additional_keys" if additional_keys is None else "additional_values"
+        raise ValueError(f"additional_keys and additional_values come together, and {missing} is None")
+    if additional_keys is not None:
+        tensors |= {"additional_keys": additional_keys, "additional_values": additional_values}
+        count = additional_keys.shape[1] if len(additional_keys.shape) > 1 else 0
+        for name, like in (("additional_keys", key), ("additional_values", value)):
+            _check_additional(name, tensors[name], (query.shape[0], count, *like.shape[-2:]))
+    for name, tensor in tensors.items():
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device, {query.device}, got {tensor.device}")
+
+
+def _check_shapes(query: Any, key: Any, value: Any) -> None:
     rank = len(query.shape) - 3
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(
@@ -376,22 +418,11 @@ def _check_tensors(query: Any, key: Any, value: Any, additional_keys: Any, addit
         raise ValueError(f"key must have query's head_dim, {head_dim}, got {key.shape[-1]}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value must have as many heads as key, {key.shape[-2]}, got {value.shape[-2]}")
-    tensors = [("key", key), ("value", value)]
-    if (additional_keys is None) != (additional_values is None):
-        missing = "additional_keys" if additional_keys is None else "additional_values"
-        raise ValueError(f"additional_keys and additional_values come together, and {missing} is None")
-    if additional_keys is not None:
-        tensors += [("additional_keys", additional_keys), ("additional_values", additional_values)]
-        count = additional_keys.shape[1] if len(additional_keys.shape) > 1 else 0
-        for (name, tensor), like in zip(tensors[2:], (key, value), strict=True):
-            expected = (tokens[0], count, *like.shape[-2:])
-            if tuple(tensor.shape) != expected:
-                raise ValueError(
-                    f"{name} must have shape [batch, additional, heads_kv, head_dim], here {expected}, "
-                    f"got {tuple(tensor.shape)}"
-                )
-    for name, tensor in tensors:
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have query's dtype, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device, {query.device}, got {tensor.device}")
+
+
+def _check_additional(name: str, tensor: Any, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"{name} must have shape [batch, additional, heads_kv, head_dim], here {expected}, "
+            f"got {tuple(tensor.shape)}"
+        )

@@ -136,9 +136,9 @@ def neighborhood_attention(
 
     step = max(1, _SCORES // max(1, query.shape[0] * problem.heads * keys.shape[2]))
     parts = [
-        checkpoint(attend, queries[:, :, first : first + step], keys, values, rows[first : first + step], use_reentrant=False)
-        for first in range(0, len(rows), step)
-    ]  # fmt: skip
+        checkpoint(attend, some, keys, values, some_rows, use_reentrant=False)
+        for some, some_rows in zip(queries.split(step, 2), rows.split(step), strict=True)
+    ]
     output = torch.cat([part for part, _ in parts], 2).transpose(1, 2)
     lse = torch.cat([part for _, part in parts], 2).transpose(1, 2)
     if tokens is None:

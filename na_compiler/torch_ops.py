@@ -174,7 +174,7 @@ def _backward(
         if additional_keys is None or additional_values is None
         else map(_prepare, (additional_keys, additional_values))
     )
-    gradients = kernel(
+    gradients: tuple[Tensor, ...] = kernel(
         query,
         key,
         value,
@@ -187,7 +187,8 @@ def _backward(
     )
     if additional_keys is None:
         gradients += (query.new_empty(0), query.new_empty(0))
-    return gradients
+    grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values = gradients
+    return grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values
 
 
 def _unsupported(rank: int, *arguments: Any) -> Any:
@@ -214,7 +215,7 @@ def _forward_fake(
     stride: list[int],
     dilation: list[int],
     is_causal: list[bool],
-    scale: float,  # noqa: ARG001
+    scale: float,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -228,18 +229,18 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_output: Tensor,  # noqa: ARG001
-    grad_lse: Tensor,  # noqa: ARG001
+    grad_output: Tensor,
+    grad_lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,  # noqa: ARG001
-    lse: Tensor,  # noqa: ARG001
-    kernel_size: list[int],  # noqa: ARG001
-    stride: list[int],  # noqa: ARG001
-    dilation: list[int],  # noqa: ARG001
-    is_causal: list[bool],  # noqa: ARG001
-    scale: float,  # noqa: ARG001
+    output: Tensor,
+    lse: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -280,7 +281,7 @@ def _refuse_forward_mode(differentiable: Callable[..., Any], keyset: Any, *argum
     return differentiable(keyset, *arguments, **named)
 
 
-def _autocast(operator: Any, device: str, keyset: Any, *arguments: Any) -> Any:  # noqa: ARG001
+def _autocast(operator: Any, device: str, keyset: Any, *arguments: Any) -> Any:
     """Cast to the dtype that autocast has now; torch's own registration would fix one."""
     dtype = torch.get_autocast_dtype(device)
     key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA  # noqa: SLF001
@@ -307,7 +308,10 @@ def _batched(operator: Any, tensors: tuple[int, ...], info: Any, in_dims: tuple[
 
 
 def _flops(query: Any, key: Any, value: Any, parameters: tuple[Any, ...], extra: Any, direction: str) -> int:
-    problem = Problem(tuple(query[1:-2]), query[-2], query[-1], *parameters, heads_kv=key[-2], head_dim_v=value[-1])
+    kernel_size, stride, dilation, is_causal = parameters
+    problem = Problem(
+        tuple(query[1:-2]), query[-2], query[-1], kernel_size, stride, dilation, is_causal, key[-2], value[-1]
+    )
     return problem.flops(query[0], 0 if extra is None else extra[1], direction)
 
 

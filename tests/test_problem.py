@@ -65,14 +65,18 @@ REFUSED = [
     (dict(heads=6, heads_kv=4), "heads must be a multiple of heads_kv, got heads=6 and heads_kv=4; heads_kv=2 would"),
     (dict(head_dim_v=0), "head_dim_v must be at least 1, got 0"),
     (dict(kernel_size=0), "kernel_size must be at least 1, got 0 on axis 0"),
-    (dict(kernel_size=(3,)), "kernel_size must be an int or 2 ints (one per axis of the layout), got (3,); e.g. (3, 3)"),
+    (
+        dict(kernel_size=(3,)),
+        "kernel_size must be an int or 2 ints (one per axis of the layout), got (3,); e.g. (3, 3)",
+    ),
     (dict(kernel_size="33"), "kernel_size must be an int or 2 ints"),
     (dict(kernel_size=3.0), "kernel_size must be an int or 2 ints"),
     (dict(kernel_size=(3, True)), "kernel_size must be an int or 2 ints"),
-    (dict(kernel_size=9), "kernel_size * dilation must be at most the layout's 8 tokens on axis 0, got kernel_size=9 * "
-                          "dilation=1 = 9; kernel_size=8 would work"),
-    (dict(dilation=(1, 4)), "kernel_size * dilation must be at most the layout's 9 tokens on axis 1, got kernel_size=3 "
-                            "* dilation=4 = 12; kernel_size=2 would work"),
+    (dict(kernel_size=9), "on axis 0, got kernel_size=9 * dilation=1 = 9; kernel_size=8 would work"),
+    (
+        dict(dilation=(1, 4)),
+        "kernel_size * dilation must be at most the layout's 9 tokens on axis 1, got kernel_size=3 * dilation=4 = 12",
+    ),
     (dict(dilation=20), "got kernel_size=3 * dilation=20 = 60; dilation=2 would work"),
     (dict(stride=0), "stride must be at least 1, got 0 on axis 0"),
     (dict(stride=(1, 4)), "stride must be at most kernel_size=3 on axis 1, got 4; stride=3 would work"),
@@ -83,7 +87,7 @@ REFUSED = [
     (dict(additional_kv=1), "additional_kv must be True or False, got 1"),
     (dict(dtype="float64"), "dtype must be one of float32, bfloat16, float16, got float64"),
     (dict(dtype=torch.int32), "dtype must be one of float32, bfloat16, float16, got torch.int32"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda v: str(v) if isinstance(v, dict) else "")
@@ -130,15 +134,33 @@ REFUSED_TENSORS = [
     (dict(value=z(2, 8, 8, 2, 24)), "value must have query's batch and layout, (2, 8, 9)"),
     (dict(key=z(2, 8, 9, 2, 8)), "key must have query's head_dim, 16, got 8"),
     (dict(value=z(2, 8, 9, 4, 24)), "value must have as many heads as key, 2, got 4"),
-    (dict(key=z(2, 8, 9, 3, 16), value=z(2, 8, 9, 3, 24)), "heads must be a multiple of heads_kv, got heads=4 and heads_kv=3"),
+    (
+        dict(key=z(2, 8, 9, 3, 16), value=z(2, 8, 9, 3, 24)),
+        "heads must be a multiple of heads_kv, got heads=4 and heads_kv=3",
+    ),
     (dict(key=z(2, 8, 9, 2, 16).half()), "key must have query's dtype, torch.float32, got torch.float16"),
     (dict(value=z(2, 8, 9, 2, 24, device="meta")), "value must be on query's device, cpu, got meta"),
-    (dict(additional_keys=z(2, 5, 2, 16)), "additional_keys and additional_values come together, and additional_values is None"),
-    (dict(additional_values=z(2, 5, 2, 24)), "additional_keys and additional_values come together, and additional_keys is None"),
-    (dict(additional_keys=z(2, 5, 4, 16), additional_values=z(2, 5, 2, 24)), "additional_keys must have shape [batch, additional"),
-    (dict(additional_keys=z(2, 5, 2, 16), additional_values=z(2, 6, 2, 24)), "additional_values must have shape [batch, additional"),
-    (dict(additional_keys=z(2, 5, 2, 16), additional_values=z(2, 5, 2, 24).half()), "additional_values must have query's dtype"),
-]  # fmt: skip
+    (
+        dict(additional_keys=z(2, 5, 2, 16)),
+        "additional_keys and additional_values come together, and additional_values is None",
+    ),
+    (
+        dict(additional_values=z(2, 5, 2, 24)),
+        "additional_keys and additional_values come together, and additional_keys is None",
+    ),
+    (
+        dict(additional_keys=z(2, 5, 4, 16), additional_values=z(2, 5, 2, 24)),
+        "additional_keys must have shape [batch, additional",
+    ),
+    (
+        dict(additional_keys=z(2, 5, 2, 16), additional_values=z(2, 6, 2, 24)),
+        "additional_values must have shape [batch, additional",
+    ),
+    (
+        dict(additional_keys=z(2, 5, 2, 16), additional_values=z(2, 5, 2, 24).half()),
+        "additional_values must have query's dtype",
+    ),
+]
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED_TENSORS, ids=lambda v: v if isinstance(v, str) else "")

@@ -117,7 +117,7 @@ def _row(
 
     problem = case.problem
     inputs = competitors.Inputs.draw(problem, seed)
-    attend = {1: na1d, 2: na2d, 3: na3d}[problem.rank]
+    attend: Callable[..., Any] = {1: na1d, 2: na2d, 3: na3d}[problem.rank]
     runs: dict[str, Run] = {}
     if direction == "forward":
         runs["na_compiler"] = lambda: attend(inputs.query, inputs.key, inputs.value, problem.kernel_size)
@@ -166,7 +166,8 @@ def _expected(inputs: Any, grad: Any) -> list[Any]:
     from na_compiler.reference import neighborhood_attention  # noqa: PLC0415
 
     tensors = [tensor.double().requires_grad_(grad is not None) for tensor in (inputs.query, inputs.key, inputs.value)]
-    output, _ = neighborhood_attention(*tensors, inputs.problem.kernel_size)
+    query, key, value = tensors
+    output, _ = neighborhood_attention(query, key, value, inputs.problem.kernel_size)
     return [output] if grad is None else list(torch.autograd.grad(output, tensors, grad.double()))
 
 
@@ -214,12 +215,12 @@ def _overheads(seconds: float) -> dict[str, float]:
     found = {}
     with torch.inference_mode():
         small = Problem((4, 4), 1, 8, 3)
-        tensors = torch.randn(3, 1, 4, 4, 1, 8).unbind()
+        q, k, v = torch.randn(3, 1, 4, 4, 1, 8).unbind()
         kernel: Any = compile_kernel(small)
-        output, lse = kernel(*tensors)
+        output, lse = kernel(q, k, v)
         runs: dict[str, Run] = {
-            "bare": lambda: kernel.function(*tensors, 0.35, output, lse),
-            "na2d": lambda: na2d(*tensors, 3),
+            "bare": lambda: kernel.function(q, k, v, 0.35, output, lse),
+            "na2d": lambda: na2d(q, k, v, 3),
         }
         times = {name: 1e6 * min(_many(run) for _ in range(20)) for name, run in runs.items()}
         found["na2d on a 4x4 layout in inference_mode, us above the bare kernel"] = times["na2d"] - times["bare"]
@@ -240,9 +241,9 @@ def _overheads(seconds: float) -> dict[str, float]:
         alone, multiply_alone, after, multiply_mixed = _mixed(attend, multiply, seconds)
         found["right after torch.mm, time over the kernel alone"] = after / alone
         found["torch.mm mixed with kernels, time over torch.mm alone"] = multiply_mixed / multiply_alone
-        half = [tensor.bfloat16() for tensor in (query, key, value)]
+        q, k, v = (tensor.bfloat16() for tensor in (query, key, value))
         times = _interleave(
-            {"float32": lambda: na2d(query, key, value, 7), "bfloat16": lambda: na2d(*half, 7)}, seconds / 2
+            {"float32": lambda: na2d(query, key, value, 7), "bfloat16": lambda: na2d(q, k, v, 7)}, seconds / 2
         )
         found["bfloat16, time over float32 (56x56, kernel 7)"] = times["bfloat16"] / times["float32"]
     return found

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from na_compiler.compiler import cache
+from na_compiler.runtime.folders import cache_folder
 
 __all__ = ["add_parser"]
 
@@ -28,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
 def _list(options: argparse.Namespace) -> None:
     found = list(cache.entries())
-    folder = cache.cache_folder()
+    folder = cache_folder()
     if options.json:
         data = [{"key": e.key, "bytes": e.bytes, "used": e.used, **e.info.to_dict()} for e in found]
         print(json.dumps({"folder": str(folder), "kernels": data}, indent=1))
@@ -43,4 +44,4 @@ def _list(options: argparse.Namespace) -> None:
 
 def _clear(options: argparse.Namespace) -> None:  # noqa: ARG001
     count = cache.clear()
-    Console().print(f"deleted {count} kernel{'' if count == 1 else 's'} from {cache.cache_folder()}")
+    Console().print(f"deleted {count} kernel{'' if count == 1 else 's'} from {cache_folder()}")

@@ -44,7 +44,7 @@ class Inputs:
 
     def heads_last(self, output: Tensor) -> Tensor:
         """Return an output of heads-first tensors in the layout of ours."""
-        return output.transpose(1, 2).unflatten(1, self.problem.layout)
+        return output.transpose(1, 2).reshape(-1, *self.problem.layout, *output.shape[1::2])
 
 
 def masked_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
@@ -61,14 +61,14 @@ def dense_sdpa(inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def masked_sdpa_backward(inputs: Inputs, grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """The backward of `masked_sdpa`; of `dense_sdpa` where nothing is masked."""
-    tensors = [tensor.requires_grad_() for tensor in inputs.heads_first()]
+    """Differentiate `masked_sdpa`; `dense_sdpa` where nothing is masked."""
+    query, key, value = (tensor.requires_grad_() for tensor in inputs.heads_first())
     mask = neighborhood_mask(inputs.problem)
-    output = scaled_dot_product_attention(*tensors, attn_mask=None if bool(mask.all()) else mask)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=None if bool(mask.all()) else mask)
     first = grad.flatten(1, -3).transpose(1, 2).contiguous()
 
     def run() -> tuple[Tensor, ...]:
-        gradients = torch.autograd.grad(output, tensors, first, retain_graph=True)
+        gradients = torch.autograd.grad(output, (query, key, value), first, retain_graph=True)
         return tuple(map(inputs.heads_last, gradients))
 
     return run
@@ -128,6 +128,6 @@ def gather(inputs: Inputs) -> Callable[[], Tensor]:
             rows = table[first : first + at_once]
             scores = torch.einsum("bnhd,bnkhd->bnhk", query[:, first : first + at_once], key[:, rows]) * scale
             parts.append(torch.einsum("bnhk,bnkhd->bnhd", scores.softmax(-1), value[:, rows]))
-        return torch.cat(parts, 1).unflatten(1, problem.layout)
+        return torch.cat(parts, 1).reshape(1, *problem.layout, *query.shape[2:])
 
     return run

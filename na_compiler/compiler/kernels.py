@@ -13,6 +13,7 @@ from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime import threads
 from na_compiler.runtime.bundle import loaded_bundles
+from na_compiler.runtime.folders import cache_folder
 from na_compiler.runtime.kernel import Kernel, make_kernel
 from na_compiler.runtime.library import load_function
 from na_compiler.target import Target
@@ -99,7 +100,7 @@ def _load(spec: KernelSpec) -> Kernel:
 
 def _is_cached(spec: KernelSpec) -> bool:
     try:
-        cache.read_entry(cache.cache_folder() / "kernels" / spec.key, spec.key)
+        cache.read_entry(cache_folder() / "kernels" / spec.key, spec.key)
     except (FileNotFoundError, cache.DamagedEntryError):
         return False
     return True
@@ -116,9 +117,7 @@ def library_of(spec: KernelSpec) -> Path:
     try:
         return cache.fetch(spec.key, spec.info, build).library
     except OSError as error:
-        _say_once(
-            f"the cache in {cache.cache_folder()} cannot be used, kernels are kept for this process only: {error}"
-        )
+        _say_once(f"the cache in {cache_folder()} cannot be used, kernels are kept for this process only: {error}")
         folder = Path(tempfile.mkdtemp(prefix="na_compiler-"))
         try:
             return cache.write_entry(folder / spec.key, spec.key, spec.info, build).library

@@ -85,7 +85,8 @@ class KernelInfo:
         """
         workspace = data["workspace"]
         if workspace is not None:
-            workspace = Workspace(**{k: tuple(v) if isinstance(v, list) else v for k, v in workspace.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in workspace.items()}
+            workspace = Workspace(**fields)
         return cls(Problem.from_dict(data["problem"]), data["direction"], data["target"], workspace)
 
 

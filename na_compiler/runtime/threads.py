@@ -32,10 +32,7 @@ _given_launcher: list[Path] = []
 
 def prepare() -> None:
     """Set the size of TVM's own pool, before its first use; without this TVM takes half of the cores."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("TVM_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(cores)))
     # Threads bound to cores wait for one that another program uses, while others are free.
     os.environ.setdefault("TVM_BIND_THREADS", "0")

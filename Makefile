@@ -1,0 +1,44 @@
+# One virtual environment, .venv, made when something needs it and renewed when what it is made of changes.
+# A .venv that is there already is used.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-full lint format clean
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/denoise.py build/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --durations=10
+
+test-full: $(INSTALLED)
+	$(BIN)/python -m pytest --full --durations=20
+
+lint: $(INSTALLED) build/typecheck/na_compiler
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[demo,onnx,test]'
+	touch $@
+
+# The package as an installation has it, of links: schedules/ is na_compiler.schedules. mypy reads it here.
+build/typecheck/na_compiler: FORCE
+	rm -rf build/typecheck
+	mkdir -p $@
+	ln -s $(CURDIR)/na_compiler/* $@
+	ln -s $(CURDIR)/schedules $@
+
+FORCE:
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)
