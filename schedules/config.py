@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from na_compiler.tensorir.tiling import Tiling
+from na_compiler.problem import Problem
+from na_compiler.tensorir.tiling import Tiling, TilingPlan
+from na_compiler.workspace import ADDITIONAL, Workspace
 
-__all__ = ["QueriesInLanes"]
+__all__ = ["Config", "QueriesInLanes"]
+
+
+class Config(ABC):
+    """What every schedule's config has: frozen dataclasses, whose `repr` goes into the kernel's key.
+
+    Attributes
+    ----------
+    module
+        The schedule's module, with functions ``schedule_forward(plan, config)`` and ``schedule_backward(plan, config)``
+        that return a TensorIR function; it alone may import TVM.
+    pipeline
+        TVM's lowering pipeline for what they return: ``"s_tir"`` for scheduled blocks, ``"tirx"``.
+    options
+        Further options of nvcc.
+    """
+
+    module: ClassVar[str]
+    pipeline: ClassVar[str] = "s_tir"
+    options: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def plan(self, problem: Problem) -> Any:
+        """Return what follows from a problem and this config: what the schedule's functions take."""
+
+    @abstractmethod
+    def workspace(self, problem: Problem, direction: str) -> Workspace:
+        """Return what kernels of this config need beside inputs and outputs."""
 
 
 @dataclass(frozen=True)
-class QueriesInLanes:
+class QueriesInLanes(Config):
     """Config of `na_compiler.schedules.queries_in_lanes`.
 
     Parameters
@@ -29,3 +60,20 @@ class QueriesInLanes:
     row_block: int | None = None
 
     module = "na_compiler.schedules.queries_in_lanes"
+
+    def plan(self, problem: Problem) -> TilingPlan:
+        """Return the extents that the tiling leads to."""
+        return TilingPlan.make(problem, self.tiling)
+
+    def workspace(self, problem: Problem, direction: str) -> Workspace:
+        """Return the parts of a backward that tasks leave for the gradients of keys and values."""
+        if direction == "forward":
+            return Workspace()
+        plan = self.plan(problem)
+        tasks = (problem.heads_kv, *(axis.strips * axis.dilation for axis in plan))
+        box = tuple(axis.chunk * axis.chunks for axis in plan)
+        widths = (plan.head_dim, plan.head_dim_v)
+        buffers: list[tuple[int | str, ...]] = [(*tasks, *box, width) for width in widths]
+        if problem.additional_kv:
+            buffers += [(*tasks, ADDITIONAL, width) for width in widths]
+        return Workspace(tuple(buffers), self.tiling.additional_block)

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from na_compiler.compiler import cuda
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.runtime import threads
+from na_compiler.target import CpuTarget, CudaTarget
 
-__all__ = ["build_in_memory", "build_library", "can_link"]
+__all__ = ["build_in_memory", "build_library", "can_link", "scheduled"]
 
 _LOG = logging.getLogger("na_compiler")
 # TVM's builder keeps the function it is at in a global.
@@ -32,13 +34,19 @@ def build_library(spec: KernelSpec, path: Path) -> None:
     Raises
     ------
     RuntimeError
-        If the linker fails.
+        If a compiler or the linker fails, or is not there.
     """
-    module = _compile(spec)
-    if spec.target.is_native:
-        module.export_library(str(path), cc=threads.c_compiler())
+    started = time.perf_counter()
+    if isinstance(spec.target, CudaTarget):
+        cuda.build_library(spec, path)
     else:
-        module.mod.write_to_file(str(path), "o")
+        assert isinstance(spec.target, CpuTarget)
+        module = _compile(spec)
+        if spec.target.is_native:
+            module.export_library(str(path), cc=threads.c_compiler())
+        else:
+            module.mod.write_to_file(str(path), "o")
+    _LOG.info("compiled %s in %.2f s", spec, time.perf_counter() - started)
 
 
 def build_in_memory(spec: KernelSpec) -> tuple[Any, Any]:
@@ -48,15 +56,15 @@ def build_in_memory(spec: KernelSpec) -> tuple[Any, Any]:
     return module["main"], module
 
 
-def _compile(spec: KernelSpec) -> Any:
-    started = time.perf_counter()
-    import tvm  # noqa: PLC0415
-
-    loaded = time.perf_counter()
+def scheduled(spec: KernelSpec) -> Any:
+    """Return the scheduled function of a spec. Loads TVM."""
     schedule = importlib.import_module(spec.config.module)
     make = schedule.schedule_forward if spec.direction == "forward" else schedule.schedule_backward
+    return make(spec.plan, spec.config)
+
+
+def _compile(spec: KernelSpec) -> Any:
+    import tvm  # noqa: PLC0415
+
     with _LOCK, tvm.transform.PassContext(disabled_pass=_SKIPPED_PASSES):
-        module = tvm.compile(make(spec.plan, spec.config), target=spec.target.to_tvm())
-    done = time.perf_counter()
-    _LOG.info("compiled %s in %.2f s (%.2f s to load TVM)", spec, done - loaded, loaded - started)
-    return module
+        return tvm.compile(scheduled(spec), target=spec.target.to_tvm())

@@ -34,8 +34,9 @@ def compile(problem: Problem, target: str | Target = "llvm", direction: str = "f
     problem
         What to compute.
     target
-        ``"llvm"`` for this machine, or an instruction set: ``"llvm:x86-64"``, ``"llvm:x86-64-v2"``,
-        ``"llvm:x86-64-v3"`` (AVX2), ``"llvm:x86-64-v4"`` (AVX-512), ``"llvm:aarch64"``.
+        ``"llvm"`` for this machine's CPU, or an instruction set: ``"llvm:x86-64"``, ``"llvm:x86-64-v2"``,
+        ``"llvm:x86-64-v3"`` (AVX2), ``"llvm:x86-64-v4"`` (AVX-512), ``"llvm:aarch64"``. ``"cuda"`` for the GPU present,
+        or an architecture: ``"cuda:sm_90a"``.
     direction
         ``"forward"`` or ``"backward"``.
 
@@ -66,13 +67,14 @@ def compile(problem: Problem, target: str | Target = "llvm", direction: str = "f
     return compile_spec(KernelSpec.make(problem, target, direction))
 
 
-def find_kernel(problem: Problem, direction: str) -> Kernel:
-    """Return a kernel for this machine: from a loaded bundle, the cache, or compiled now."""
+def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm") -> Kernel:
+    """Return a kernel for a device of this machine: from a loaded bundle, the cache, or compiled now."""
+    machine = Target.parse(machine)
     for bundle in loaded_bundles():
-        kernel = bundle.find(problem, direction)
+        kernel = bundle.find(problem, direction, machine)
         if kernel is not None:
             return kernel
-    return compile(problem, "llvm", direction)
+    return compile(problem, machine, direction)
 
 
 def compile_spec(spec: KernelSpec) -> Kernel:
@@ -87,7 +89,10 @@ def compile_spec(spec: KernelSpec) -> Kernel:
 
 
 def _load(spec: KernelSpec) -> Kernel:
-    if spec.target.runs_here and threads.c_compiler() is None and not _is_cached(spec):
+    device_type = spec.target.device_type
+    if spec.reason:
+        _say_once(f"{spec.problem} for {spec.target}: {spec.reason}")
+    if device_type == "cpu" and spec.target.runs_here and threads.c_compiler() is None and not _is_cached(spec):
         _say_once(
             "no C compiler was found: kernels are built in memory, again in every process; install one, or set CC"
         )
@@ -95,7 +100,7 @@ def _load(spec: KernelSpec) -> Kernel:
 
         return make_kernel(spec.info, *build_in_memory(spec))
     library = library_of(spec)
-    return make_kernel(spec.info, load_function(library) if spec.target.runs_here else None)
+    return make_kernel(spec.info, load_function(library, device_type) if spec.target.runs_here else None)
 
 
 def _is_cached(spec: KernelSpec) -> bool:

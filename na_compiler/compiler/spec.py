@@ -6,20 +6,21 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from na_compiler import schedules
 from na_compiler.problem import Problem
-from na_compiler.runtime.kernel import DIRECTIONS, KernelInfo, Workspace
-from na_compiler.schedules import planner
+from na_compiler.runtime.kernel import DIRECTIONS, KernelInfo
+from na_compiler.schedules.choose import choose
+from na_compiler.schedules.config import Config
 from na_compiler.target import Target
-from na_compiler.tensorir.tiling import TilingPlan
 
 __all__ = ["KernelSpec"]
 
 # Changed whenever the compiled functions' arguments do.
-_ABI = 1
+_ABI = 2
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class KernelSpec:
         What machine to compile for.
     config
         The schedule's choices; `make` asks the planner for them.
+    reason
+        Why no faster schedule was chosen, in a sentence; ``None`` where this is the fastest.
     """
 
     problem: Problem
     direction: str
     target: Target
-    config: Any
+    config: Config
+    reason: str | None = field(default=None, compare=False)
 
     @classmethod
     def make(cls, problem: Problem, target: str | Target = "llvm", direction: str = "forward") -> KernelSpec:
@@ -55,13 +59,13 @@ class KernelSpec:
         if direction not in DIRECTIONS:
             raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
         parsed = Target.parse(target)
-        machine = planner.Machine(parsed.vector, parsed.registers)
-        return cls(problem, direction, parsed, planner.choose(problem, machine, direction))
+        choice = choose(problem, parsed, direction)
+        return cls(problem, direction, parsed, choice.config, choice.reason)
 
     @property
-    def plan(self) -> TilingPlan:
-        """The extents that the config leads to."""
-        return TilingPlan.make(self.problem, self.config.tiling)
+    def plan(self) -> Any:
+        """What follows from the problem and the config: what the schedule is made of."""
+        return self.config.plan(self.problem)
 
     @property
     def key(self) -> str:
@@ -80,18 +84,7 @@ class KernelSpec:
     @property
     def info(self) -> KernelInfo:
         """What goes into the manifest."""
-        workspace = None
-        if self.direction == "backward":
-            plan = self.plan
-            tasks = (self.problem.heads_kv, *(axis.strips * axis.dilation for axis in plan))
-            box = tuple(axis.chunk * axis.chunks for axis in plan)
-            workspace = Workspace(
-                keys=(*tasks, *box, plan.head_dim),
-                values=(*tasks, *box, plan.head_dim_v),
-                tasks=tasks,
-                additional_block=plan.tiling.additional_block,
-                widths=(plan.head_dim, plan.head_dim_v),
-            )
+        workspace = self.config.workspace(self.problem, self.direction)
         return KernelInfo(self.problem, self.direction, self.target.name, workspace)
 
     def __str__(self) -> str:
@@ -102,9 +95,10 @@ class KernelSpec:
 def source_fingerprint() -> str:
     """Return a hash of the sources that decide what code is generated."""
     package = Path(__file__).parent.parent
-    folders = [package / "tensorir", Path(planner.__file__).parent]
+    folders = [package / "tensorir", Path(schedules.__file__).parent]
     files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
-    files += [package / "window.py", package / "compiler" / "build.py", package / "target.py"]
+    compiler = package / "compiler"
+    files += [package / "window.py", package / "target.py", compiler / "build.py", compiler / "cuda_worker.py"]
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -41,15 +41,16 @@ class Bundle:
         self._entries = entries
         self._kernels: dict[Path, Kernel] = {}
 
-    def find(self, problem: Problem, direction: str = "forward") -> Kernel | None:
-        """Return the kernel for a problem that runs best on this machine, or ``None``."""
+    def find(self, problem: Problem, direction: str = "forward", machine: str | Target = "llvm") -> Kernel | None:
+        """Return the kernel for a problem that runs best on a machine, this one's CPU by default, or ``None``."""
+        machine = Target.parse(machine)
         found = [e for e in self._entries if e.info.problem == problem and e.info.direction == direction]
-        found = [entry for entry in found if Target.parse(entry.info.target).runs_here]
+        found = [entry for entry in found if Target.parse(entry.info.target).runs_on(machine)]
         if not found:
             return None
-        best = max(found, key=lambda entry: Target.parse(entry.info.target).vector)
+        best = max(found, key=lambda entry: Target.parse(entry.info.target).order)
         if best.library not in self._kernels:
-            self._kernels[best.library] = make_kernel(best.info, load_function(best.library))
+            self._kernels[best.library] = make_kernel(best.info, load_function(best.library, machine.device_type))
         return self._kernels[best.library]
 
     def __iter__(self) -> Iterator[KernelInfo]:

@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from na_compiler.problem import Problem
+from na_compiler.workspace import Workspace
 
-__all__ = ["BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "Workspace", "make_kernel"]
+__all__ = ["BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "make_kernel"]
 
 DIRECTIONS = ("forward", "backward")
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What a backward needs beside its inputs and outputs: float32, a part for each task.
-
-    Parameters
-    ----------
-    keys, values
-        Shape for one batch entry of the gradients that tasks leave for keys and for values.
-    tasks
-        Tasks of one batch entry, as ``[heads_kv, ...]``.
-    additional_block
-        The number of additional keys is rounded up to a multiple of it.
-    widths
-        head_dim and head_dim_v as staged.
-    """
-
-    keys: tuple[int, ...]
-    values: tuple[int, ...]
-    tasks: tuple[int, ...]
-    additional_block: int
-    widths: tuple[int, int]
-
-    def shapes(self, batch: int, additional: int | None) -> list[tuple[int, ...]]:
-        """Return the shapes to allocate, for a batch and, unless ``None``, a number of additional keys."""
-        shapes = [(batch, *self.keys), (batch, *self.values)]
-        if additional is not None:
-            padded = -(-additional // self.additional_block) * self.additional_block
-            shapes += [(batch, *self.tasks, padded, width) for width in self.widths]
-        return shapes
 
 
 @dataclass(frozen=True)
@@ -57,13 +27,13 @@ class KernelInfo:
     target
         Name of the target that it was compiled for.
     workspace
-        Of a backward.
+        What it needs beside its inputs and outputs.
     """
 
     problem: Problem
     direction: str
     target: str
-    workspace: Workspace | None = None
+    workspace: Workspace = field(default_factory=Workspace)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, fit for JSON."""
@@ -71,7 +41,7 @@ class KernelInfo:
             "problem": self.problem.to_dict(),
             "direction": self.direction,
             "target": self.target,
-            "workspace": asdict(self.workspace) if self.workspace else None,
+            "workspace": self.workspace.to_dict(),
         }
 
     @classmethod
@@ -83,10 +53,7 @@ class KernelInfo:
         KeyError, TypeError, ValueError
             If the data is none.
         """
-        workspace = data["workspace"]
-        if workspace is not None:
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in workspace.items()}
-            workspace = Workspace(**fields)
+        workspace = Workspace.from_dict(data["workspace"])
         return cls(Problem.from_dict(data["problem"]), data["direction"], data["target"], workspace)
 
 
@@ -129,9 +96,17 @@ class Kernel:
         """
         if self._function is None:
             raise RuntimeError(
-                f"this kernel was compiled for {self.target}, which this machine cannot run; compile it for 'llvm'"
+                f"this kernel was compiled for {self.target}, which this machine cannot run; "
+                f"compile it for {self.target.partition(':')[0]!r}, the one that is here"
             )
         return self._function
+
+    def spaces(self, query: Any, additional_keys: Any = None) -> list[Any]:
+        """Allocate the workspace that follows the outputs among the function's arguments, where query is."""
+        if not self.info.workspace.buffers:
+            return []
+        additional = 0 if additional_keys is None else int(additional_keys.shape[1])
+        return [_empty(query, shape, "float32") for shape in self.info.workspace.shapes(query.shape[0], additional)]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.problem} {self.target}>"
@@ -189,7 +164,7 @@ class ForwardKernel(Kernel):
         batch = _check(problem, query, key, value, *extra)
         output = _empty(query, (batch, *problem.layout, problem.heads, problem.head_dim_v))
         lse = _empty(query, (batch, *problem.layout, problem.heads), "float32")
-        function(query, key, value, *extra, _scale(problem, scale), output, lse)
+        function(query, key, value, *extra, _scale(problem, scale), output, lse, *self.spaces(query, *extra[:1]))
         return output, lse
 
 
@@ -234,16 +209,14 @@ class BackwardKernel(Kernel):
         RuntimeError
             If this machine cannot run the kernel.
         """
-        function, workspace = self.function, self.info.workspace
-        assert workspace is not None
+        function = self.function
         problem = self.problem
         extra = _additional(problem, additional_keys, additional_values)
-        batch = _check(problem, query, key, value, *extra)
+        _check(problem, query, key, value, *extra)
         if grad_lse is None:
             grad_lse = _zeros(lse)
         gradients = tuple(_empty(tensor, tuple(tensor.shape)) for tensor in (query, key, value, *extra))
-        additional = int(extra[0].shape[1]) if extra else None
-        spaces = [_empty(query, shape, "float32") for shape in workspace.shapes(batch, additional)]
+        spaces = self.spaces(query, *extra[:1])
         scaled = _scale(problem, scale)
         function(query, key, value, *extra, output, grad_output, lse, grad_lse, scaled, *gradients, *spaces)
         return gradients

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from na_compiler.runtime.folders import cache_folder
 
-__all__ = ["attach", "c_compiler", "prepare", "use_launcher"]
+__all__ = ["attach", "c_compiler", "host_library", "launcher_library", "prepare", "use_launcher"]
 
 _LOG = logging.getLogger("na_compiler")
 _SOURCE = Path(__file__).with_name("launcher.c")
@@ -97,13 +97,31 @@ def _launcher() -> ctypes.CDLL | None:
 
 def launcher_library() -> Path | None:
     """Return the compiled launcher, from the cache or compiled now; ``None`` without a C compiler."""
-    name = f"launcher-{hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]}.so"
-    path = cache_folder() / "host" / name
+    try:
+        return host_library(_SOURCE, f"launcher-{host_digest(_SOURCE)}.so", "-pthread")
+    except FileNotFoundError:
+        return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        _LOG.warning("could not compile the launcher: %s", error)
+        return None
+
+
+def host_library(source: Path, name: str, *options: str) -> Path:
+    """Compile a C source of this package to a shared library, in a folder of its own in the cache, or find it there.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no C compiler.
+    OSError, subprocess.CalledProcessError
+        If it fails.
+    """
+    path = cache_folder() / "host" / host_digest(source) / name
     if path.is_file():
         return path
     compiler = c_compiler()
     if compiler is None:
-        return None
+        raise FileNotFoundError("no C compiler was found; install one, or set CC")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=path.parent)
@@ -111,13 +129,14 @@ def launcher_library() -> Path | None:
         path = Path(tempfile.mkdtemp()) / name
         folder = str(path.parent)
     built = Path(folder) / name
-    command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", "-pthread", "-o", str(built), str(_SOURCE)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)  # noqa: S603
-    except (OSError, subprocess.CalledProcessError) as error:
-        _LOG.warning("could not compile the launcher with %s: %s", compiler, error)
-        return None
+    command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", *options, "-o", str(built), str(source)]
+    subprocess.run(command, check=True, capture_output=True)  # noqa: S603
     built.replace(path)
     if built.parent != path.parent:
         built.parent.rmdir()
     return path
+
+
+def host_digest(source: Path) -> str:
+    """Return a hash of a C source."""
+    return hashlib.sha256(source.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,46 @@
+"""`Workspace`: what a kernel needs beside its inputs and outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ADDITIONAL", "Workspace"]
+
+# Stands for the number of additional keys in a shape.
+ADDITIONAL = "additional"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Shapes of the float32 buffers that follow a kernel's outputs among its arguments.
+
+    Parameters
+    ----------
+    buffers
+        A shape for each, without the batch, which is in front; an extent may be `ADDITIONAL`.
+    multiple
+        The number of additional keys is rounded up to a multiple of it.
+
+    Examples
+    --------
+    >>> Workspace(((4, "additional"),), multiple=8).shapes(batch=2, additional=5)
+    [(2, 4, 8)]
+    """
+
+    buffers: tuple[tuple[int | str, ...], ...] = ()
+    multiple: int = 1
+
+    def shapes(self, batch: int, additional: int = 0) -> list[tuple[int, ...]]:
+        """Return the shapes to allocate, for a batch and a number of additional keys."""
+        padded = -(-additional // self.multiple) * self.multiple
+        return [(batch, *(padded if isinstance(e, str) else e for e in shape)) for shape in self.buffers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, fit for JSON."""
+        return {"buffers": [list(shape) for shape in self.buffers], "multiple": self.multiple}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Workspace:
+        """Make a workspace of what `to_dict` returned."""
+        return cls(tuple(tuple(shape) for shape in data["buffers"]), data["multiple"])
