@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from na_compiler.problem import flags_per_axis, ints_per_axis
-from na_compiler.torch_ops import call
+from na_compiler.torch_ops import call, refuse_unless_dense
 
 __all__ = ["na1d", "na2d", "na3d"]
 
@@ -100,30 +101,59 @@ def _attention(
 ) -> Any:
     if tuning:
         _ignore(rank, tuning)
+    _check_tensors(rank, query, key, value)
     result = call(
         rank,
         query,
         key,
         value,
         *_canonical(rank, kernel_size, stride, dilation, is_causal),
-        query.shape[-1] ** -0.5 if scale is None else scale,
+        _default_scale(query) if scale is None else _checked_scale(scale),
         additional_keys,
         additional_values,
     )
     return result if return_lse else result[0]
 
 
+def _check_tensors(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested:  # It has no shape to look at, and operators of nested tensors are its own affair.
+            refuse_unless_dense(rank, tensor)
+
+
+def _default_scale(query: Tensor) -> float:
+    head_dim = query.shape[-1] if query.dim() else 1
+    return head_dim**-0.5 if head_dim else 1.0  # A head_dim of 0 is refused with the rest of the shape.
+
+
+def _checked_scale(scale: Any) -> float:
+    if isinstance(scale, torch.SymFloat):
+        return scale  # type: ignore[return-value]
+    if not isinstance(scale, float | int) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}; None is head_dim ** -0.5")
+    return float(scale)
+
+
 def _canonical(rank: int, *parameters: Any) -> tuple[Any, ...]:
     """Return kernel_size, stride, dilation and is_causal with a value for each axis."""
     if torch.compiler.is_compiling():  # Dynamo traces through a cache, and warns that it does.
-        return _canonical_parameters(rank, *parameters)
+        return canonical_parameters(rank, *parameters)
     try:
         return _canonical_cached(rank, *parameters)
     except TypeError:  # A list is not hashable.
-        return _canonical_parameters(rank, *parameters)
+        return canonical_parameters(rank, *parameters)
 
 
-def _canonical_parameters(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple[Any, ...]:
+def canonical_parameters(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple[Any, ...]:
+    """Return kernel_size, stride, dilation and is_causal, checked, with a value for each axis.
+
+    Raises
+    ------
+    ValueError
+        If one is not what it must be.
+    """
     return (
         ints_per_axis("kernel_size", kernel_size, rank),
         ints_per_axis("stride", 1 if stride is None else stride, rank),
@@ -133,7 +163,7 @@ def _canonical_parameters(rank: int, kernel_size: Any, stride: Any, dilation: An
 
 
 # Equal keys may differ in type: True == 1, and kernel_size=True is refused.
-_canonical_cached = functools.lru_cache(maxsize=1024, typed=True)(_canonical_parameters)
+_canonical_cached = functools.lru_cache(maxsize=1024, typed=True)(canonical_parameters)
 
 
 def _ignore(rank: int, tuning: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from na_compiler.functional import Flags, Ints, na1d, na2d, na3d
-from na_compiler.problem import flags_per_axis, ints_per_axis
+from na_compiler.functional import Flags, Ints, canonical_parameters, na1d, na2d, na3d
+from na_compiler.problem import check_strides
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -51,26 +51,27 @@ class _NeighborhoodAttention(nn.Module):
         embed_dim: int,
         num_heads: int,
         kernel_size: Ints,
-        stride: Ints = 1,
-        dilation: Ints = 1,
-        is_causal: Flags = False,
+        stride: Ints | None = 1,
+        dilation: Ints | None = 1,
+        is_causal: Flags | None = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            near = max(embed_dim // max(num_heads, 1), 1) * max(num_heads, 1)
             raise ValueError(
-                f"embed_dim must be a multiple of num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
+                f"embed_dim must be a multiple of num_heads, both at least 1, got embed_dim={embed_dim} and "
+                f"num_heads={num_heads}; embed_dim={near} with num_heads={max(num_heads, 1)} would work"
             )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
-        self.kernel_size = ints_per_axis("kernel_size", kernel_size, self.rank)
-        self.stride = ints_per_axis("stride", stride, self.rank)
-        self.dilation = ints_per_axis("dilation", dilation, self.rank)
-        self.is_causal = flags_per_axis("is_causal", is_causal, self.rank)
+        parameters = canonical_parameters(self.rank, kernel_size, stride, dilation, is_causal)
+        self.kernel_size, self.stride, self.dilation, self.is_causal = parameters
+        check_strides(self.kernel_size, self.stride)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(proj_drop)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from na_compiler.window import group_length, window_bounds
 
-__all__ = ["DTYPES", "MAX_RANK", "Problem", "dtype_name", "flags_per_axis", "ints_per_axis"]
+__all__ = ["DTYPES", "MAX_RANK", "Problem", "check_strides", "dtype_name", "flags_per_axis", "ints_per_axis"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_RANK = 3
@@ -122,7 +122,8 @@ class Problem:
         }
         for name, value in canonical.items():
             object.__setattr__(self, name, value)
-        _check_windows(layout, self.kernel_size, self.stride, self.dilation)
+        _check_windows(layout, self.kernel_size, self.dilation)
+        check_strides(self.kernel_size, self.stride)
 
     @property
     def rank(self) -> int:
@@ -351,10 +352,23 @@ def flags_per_axis(name: str, value: Any, rank: int) -> tuple[bool, ...]:
                      f"e.g. {(True,) * rank}")  # fmt: skip
 
 
-def _check_windows(
-    layout: tuple[int, ...], kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> None:
-    for axis, (tokens, kernel, step, dil) in enumerate(zip(layout, kernel_size, stride, dilation, strict=True)):
+def check_strides(kernel_size: Sequence[int], stride: Sequence[int]) -> None:
+    """Check that no stride is longer than its window.
+
+    Raises
+    ------
+    ValueError
+        If one is.
+    """
+    for axis, (kernel, step) in enumerate(zip(kernel_size, stride, strict=True)):
+        if step > kernel:
+            raise ValueError(
+                f"stride must be at most kernel_size={kernel} on axis {axis}, got {step}; stride={kernel} would work"
+            )
+
+
+def _check_windows(layout: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+    for axis, (tokens, kernel, dil) in enumerate(zip(layout, kernel_size, dilation, strict=True)):
         if kernel * dil > tokens:
             if dil > tokens:
                 advice = f"dilation={max(tokens // kernel, 1)} would work" if kernel <= tokens else "neither fits"
@@ -363,10 +377,6 @@ def _check_windows(
             raise ValueError(
                 f"kernel_size * dilation must be at most the layout's {tokens} tokens on axis {axis}, "
                 f"got kernel_size={kernel} * dilation={dil} = {kernel * dil}; {advice}"
-            )
-        if step > kernel:
-            raise ValueError(
-                f"stride must be at most kernel_size={kernel} on axis {axis}, got {step}; stride={kernel} would work"
             )
 
 

@@ -33,32 +33,66 @@ _BACKWARD = (
 )
 
 _library = torch.library.Library("na_compiler", "DEF")
-# Kernels by what decides which one it is. Looking one up takes a microsecond or two; making a Problem, thirty.
-_kernels: dict[tuple[Any, ...], Any] = {}
+# Kernels by what decides which one it is, with tensors of one element that have the shapes of output and lse: to make
+# tensors like these is the quickest way to make them. A look-up takes a microsecond, and making a Problem thirty.
+_kernels: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] = {}
 _KERNELS = 4096
+
+
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet.from_raw_repr(0)
+    for name in names:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return int(keys.raw_repr())
+
+
+# What the dispatcher knows of an ordinary dense tensor on the CPU; of one made in inference mode. Sparse, nested,
+# negated, quantised, wrapped tensors have other keys, and so have those of other devices.
+_PLAIN = {_keys("CPU", "AutocastCPU"), _keys("CPU", "AutocastCPU", "ADInplaceOrView", "AutogradCPU")}
 
 
 def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Call the operator of a rank; or its implementation, where nothing in between has anything to do.
 
     torch's dispatcher and the way back into Python take more time than a small kernel. They are for autograd, autocast,
-    dispatch modes (FLOP counters, fakes), functorch and tensor subclasses: without any of them the result is the same.
+    modes (FLOP counters, fakes), functorch, profiling, tracing and unusual tensors: without any of them the result is
+    the same.
     """
-    if (
-        not torch.compiler.is_compiling()
-        and torch.is_inference_mode_enabled()
-        and not torch._C._len_torch_dispatch_stack()  # noqa: SLF001
-        and not torch._C._is_any_autocast_enabled()  # noqa: SLF001
-        and torch._C._functorch.peek_interpreter_stack() is None  # noqa: SLF001
-        and type(arguments[0]) is type(arguments[1]) is type(arguments[2]) is Tensor
-        and arguments[0].is_cpu
-    ):
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and _is_plain(arguments):
         return _forward(rank, *arguments)
     return OPERATORS[rank](*arguments)  # type: ignore[no-any-return]
 
 
-def _find(direction: str, rank: int, query: Tensor, key: Tensor, value: Tensor, *parameters: Any) -> Any:
-    """Return the kernel for some tensors; checks them when such ones are first seen."""
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Return whether the dispatcher would do nothing but call the implementation."""
+    torch_c = torch._C
+    keys = torch_c._dispatch_keys
+    query, key, value, *_, additional_keys, additional_values = arguments
+    return (
+        type(query) is type(key) is type(value) is Tensor
+        and keys(query).raw_repr() in _PLAIN
+        and keys(key).raw_repr() in _PLAIN
+        and keys(value).raw_repr() in _PLAIN
+        and (
+            additional_keys is None or (type(additional_keys) is Tensor and keys(additional_keys).raw_repr() in _PLAIN)
+        )
+        and (
+            additional_values is None
+            or (type(additional_values) is Tensor and keys(additional_values).raw_repr() in _PLAIN)
+        )
+        and not torch_c._len_torch_dispatch_stack()
+        and not torch_c._len_torch_function_stack()
+        and not torch_c._is_any_autocast_enabled()
+        and not torch_c._autograd._profiler_enabled()
+        and torch_c._functorch.peek_interpreter_stack() is None
+        and torch_c._get_tracing_state() is None
+    )
+
+
+def _find(
+    direction: str, rank: int, query: Tensor, key: Tensor, value: Tensor, *parameters: Any
+) -> tuple[Any, Tensor, Tensor]:
+    """Return kernel, and what output and lse are like, for some tensors; checks them when such ones are first seen."""
     kernel_size, stride, dilation, is_causal, additional_keys, additional_values = parameters
     at = (
         direction,
@@ -75,16 +109,20 @@ def _find(direction: str, rank: int, query: Tensor, key: Tensor, value: Tensor, 
         None if additional_keys is None else additional_keys.shape,
         None if additional_values is None else additional_values.shape,
     )
-    kernel = _kernels.get(at)
-    if kernel is None:
+    found = _kernels.get(at)
+    if found is None:
         _check_rank(rank, query)
         problem = Problem.of_tensors(query, key, value, *parameters)
         from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
 
         if len(_kernels) >= _KERNELS:
             _kernels.clear()
-        kernel = _kernels[at] = find_kernel(problem, direction)
-    return kernel
+        tokens = query.shape[:-1]
+        with torch.inference_mode(mode=False):
+            output = query.new_empty(1).expand(*tokens, value.shape[-1])
+            lse = query.new_empty(1, dtype=torch.float32).expand(tokens)
+        found = _kernels[at] = (find_kernel(problem, direction), output, lse)
+    return found
 
 
 def _check_rank(rank: int, query: Tensor) -> None:
@@ -114,7 +152,7 @@ def _forward(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    kernel = _find(
+    kernel, like_output, like_lse = _find(
         "forward",
         rank,
         query,
@@ -127,9 +165,8 @@ def _forward(
         additional_keys,
         additional_values,
     )
-    shape = query.shape[:-1]
-    output = torch.empty((*shape, value.shape[-1]), dtype=query.dtype)
-    lse = torch.empty(shape, dtype=torch.float32)
+    output = torch.empty_like(like_output, memory_format=torch.contiguous_format)
+    lse = torch.empty_like(like_lse, memory_format=torch.contiguous_format)
     if additional_keys is None or additional_values is None:
         kernel.function(_prepare(query), _prepare(key), _prepare(value), scale, output, lse)
     else:
@@ -155,7 +192,7 @@ def _backward(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = _find(
+    kernel, _, _ = _find(
         "backward",
         rank,
         query,
@@ -193,13 +230,29 @@ def _backward(
 
 def _unsupported(rank: int, *arguments: Any) -> Any:
     """Refuse tensors that no kernel takes."""
-    tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        kind = "nested" if tensor.is_nested else str(tensor.layout)
-        raise NotImplementedError(f"na{rank}d takes dense tensors, got a {kind} one; use .to_dense() or padding")
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    for tensor in tensors:
+        refuse_unless_dense(rank, tensor)
+    devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
     raise NotImplementedError(
-        f"na_compiler has kernels for the CPU, got tensors on {tensor.device}; move them, e.g. with .cpu()"
+        f"na_compiler has kernels for the CPU, got tensors on {devices}; move them, e.g. with .cpu()"
     )
+
+
+def refuse_unless_dense(rank: int, tensor: Tensor) -> None:
+    """Refuse nested, sparse and quantised tensors.
+
+    Raises
+    ------
+    NotImplementedError
+        If it is one of these.
+    """
+    if tensor.is_nested:
+        raise NotImplementedError(f"na{rank}d takes dense tensors, got a nested one; pad it, or call per component")
+    if tensor.layout is not torch.strided:
+        raise NotImplementedError(f"na{rank}d takes dense tensors, got a {tensor.layout} one; use .to_dense()")
+    if tensor.is_quantized:
+        raise NotImplementedError(f"na{rank}d takes floating-point tensors, got a {tensor.dtype}; use .dequantize()")
 
 
 def _sizes_are_known(*tensors: Tensor) -> bool:
@@ -274,7 +327,7 @@ def _differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
 
 def _refuse_forward_mode(differentiable: Callable[..., Any], keyset: Any, *arguments: Any, **named: Any) -> Any:
     """Differentiate, or refuse: torch would drop tangents in silence."""
-    if forward_ad._current_level >= 0:  # noqa: SLF001
+    if forward_ad._current_level >= 0:
         for argument in arguments:
             if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
                 raise NotImplementedError("neighborhood attention has no forward-mode derivative; use backward")
@@ -284,8 +337,8 @@ def _refuse_forward_mode(differentiable: Callable[..., Any], keyset: Any, *argum
 def _autocast(operator: Any, device: str, keyset: Any, *arguments: Any) -> Any:
     """Cast to the dtype that autocast has now; torch's own registration would fix one."""
     dtype = torch.get_autocast_dtype(device)
-    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA  # noqa: SLF001
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):  # noqa: SLF001
+    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
         return operator(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments))
 
 

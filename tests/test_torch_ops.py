@@ -1,0 +1,458 @@
+"""`na_compiler.torch_ops`: what torch has to know of the operators, asked the way that torch asks."""
+
+import io
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from oracle import check_backward, check_forward, draw
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+import na_compiler.torch_ops
+from na_compiler import na1d, na2d, na3d
+from na_compiler.problem import Problem
+from na_compiler.reference import neighborhood_attention
+
+OPS = torch.ops.na_compiler
+PLAIN = Problem((6, 9), 2, 8, 3)
+RICH = Problem((6, 9), 4, 8, (3, 4), (1, 2), (2, 1), (False, True), 2, 12, additional_kv=True)
+FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
+MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+
+
+def fused(batch=2, layout=(6, 9), heads=2, head_dim=8, **options):
+    """Query, key and value as views of one projection, and the projection."""
+    whole = torch.randn(batch, *layout, 3, heads, head_dim, **options)
+    return (*whole.unbind(-3), whole)
+
+
+def attend(problem, tensors, **options):
+    extra = dict(zip(("additional_keys", "additional_values"), tensors[3:], strict=False))
+    parameters = (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal)
+    return FUNCTIONS[problem.rank](*tensors[:3], *parameters, **extra, **options)
+
+
+def error(result, expected):
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "problem", [PLAIN, RICH, Problem(40, 2, 8, 7, 2, 3, dtype="float16"), Problem((4, 5, 6), 2, 8, 3)], ids=str
+)
+def test_agrees_with_the_reference(problem, mode, seed):
+    example = draw(problem, batch=2)
+    with mode():
+        output, lse = attend(problem, example.inputs, return_lse=True)
+    assert output.is_contiguous()
+    assert lse.is_contiguous()
+    check_forward(example, output, lse)
+
+
+@pytest.mark.parametrize("problem", [PLAIN, RICH, RICH.replace(dtype="bfloat16")], ids=str)
+def test_training(problem, seed):
+    example = draw(problem, batch=2)
+    inputs = [tensor.requires_grad_() for tensor in example.inputs]
+    output, lse = attend(problem, inputs, return_lse=True)
+    check_backward(example, torch.autograd.grad((output, lse), inputs, (example.grad_output, example.grad_lse)))
+
+
+def test_gradient_of_output_alone_and_of_lse_alone(seed):
+    example = draw(PLAIN)
+    inputs = [tensor.requires_grad_() for tensor in example.inputs]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    results = attend(PLAIN, inputs, return_lse=True)
+    expected = neighborhood_attention(*exact, 3)
+    for result, reference, grad in zip(results, expected, (example.grad_output, example.grad_lse), strict=True):
+        grads = torch.autograd.grad(result, inputs, grad, retain_graph=True, allow_unused=True)
+        references = torch.autograd.grad(reference, exact, grad.double(), retain_graph=True, allow_unused=True)
+        for ours, theirs in zip(grads, references, strict=True):
+            if theirs is None:  # lse does not depend on value.
+                assert ours is None or not ours.any()
+            else:
+                assert error(ours, theirs) < 1e-5
+
+
+def test_only_some_inputs_want_a_gradient(seed):
+    query, key, value = (torch.randn(1, 6, 9, 2, 8) for _ in range(3))
+    key.requires_grad_()
+    output = na2d(query, key, value, 3)
+    output.sum().backward()
+    assert query.grad is None
+    assert key.grad is not None
+    assert not na2d(query, key.detach(), value, 3).requires_grad
+
+
+def test_gradients_of_any_strides(seed):
+    """What autograd hands to backward may be expanded or transposed."""
+    query, key, value = (torch.randn(1, 6, 9, 2, 8, requires_grad=True) for _ in range(3))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    expected, _ = neighborhood_attention(*exact, 3)
+    for use in (torch.sum, lambda x: (x.transpose(1, -1) * torch.arange(6.0)).sum(), lambda x: x[..., ::2].sum()):
+        grads = torch.autograd.grad(use(na2d(query, key, value, 3)), (query, key, value))
+        references = torch.autograd.grad(use(expected), exact, retain_graph=True)
+        # The gradient of a sum over all channels can vanish in query and key: compare with the largest.
+        scale = max(reference.norm() for reference in references)
+        for ours, theirs in zip(grads, references, strict=True):
+            assert (ours - theirs).norm() / scale < 1e-5
+
+
+class TestStrides:
+    def test_views_of_a_fused_projection_are_read_where_they_are(self, seed, monkeypatch):
+        query, key, value, _ = fused()
+        copies = []
+        contiguous = torch.Tensor.contiguous
+        monkeypatch.setattr(torch.Tensor, "contiguous", lambda t, *a, **k: copies.append(t) or contiguous(t, *a, **k))
+        with torch.no_grad():
+            output = OPS.na2d(query, key, value, [3, 3], [1, 1], [1, 1], [False, False], 0.3)[0]
+        assert not copies
+        assert error(output, neighborhood_attention(query, key, value, 3, scale=0.3)[0]) < 1e-5
+
+    def test_heads_first_tensors(self, seed):
+        tensors = [torch.randn(2, 2, 6, 9, 8).movedim(1, -2) for _ in range(3)]
+        assert error(na2d(*tensors, 3), neighborhood_attention(*tensors, 3)[0]) < 1e-5
+
+    def test_expanded_and_transposed_tensors(self, seed):
+        query = torch.randn(1, 6, 9, 2, 8).expand(3, -1, -1, -1, -1)
+        key = torch.randn(3, 8, 6, 9, 2).movedim(1, -1)
+        value = torch.randn(3, 6, 9, 1, 8).expand(-1, -1, -1, 2, -1)
+        assert error(na2d(query, key, value, 3), neighborhood_attention(query, key, value, 3)[0]) < 1e-5
+
+    def test_negated_views(self, seed):
+        """Imaginary parts of conjugates have their sign in a bit that only the dispatcher looks at."""
+        value = torch.randn(1, 6, 9, 2, 8, dtype=torch.complex64).conj().imag
+        assert value.is_neg()
+        query = torch.randn(1, 6, 9, 2, 8)
+        for mode in MODES:
+            with mode():
+                expected = neighborhood_attention(query, query, value, 3)[0]
+                assert error(na2d(query, query, value, 3), expected) < 1e-5
+
+
+@pytest.mark.parametrize("operator", ["na2d", "na2d_backward"])
+@pytest.mark.parametrize("problem", [PLAIN, RICH], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_opcheck(problem, operator, seed):
+    example = draw(problem)
+    parameters = (*map(list, (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal)), 0.3)
+    extra = dict(zip(("additional_keys", "additional_values"), example.inputs[3:], strict=False))
+    output, lse = OPS.na2d(*example.inputs[:3], *parameters, **extra)
+    if operator == "na2d":
+        inputs = [tensor.requires_grad_() for tensor in example.inputs]
+        extra = dict(zip(extra, inputs[3:], strict=True))
+        torch.library.opcheck(OPS.na2d.default, (*inputs[:3], *parameters), extra)
+    else:
+        arguments = (example.grad_output, example.grad_lse, *example.inputs[:3], output, lse, *parameters)
+        torch.library.opcheck(OPS.na2d_backward.default, arguments, extra)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_opcheck_of_views_and_the_other_ranks(seed):
+    query, key, value, _ = fused()
+    torch.library.opcheck(OPS.na2d.default, (query, key, value, [3, 3], [1, 1], [1, 1], [False, False], 0.3))
+    for rank, operator in ((1, OPS.na1d), (3, OPS.na3d)):
+        tensors = fused(1, (6, 4, 5)[:rank])[:3]
+        arguments = ([3] * rank, [1] * rank, [1] * rank, [False] * rank, 0.3)
+        torch.library.opcheck(operator.default, (*tensors, *arguments))
+
+
+class TestRefused:
+    def test_double_backward(self, seed):
+        query = torch.randn(1, 6, 9, 2, 8, requires_grad=True)
+        (grad,) = torch.autograd.grad(na2d(query, query, query, 3).square().sum(), query, create_graph=True)
+        with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+            grad.sum().backward()
+
+    @pytest.mark.parametrize("place", range(3))
+    def test_forward_mode(self, place, seed):
+        tensors = [torch.randn(1, 6, 9, 2, 8) for _ in range(3)]
+        with forward_ad.dual_level():
+            tensors[place] = forward_ad.make_dual(tensors[place], torch.ones_like(tensors[place]))
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                na2d(*tensors, 3)
+
+    def test_forward_mode_through_additional_keys(self, seed):
+        query, extra = torch.randn(1, 6, 9, 2, 8), torch.randn(1, 5, 2, 8)
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            na2d(query, query, query, 3, additional_keys=forward_ad.make_dual(extra, extra), additional_values=extra)
+
+    def test_jvp(self, seed):
+        query = torch.randn(1, 6, 9, 2, 8)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(lambda x: na2d(x, x, x, 3), (query,), (query,))
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_casts_to_the_active_dtype(self, mode, dtype, seed):
+        example = draw(Problem((6, 9), 2, 8, 3))
+        with mode(), torch.autocast("cpu", dtype):
+            output, lse = na2d(*example.inputs, 3, return_lse=True)
+            inner = na2d(example.inputs[0], example.inputs[1].to(dtype), example.inputs[2], 3)
+        assert (output.dtype, lse.dtype, inner.dtype) == (dtype, torch.float32, dtype)
+        assert error(output, example.output) < 1e-2
+        with mode(), torch.autocast("cpu", enabled=False):
+            assert na2d(*example.inputs, 3).dtype == torch.float32
+
+    def test_gradients_come_back_in_the_inputs_dtype(self, seed):
+        example = draw(Problem((6, 9), 2, 8, 3))
+        inputs = [tensor.requires_grad_() for tensor in example.inputs]
+        with torch.autocast("cpu", torch.bfloat16):
+            output, lse = na2d(*inputs, 3, return_lse=True)
+        grads = torch.autograd.grad((output, lse), inputs, (example.grad_output.bfloat16(), example.grad_lse))
+        for grad, reference in zip(grads, example.grads, strict=True):
+            assert grad.dtype == torch.float32
+            assert error(grad, reference) < 2e-2
+
+    def test_in_a_compiled_and_in_an_exported_program(self, seed):
+        layer = na_compiler.NeighborhoodAttention2D(16, 2, 3)
+        x = torch.randn(2, 6, 9, 16)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype), torch.no_grad():
+                expected = layer(x)
+                assert error(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected) < 1e-2
+                program = torch.export.export(layer, (x,))
+                assert program.module()(x).dtype == dtype
+
+
+class TestVmap:
+    def test_over_any_dimension(self, seed):
+        query, key, value = torch.randn(4, 2, 6, 9, 2, 8), torch.randn(2, 6, 4, 9, 2, 8), torch.randn(2, 6, 9, 2, 8)
+        for mode in MODES:
+            with mode():
+                mapped = torch.vmap(lambda q, k, v: na2d(q, k, v, 3), in_dims=(0, 2, None))(query, key, value)
+                rows = [na2d(query[i], key[:, :, i], value, 3) for i in range(4)]
+                torch.testing.assert_close(mapped, torch.stack(rows))
+
+    def test_additional_keys_and_lse(self, seed):
+        example = draw(RICH, batch=2)
+        tensors = [torch.stack([tensor, 2 * tensor]) for tensor in example.inputs]
+        mapped = torch.vmap(lambda *t: attend(RICH, t, return_lse=True))(*tensors)
+        rows = [attend(RICH, [tensor[i] for tensor in tensors], return_lse=True) for i in range(2)]
+        for result, expected in zip(mapped, zip(*rows, strict=True), strict=True):
+            torch.testing.assert_close(result, torch.stack(expected))
+
+    def test_of_a_backward(self, seed):
+        """Gradients of a batch of outputs' gradients."""
+        query = torch.randn(1, 6, 9, 2, 8, requires_grad=True)
+        output = na2d(query, query, query, 3)
+        grads = torch.randn(3, *output.shape)
+        (mapped,) = torch.autograd.grad(output, query, grads, is_grads_batched=True, retain_graph=True)
+        rows = [torch.autograd.grad(output, query, grad, retain_graph=True)[0] for grad in grads]
+        torch.testing.assert_close(mapped, torch.stack(rows))
+
+    def test_in_two_levels(self, seed):
+        x = torch.randn(2, 3, 1, 6, 9, 2, 8)
+        mapped = torch.vmap(torch.vmap(lambda q: na2d(q, q, q, 3)))(x)
+        torch.testing.assert_close(mapped[1, 2], na2d(x[1, 2], x[1, 2], x[1, 2], 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_flop_counter(mode):
+    for problem in (PLAIN, RICH):
+        tensors = [tensor.requires_grad_() for tensor in draw(problem, batch=2, additional=5).inputs]
+        expected = problem.flops(2, 5 if problem.additional_kv else 0)
+        with mode(), FlopCounterMode(display=False) as counter:
+            output = attend(problem, tensors)
+            if mode is torch.enable_grad:
+                output.sum().backward()
+                expected += problem.flops(2, 5 if problem.additional_kv else 0, "backward")
+        assert counter.get_total_flops() == expected
+
+
+def test_profiler_sees_the_operator_in_inference_mode(seed):
+    query = torch.randn(1, 6, 9, 2, 8)
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        na2d(query, query, query, 3)
+    assert "na_compiler::na2d" in {event.key for event in profile.key_averages()}
+
+
+def test_fakes_and_meta_tensors_have_the_shapes(seed):
+    query, key = torch.empty(2, 6, 9, 4, 8, device="meta"), torch.empty(2, 6, 9, 2, 8, device="meta")
+    value = torch.empty(2, 6, 9, 2, 12, device="meta")
+    for mode in MODES:
+        with mode():
+            output, lse = na2d(query, key, value, 3, return_lse=True)
+            assert (output.shape, output.dtype) == ((2, 6, 9, 4, 12), torch.float32)
+            assert (lse.shape, lse.dtype, lse.device.type) == ((2, 6, 9, 4), torch.float32, "meta")
+
+
+def test_default_device_is_no_matter(seed):
+    query = torch.randn(1, 6, 9, 2, 8)
+    for mode in MODES:
+        with mode(), torch.device("meta"):
+            assert na2d(query, query, query, 3).device.type == "cpu"
+
+
+def test_tensor_subclasses(seed):
+    class Named(torch.Tensor):
+        pass
+
+    query = torch.randn(1, 6, 9, 2, 8)
+    named = query.as_subclass(Named)
+    for mode in MODES:
+        with mode():
+            assert type(na2d(named, named, named, 3)) is Named
+            torch.testing.assert_close(na2d(named, query, query, 3).as_subclass(torch.Tensor), na2d(*[query] * 3, 3))
+            assert na2d(torch.nn.Parameter(query), query, query, 3).shape == query.shape
+
+
+class TestCompile:
+    @staticmethod
+    def graphs(function, *inputs):
+        """Compile a function, run it and, if it is differentiable, its backward; returns the generated code."""
+        torch._dynamo.reset()
+        from torch._inductor.utils import run_and_get_code
+
+        def run():
+            output = torch.compile(function, fullgraph=True)(*inputs)
+            if output.requires_grad:
+                output.square().sum().backward()
+            return output
+
+        output, codes = run_and_get_code(run)
+        return output, codes
+
+    def test_forward_and_backward_of_a_layer(self, seed):
+        """And no copy of query, key and value: what Inductor generates for the layer's forward has no kernel at all."""
+        layer = na_compiler.NeighborhoodAttention2D(16, 2, 3)
+        x = torch.randn(2, 6, 9, 16, requires_grad=True)
+        layer(x).square().sum().backward()
+        expected = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+        x.grad = None
+        layer.zero_grad()
+        output, codes = self.graphs(layer, x)
+        assert error(output, layer(x)) < 1e-5
+        for grad, reference in zip((x.grad, *(p.grad for p in layer.parameters())), expected, strict=True):
+            assert error(grad, reference) < 1e-5
+        forward, backward = codes
+        assert "na_compiler.na2d.default(" in forward
+        assert "na_compiler.na2d_backward.default(" in backward
+        # Two matrix products and the operator; a copy would be a generated loop.
+        assert "cpp_fused" not in forward
+        operator = next(line for line in forward.splitlines() if "na_compiler.na2d.default(" in line)
+        assert operator.count("reinterpret_tensor(") == 3, operator
+
+    def test_inference(self, seed):
+        layer = na_compiler.NeighborhoodAttention1D(16, 2, 3, is_causal=True)
+        x = torch.randn(2, 17, 16)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                output, _ = self.graphs(layer, x)
+                assert error(output, layer(x)) < 1e-5
+
+    def test_additional_keys_and_lse(self, seed):
+        example = draw(RICH, batch=2)
+        inputs = [tensor.requires_grad_() for tensor in example.inputs]
+        compiled = torch.compile(lambda *t: attend(RICH, t, return_lse=True), fullgraph=True)
+        output, lse = compiled(*inputs)
+        check_forward(example, output, lse)
+        check_backward(example, torch.autograd.grad((output, lse), inputs, (example.grad_output, example.grad_lse)))
+
+    def test_dynamic_shapes(self, seed):
+        compiled = torch.compile(lambda q: na2d(q, q, q, 3), fullgraph=True, dynamic=True)
+        for batch, x, y in ((2, 6, 9), (3, 6, 9), (2, 7, 8)):
+            query = torch.randn(batch, x, y, 2, 8)
+            assert error(compiled(query), na2d(query, query, query, 3)) < 1e-6
+
+    def test_errors_are_those_of_the_function(self):
+        query = torch.randn(1, 6, 9, 2, 8)
+        with pytest.raises(Exception, match="kernel_size=6 would work"):
+            torch.compile(lambda q: na2d(q, q, q, 7), fullgraph=True)(query)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = na_compiler.NeighborhoodAttention2D(16, 2, 3)
+        self.second = na_compiler.NeighborhoodAttention2D(16, 4, (3, 5), dilation=(2, 1))
+
+    def forward(self, x):
+        return self.second(x + self.first(x))
+
+
+LOAD = """
+import sys, torch, na_compiler
+program = torch.export.load(sys.argv[1])
+for x, expected in torch.load(sys.argv[2]):
+    output = program.module()(x)
+    assert ((output - expected).norm() / expected.norm()) < 1e-5, "wrong"
+print("ok")
+"""
+
+
+class TestExport:
+    @pytest.mark.parametrize("dynamic", ["batch", "layout"])
+    def test_saved_and_loaded_in_another_process(self, dynamic, seed, tmp_path):
+        net = Net().eval()
+        dims = {0: torch.export.Dim("batch", max=64)}
+        shapes = [(2, 7, 8), (5, 7, 8), (1, 7, 8)]
+        if dynamic == "layout":
+            dims |= {1: torch.export.Dim("x", min=6, max=40), 2: torch.export.Dim("y", min=5, max=40)}
+            shapes += [(2, 6, 11), (1, 12, 5)]
+        program = torch.export.export(net, (torch.randn(2, 7, 8, 16),), dynamic_shapes=(dims,))
+        targets = [node.target for node in program.graph.nodes]
+        assert targets.count(OPS.na2d.default) == 2
+        torch.export.save(program, tmp_path / "net.pt2")
+        with torch.no_grad():
+            cases = [(x := torch.randn(*shape, 16), net(x)) for shape in shapes]
+        torch.save(cases, tmp_path / "cases.pt")
+        command = [sys.executable, "-c", LOAD, str(tmp_path / "net.pt2"), str(tmp_path / "cases.pt")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stdout.strip().endswith("ok"), done.stderr
+
+    def test_decompositions_keep_the_operator(self, seed):
+        program = torch.export.export(Net(), (torch.randn(2, 7, 8, 16),)).run_decompositions()
+        assert OPS.na2d.default in [node.target for node in program.graph.nodes]
+
+    def test_the_layers_gradient_exports(self, seed):
+        """A whole training step, traced with `make_fx`."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        def step(query):
+            query = query.detach().requires_grad_()
+            return torch.autograd.grad(na2d(query, query, query, 3).square().sum(), query)[0]
+
+        query = torch.randn(1, 6, 9, 2, 8)
+        graph = make_fx(step)(query)
+        assert OPS.na2d_backward.default in [node.target for node in graph.graph.nodes]
+        torch.testing.assert_close(graph(query), step(query))
+
+
+def test_deepcopy_and_pickle_of_results(seed):
+    """Outputs are ordinary tensors."""
+    query = torch.randn(1, 6, 9, 2, 8)
+    output = na2d(query, query, query, 3)
+    buffer = io.BytesIO()
+    torch.save(output, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer), output)
+
+
+def test_two_python_threads_at_once_find_one_kernel(seed):
+    """Shapes that neither has seen."""
+    query = torch.randn(1, 7, 13, 2, 8)
+    expected = neighborhood_attention(query, query, query, 5)[0]
+    results = []
+
+    def work():
+        results.append(na2d(query, query, query, 5))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert all(error(result, expected) < 1e-5 for result in results)
+
+
+def test_importing_torch_first_registers_the_operators():
+    """A program loaded from a file needs the operators before anything has called them."""
+    code = "import torch, na_compiler; print(torch.ops.na_compiler.na3d_backward.default)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "na_compiler.na3d_backward.default"
