@@ -1,0 +1,8 @@
+"""Bodies of the operators in ONNX's own: what any runtime computes that does not know them."""
+
+from __future__ import annotations
+
+from na_compiler.onnx.bodies.attach import BODIES, add_bodies
+from na_compiler.onnx.bodies.generic import generic_body
+
+__all__ = ["BODIES", "add_bodies", "generic_body"]

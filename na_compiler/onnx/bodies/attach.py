@@ -1,0 +1,128 @@
+"""`add_bodies`: gives a model a function for each operator it uses."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.tape import Tape
+
+from na_compiler.onnx.bodies.generic import generic_body
+from na_compiler.onnx.nodes import attention_nodes, node_signature
+from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, VERSION, default_attribute
+
+__all__ = ["BODIES", "add_bodies"]
+
+BODIES = ("generic", "blocked")
+_MINIMUM_OPSET = 18
+
+
+def add_bodies(model: ir.Model, body: str = "generic") -> None:
+    """Give a model a function for each of the operators that it uses, in place.
+
+    Parameters
+    ----------
+    model
+        Changed: its nodes get the attributes that they leave to defaults, which a function could not see.
+    body
+        ``"generic"``: one function for each operator, right for every layout. ``"blocked"``: for each node with a
+        fixed layout another one besides, which takes a fraction of the time and the memory.
+
+    Raises
+    ------
+    ValueError
+        For another body, a model of an opset under 18, or a node whose inputs do not fit its attributes.
+    """
+    if body not in BODIES:
+        raise ValueError(f"body must be one of {', '.join(BODIES)}, got {body!r}")
+    nodes = list(attention_nodes(model))
+    if not nodes:
+        return
+    opset = model.opset_imports.get("", 0)
+    if opset < _MINIMUM_OPSET:
+        raise ValueError(f"bodies need opset {_MINIMUM_OPSET} or later, the model has {opset}; export with a later one")
+    _prepare(model, nodes)
+    if body == "blocked":
+        _specialise(model, nodes, opset)
+    for operator in dict.fromkeys(node.op_type for node in nodes):
+        own = [node for node in nodes if node.op_type == operator]
+        additional = _agree_on_additional(own)
+        # After the specialised ones: onnx's evaluator, which ignores overloads, takes the last of a name.
+        function = generic_body(operator, opset, additional)
+        model.functions[function.identifier()] = function
+
+
+def _prepare(model: ir.Model, nodes: list[ir.Node]) -> None:
+    """Remove bodies that there are, and have nodes say everything that a body needs to know."""
+    model.opset_imports.setdefault(DOMAIN, VERSION)
+    for identifier in [key for key in model.functions if key[0] == DOMAIN]:
+        del model.functions[identifier]
+    if any(value is not None and value.shape is None for node in nodes for value in node.inputs):
+        ShapeInferencePass(strict_mode=False, data_prop=True)(model)
+    for node in nodes:
+        _complete(node)
+        _name_lse(node)
+
+
+def _specialise(model: ir.Model, nodes: list[ir.Node], opset: int) -> None:
+    raise NotImplementedError
+
+
+def _complete(node: ir.Node) -> None:
+    """Write the attributes that a node leaves to their defaults: inside a function an absent attribute is an error."""
+    try:
+        signature = node_signature(node)
+        signature.problem()
+        scale = signature.scale()
+    except ValueError as error:
+        raise ValueError(f"node {node.name!r}: {error}") from error
+    for name in ATTRIBUTES[1:4]:
+        if name not in node.attributes:
+            node.attributes.add(ir.AttrInt64s(name, default_attribute(name, signature.rank)))
+    if "scale" not in node.attributes:
+        if scale is None:
+            raise ValueError(
+                f"node {node.name!r} needs the attribute scale: head_dim, which it would follow from, is not known"
+            )
+        node.attributes.add(ir.AttrFloat32("scale", scale))
+
+
+def _name_lse(node: ir.Node) -> None:
+    """Give a node its lse even if nobody reads it: ONNX Runtime refuses a node with fewer outputs than its function."""
+    node.resize_outputs(2)
+    output, lse = node.outputs
+    if not lse.name:
+        lse.name = f"{output.name}_lse"
+
+
+def _agree_on_additional(nodes: list[ir.Node]) -> bool:
+    """Return whether an operator's function takes additional keys; if it does, all of its nodes have them from now on."""
+    takes = [len(node.inputs) > 3 and node.inputs[3] is not None for node in nodes]
+    if any(takes):
+        for node in (node for node, already in zip(nodes, takes, strict=True) if not already):
+            _add_empty_inputs(node)
+    return any(takes)
+
+
+def _add_empty_inputs(node: ir.Node) -> None:
+    """Give a node without additional keys some: none of them. A function has one number of inputs for all its nodes."""
+    rank = node_signature(node).rank
+    tape = Tape()
+    empty = []
+    for tensor in node.inputs[1:3]:
+        axes = list(range(1, rank + 1))
+        ints = [tape.op("Constant", [], {"value_ints": each}) for each in ([0] * rank, [0] + [1] * (rank - 1), axes)]
+        sliced = tape.op("Slice", [tensor, *ints])
+        if rank > 1:
+            last = tape.op("Constant", [], {"value_ints": axes[1:]})
+            sliced = tape.op("Squeeze", [sliced, last])
+        empty.append(sliced)
+        assert tensor is not None
+        sliced.dtype = tensor.dtype
+        if tensor.shape is not None:
+            sliced.shape = ir.Shape([tensor.shape[0], 0, *tensor.shape[-2:]])
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, tape.nodes)
+    node.resize_inputs(5)
+    for i, value in enumerate(empty):
+        node.replace_input_with(3 + i, value)

@@ -1,0 +1,116 @@
+"""Arithmetic that writes ONNX nodes: so that formulas read as such, and `na_compiler.window` serves here as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+__all__ = ["Expression", "Writer"]
+
+
+class Expression:
+    """A value in a function body, with the arithmetic that Python's numbers have.
+
+    ``//`` is ONNX's Div, which truncates: it is only used on what is not negative.
+    """
+
+    def __init__(self, writer: Writer, value: ir.Value) -> None:
+        self.writer = writer
+        self.value = value
+
+    def __add__(self, other: Any) -> Expression:
+        return self.writer("Add", self, other)
+
+    def __sub__(self, other: Any) -> Expression:
+        return self.writer("Sub", self, other)
+
+    def __mul__(self, other: Any) -> Expression:
+        return self.writer("Mul", self, other)
+
+    def __floordiv__(self, other: Any) -> Expression:
+        return self.writer("Div", self, other)
+
+    def __mod__(self, other: Any) -> Expression:
+        return self.writer("Mod", self, other)
+
+    def __le__(self, other: Any) -> Expression:
+        return self.writer("LessOrEqual", self, other)
+
+    def __and__(self, other: Any) -> Expression:
+        return self.writer("And", self, other)
+
+    def __or__(self, other: Any) -> Expression:
+        return self.writer("Or", self, other)
+
+    def minimum(self, other: Any) -> Expression:
+        """Return the smaller one."""
+        return self.writer("Min", self, other)
+
+    def maximum(self, other: Any) -> Expression:
+        """Return the larger one."""
+        return self.writer("Max", self, other)
+
+
+class Writer:
+    """Writes nodes one after another.
+
+    Parameters
+    ----------
+    opset
+        Version of ONNX's own operators.
+    inputs
+        Names of the function's inputs.
+    """
+
+    def __init__(self, opset: int, inputs: tuple[str, ...]) -> None:
+        self._tape = Tape()
+        self._opset = opset
+        self.inputs = [Expression(self, ir.Value(name=name)) for name in inputs]
+        self._constants: dict[Any, Expression] = {}
+
+    def __call__(self, operator: str, *operands: Any, **attributes: Any) -> Expression:
+        """Write a node; operands that are numbers or arrays become constants."""
+        values = [self.constant(operand).value for operand in operands]
+        return Expression(self, self._tape.op(operator, values, attributes or None))
+
+    def constant(self, value: Any) -> Expression:
+        """Return a constant: integers are int64, other numbers float32. The same one is written once."""
+        if isinstance(value, Expression):
+            return value
+        array = np.array(value)
+        if array.dtype != np.bool_:
+            array = array.astype(np.int64 if array.dtype.kind in "iu" or not array.size else np.float32)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            tensor = ir.tensor(array)
+            self._constants[key] = Expression(self, self._tape.op("Constant", [], {"value": tensor}))
+        return self._constants[key]
+
+    def attribute(self, name: str, kind: ir.AttributeType) -> Expression:
+        """Return an attribute of the function as a tensor: of Constant, which every reader knows it from."""
+        field = {ir.AttributeType.INTS: "value_ints", ir.AttributeType.FLOAT: "value_float"}[kind]
+        return Expression(self, self._tape.op("Constant", [], {field: ir.RefAttr(field, name, kind)}))
+
+    def shape(self, *parts: Any) -> Expression:
+        """Return a shape, for Reshape, of numbers and of tensors with one or more sizes; 0 keeps a size."""
+        return self("Concat", *([part] if isinstance(part, int) else part for part in parts), axis=0)
+
+    def function(
+        self, domain: str, name: str, overload: str, outputs: Mapping[str, Expression], attributes: tuple[str, ...]
+    ) -> ir.Function:
+        """Return the function of what was written."""
+        for output, expression in outputs.items():
+            expression.value.name = output
+        graph = ir.Graph(
+            [expression.value for expression in self.inputs],
+            [expression.value for expression in outputs.values()],
+            nodes=self._tape.nodes,
+            opset_imports={"": self._opset},
+            name=name,
+        )
+        declared = [ir.Attr(attribute, ir.AttributeType.UNDEFINED, None) for attribute in attributes]
+        return ir.Function(domain, name, overload, graph=graph, attributes=declared)

@@ -1,0 +1,168 @@
+"""`export`: from a torch model to an ONNX file that every runtime can run; and the table for ``torch.onnx.export``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from na_compiler.onnx.bodies import BODIES, add_bodies
+from na_compiler.onnx.nodes import attention_nodes, node_signature
+from na_compiler.onnx.signature import DOMAIN, OPERATORS, VERSION
+from na_compiler.torch_ops import OPERATORS as TORCH_OPERATORS
+
+__all__ = ["export", "translation_table"]
+
+_LOG = logging.getLogger("na_compiler")
+_OPSET = 21
+# A file of ONNX holds at most 2 GiB. Weights go beside it long before: who only looks at the graph need not read them.
+_EXTERNAL_BYTES = 100 << 20
+
+
+def export(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    path: str | os.PathLike[str] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    body: str = "generic",
+    opset: int = _OPSET,
+    external_data: bool | None = None,
+) -> torch.onnx.ONNXProgram:
+    """Export a model; neighborhood attention becomes operators of the domain ``na_compiler``, with bodies.
+
+    Parameters
+    ----------
+    model
+        With modules of this package or calls of `na_compiler.na1d`, `na2d` and `na3d`; or exported already. It is put
+        in ``eval`` mode while it is exported.
+    args, kwargs
+        Inputs to trace it with. Nothing is compiled and no kernel runs.
+    path
+        The file to write; default none: only the program is returned.
+    dynamic_shapes
+        As for ``torch.export.export``. A dynamic batch needs nothing else. A dynamic layout runs with the generic body
+        only: kernels are compiled for one layout.
+    input_names, output_names
+        Names in the file.
+    body
+        ``"generic"``: right for every layout. ``"blocked"``: for fixed layouts, with a fraction of the time and memory
+        in runtimes that do not have the operator library.
+    opset
+        Version of ONNX's own operators, 18 or later.
+    external_data
+        Whether weights go to a file of their own beside ``path``, ``path`` and ``.data``. Default: where they take more
+        than 100 MiB.
+
+    Returns
+    -------
+    torch.onnx.ONNXProgram
+        Its ``model`` is an ``onnx_ir.Model``.
+
+    Raises
+    ------
+    ValueError
+        For another body, or an opset under 18.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from na_compiler import NeighborhoodAttention2D
+    >>> layer = NeighborhoodAttention2D(embed_dim=32, num_heads=2, kernel_size=3)
+    >>> program = export(layer, (torch.randn(2, 8, 8, 32),), "layer.onnx")  # doctest: +SKIP
+    """
+    if body not in BODIES:
+        raise ValueError(f"body must be one of {', '.join(BODIES)}, got {body!r}")
+    if opset < 18:
+        raise ValueError(f"opset must be at least 18, got {opset}; {_OPSET} would work")
+    was_training = isinstance(model, torch.nn.Module) and model.training
+    if isinstance(model, torch.nn.Module):
+        model.eval()
+    try:
+        program = torch.onnx.export(
+            model,
+            tuple(args),
+            kwargs=dict(kwargs) if kwargs else None,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=dynamic_shapes,
+            custom_translation_table=translation_table(),
+            input_names=input_names,
+            output_names=output_names,
+            verbose=False,
+        )
+    finally:
+        if was_training and isinstance(model, torch.nn.Module):
+            model.train()
+    assert program is not None
+    add_bodies(program.model, body)
+    _warn_of_bfloat16(program.model)
+    if path is not None:
+        if external_data is None:
+            size = sum(
+                value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value
+            )
+            external_data = size > _EXTERNAL_BYTES
+        program.save(Path(path), external_data=external_data)
+    return program
+
+
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """Return what ``torch.onnx.export`` takes as ``custom_translation_table``, for who calls it without `export`.
+
+    The model that it makes has no bodies: `add_bodies` adds them, or it runs with the operator library only.
+
+    Examples
+    --------
+    >>> torch.onnx.export(model, args, custom_translation_table=translation_table())  # doctest: +SKIP
+    """
+    return {TORCH_OPERATORS[rank]: _translation(operator) for operator, rank in OPERATORS.items()}
+
+
+def _translation(operator: str) -> Callable[..., Any]:
+    operators = onnxscript.values.Opset(DOMAIN, VERSION)
+
+    def translate(
+        query: Any,
+        key: Any,
+        value: Any,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        is_causal: Sequence[bool],
+        scale: float,
+        additional_keys: Any = None,
+        additional_values: Any = None,
+    ) -> Any:
+        extra = () if additional_keys is None else (additional_keys, additional_values)
+        return getattr(operators, operator)(
+            query,
+            key,
+            value,
+            *extra,
+            kernel_size=list(kernel_size),
+            stride=list(stride),
+            dilation=list(dilation),
+            is_causal=[int(flag) for flag in is_causal],
+            scale=float(scale),
+            _outputs=2,
+        )
+
+    return translate
+
+
+def _warn_of_bfloat16(model: ir.Model) -> None:
+    if any("bfloat16" in node_signature(node).dtypes for node in attention_nodes(model)):
+        _LOG.warning(
+            "the model computes in bfloat16: without the operator library it runs only where the runtime has bfloat16 "
+            "for all of its operators (ONNX Runtime's CPU provider does not); export in float32 or float16 for the rest"
+        )
