@@ -53,15 +53,17 @@ class _NeighborhoodAttention(OpRun):
         )
         problem = signature.problem()
         assert problem is not None
-        exact = [torch.from_numpy(tensor.astype(np.float64)) for tensor in given]
+        query, key, value, *additional = (torch.from_numpy(tensor.astype(np.float64)) for tensor in given)
         output, lse = neighborhood_attention(
-            *exact[:3],
+            query,
+            key,
+            value,
             problem.kernel_size,
             problem.stride,
             problem.dilation,
             problem.is_causal,
             signature.scale(),
-            *exact[3:],
+            *additional,
         )
         results = (output.numpy().astype(given[0].dtype), lse.numpy().astype(np.float32))
         return results[: len(self.onnx_node.output)]

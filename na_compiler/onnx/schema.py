@@ -31,7 +31,7 @@ _DESCRIPTIONS = {
     "additional_values": "[batch, additional, heads_kv, head_dim_v]; there if and only if additional_keys is.",
     "output": "[batch, {axes}, heads, head_dim_v].",
     "lse": "[batch, {axes}, heads]: natural logarithm of the sum of exponentials of the scaled scores.",
-    "kernel_size": "Window along each axis in tokens of one dilation group, at least 1; times dilation at most the axis.",
+    "kernel_size": "Window along each axis in tokens of a dilation group, at least 1; times dilation at most the axis.",
     "stride": "Queries along each axis that share one window, in [1, kernel_size].",
     "dilation": "Distance between neighbors along each axis, at least 1.",
     "is_causal": "For each axis 1 if a query sees no key after itself, else 0.",

@@ -101,7 +101,8 @@ class Signature:
             SimpleNamespace(shape=shape, dtype=own or dtype, device="one")
             for shape, own in zip(stand_ins, self.dtypes, strict=True)
         ]
-        problem = Problem.of_tensors(*tensors[:3], **parameters, **dict(zip(INPUTS[3:], tensors[3:], strict=False)))
+        named: dict[str, Any] = {**dict(zip(INPUTS, tensors, strict=False)), **parameters}
+        problem = Problem.of_tensors(**named)
         if problem.additional_kv and stand_ins[3][1] == 0 and (shapes[3] or (0, 1))[1] == 0:
             problem = problem.replace(additional_kv=False)
         return problem if known else None
@@ -141,7 +142,7 @@ class Signature:
                     raise ValueError(f"{self.operator} needs the attribute kernel_size, {self.rank} ints")
                 value = default_attribute(name, self.rank)
             if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-                raise ValueError(f"{name} must be {self.rank} ints, got {value!r}")  # noqa: TRY004
+                raise ValueError(f"{name} must be {self.rank} ints, got {value!r}")
             parameters[name] = tuple(value)
         flags = parameters["is_causal"]
         if any(flag not in {0, 1} for flag in flags):
@@ -155,7 +156,7 @@ class Signature:
 
 def _complete(rank: int, shapes: list[Shape | None], kernel_size: Any, dilation: Any) -> list[tuple[int, ...]]:
     """Return shapes in which what is not known is what it must be for the rest to fit, or else something that fits."""
-    full = [
+    full: list[list[Size]] = [
         list(shape) if shape is not None else [None] * (4 if i >= 3 else rank + 3) for i, shape in enumerate(shapes)
     ]
     layout = range(1, rank + 1)

@@ -95,7 +95,7 @@ def _name_lse(node: ir.Node) -> None:
 
 
 def _agree_on_additional(nodes: list[ir.Node]) -> bool:
-    """Return whether an operator's function takes additional keys; if it does, all of its nodes have them from now on."""
+    """Return whether an operator's function takes additional keys; if so, all of its nodes have them from now on."""
     takes = [len(node.inputs) > 3 and node.inputs[3] is not None for node in nodes]
     if any(takes):
         for node in (node for node, already in zip(nodes, takes, strict=True) if not already):
@@ -117,7 +117,8 @@ def _add_empty_inputs(node: ir.Node) -> None:
             sliced = tape.op("Squeeze", [sliced, last])
         empty.append(sliced)
         assert tensor is not None
-        sliced.dtype = tensor.dtype
+        if tensor.dtype is not None:
+            sliced.dtype = tensor.dtype
         if tensor.shape is not None:
             sliced.shape = ir.Shape([tensor.shape[0], 0, *tensor.shape[-2:]])
     graph = node.graph

@@ -165,9 +165,8 @@ def _window_tables(write: Writer, layout: Expression, rank: int) -> tuple[Expres
     indices = visible = None
     for axis in range(rank):
         extent = write("Gather", layout, axis)
-        parameters = [write("Gather", ints, axis) for ints in (kernel_size, stride, dilation)]
-        causal = write("Cast", write("Gather", is_causal, axis), to=ir.DataType.BOOL)
-        places, sees = _axis_tables(write, extent, *parameters, causal)
+        kernel, step, gap, causal = (write("Gather", each, axis) for each in (kernel_size, stride, dilation, is_causal))
+        places, sees = _axis_tables(write, extent, kernel, step, gap, write("Cast", causal, to=ir.DataType.BOOL))
         # [1, X, 1, 1, k, 1] of this axis against those of the others
         others = [i for i in range(2 * rank) if i not in {axis, rank + axis}]
         places, sees = write("Unsqueeze", places, others), write("Unsqueeze", sees, others)

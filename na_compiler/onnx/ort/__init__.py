@@ -1,0 +1,1 @@
+"""The operator library for ONNX Runtime: its sources in C++, building it, and registering it with a session."""
