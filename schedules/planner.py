@@ -26,6 +26,8 @@ _CHUNK_KEYS = 1024
 # Tasks of one batch entry, below which a strip is cut smaller.
 _TASKS = 24
 _ROW_BLOCK = 32
+# Keys whose gradients are summed at once.
+_GRAD_BLOCK = 4
 _L1_BYTES = 20 * 1024
 # Cycles, fitted to measurements: of the softmax a vector of scores, of staging a vector, of a tile beside its loops.
 _SOFTMAX, _STAGE, _TILE = 8.0, 2.5, 900.0
@@ -73,12 +75,18 @@ def choose(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes
 
 
 def _candidates(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:
-    for tile in _factorizations(machine.lanes):
-        extents = (1,) * (AXES - problem.rank) + problem.layout
-        if any(queries > 1 and queries >= 2 * extent for queries, extent in zip(tile, extents, strict=True)):
-            continue
-        for patch in _patches(tile, machine):
-            yield _complete(problem, machine, direction, tile, patch)
+    extents = (1,) * (AXES - problem.rank) + problem.layout
+    tiles = list(_factorizations(machine.lanes))
+
+    def wasted(tile: Extents) -> int:
+        return sum(queries >= 2 * extent for queries, extent in zip(tile, extents, strict=True) if queries > 1)
+
+    # Tiles that lie mostly beyond the layout, unless it is so small that all do.
+    least = min(map(wasted, tiles))
+    for tile in tiles:
+        if wasted(tile) == least:
+            for patch in _patches(tile, machine):
+                yield _complete(problem, machine, direction, tile, patch)
 
 
 def _factorizations(lanes: int) -> Iterator[Extents]:
@@ -101,15 +109,12 @@ def _complete(problem: Problem, machine: Machine, direction: str, tile: Extents,
     box = TilingPlan.make(problem, bare).axes[-1].tile_box
     rows = machine.scores * machine.vector // machine.lanes
     key_block = _block(box, rows)
-    visited = round_up(box, key_block)
-    grad_block = _divisor(visited, 4) if direction == "backward" else 1
-    tiling = replace(
-        bare,
-        key_block=(1, 1, key_block),
-        grad_block=grad_block,
-        additional_block=round_up(64, math.lcm(key_block, grad_block)),
-    )
-    tiling = _with_strip(problem, tiling, direction)
+    tiling = replace(bare, key_block=(1, 1, key_block), additional_block=round_up(64, key_block))
+    tiling = _with_strip(problem, tiling)
+    if direction == "backward":
+        grad_block = _divisor(TilingPlan.make(problem, tiling).axes[-1].visited, _GRAD_BLOCK)
+        additional_block = round_up(64, math.lcm(key_block, grad_block))
+        tiling = replace(tiling, grad_block=grad_block, additional_block=additional_block)
     plan = TilingPlan.make(problem, tiling)
     visited = plan.extents("patch_visited")
     row_block = None
@@ -118,7 +123,7 @@ def _complete(problem: Problem, machine: Machine, direction: str, tile: Extents,
     return QueriesInLanes(tiling, machine.accumulators, row_block)
 
 
-def _with_strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
+def _with_strip(problem: Problem, tiling: Tiling) -> Tiling:
     """Choose how many tiles share staged keys, and whether these come in chunks."""
     chosen = _strip(problem, replace(tiling, patch=(1, 1, 1)))
     return replace(tiling, strip=chosen.strip, chunk=chosen.chunk)

@@ -126,6 +126,24 @@ def check_backward(example: Example, grads) -> None:
         check(name, grad, reference, example.problem.dtype, floor=magnitude)
 
 
+_GUARD = 1 << 14
+
+
+def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous copy with NaN before and behind it, which whoever reads out of bounds finds."""
+    flat = torch.full((tensor.numel() + 2 * _GUARD,), math.nan, dtype=tensor.dtype)
+    return flat[_GUARD : _GUARD + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def guards_are_whole(*tensors: torch.Tensor) -> bool:
+    """Return whether nothing was written around tensors that `guarded` made."""
+    for tensor in tensors:
+        flat = tensor.as_strided((tensor.numel() + 2 * _GUARD,), (1,), 0)
+        if not (flat[:_GUARD].isnan().all() and flat[-_GUARD:].isnan().all()):
+            return False
+    return True
+
+
 def poisoned(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Return tensors like these, full of NaN."""
-    return [torch.full_like(tensor, math.nan) for tensor in tensors]
+    """Return contiguous tensors of these shapes and dtypes, full of NaN."""
+    return [torch.full(tensor.shape, math.nan, dtype=tensor.dtype) for tensor in tensors]

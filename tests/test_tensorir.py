@@ -104,4 +104,4 @@ def test_exponential_and_logarithm():
     exact = torch.exp2(x.double())
     assert ((y.double() - exact).abs() / exact)[:-4].max() < 4e-7
     assert (y[-4:] == 0).all()
-    assert (z[:-4].double() - torch.log2(y[:-4].double()).clamp(min=-99.66)).abs().max() < 1e-5
+    assert (z[:-4].double() - torch.log2(y[:-4].double().clamp(min=1e-30))).abs().max() < 1e-5

@@ -87,7 +87,8 @@ class AxisPlaces:
         """Return the place in the layout of the key at a position; beyond the group's end, of its last key."""
         axis = self.axis
         index = self.box(strip) + position
-        if axis.chunk * axis.chunks > axis.shortest:
+        # The box itself ends with the group, or earlier; the last chunk may reach beyond it.
+        if axis.chunk * axis.chunks > min(axis.strip_box, axis.shortest):
             index = tirx.min(index, self.length(strip) - 1)
         return self.token(strip, index)
 

@@ -60,8 +60,8 @@ class Tiling:
     additional_block
         Additional keys staged at once, a multiple of the last ``key_block``.
     grad_block
-        Keys of the last axis whose gradients are summed at once over a tile's queries; divides the last extent of a
-        tile's box.
+        Keys of the last axis whose gradients are summed at once over a tile's queries; divides the number that a tile
+        visits of a chunk, and ``additional_block``.
     """
 
     tile: Extents = (1, 1, 1)
@@ -139,8 +139,8 @@ class AxisTiling:
 
     @property
     def masks(self) -> bool:
-        """Whether any query masks a key of its tile's box: a box as long as a window is every query's window."""
-        return self.is_causal or self.visited != self.kernel_size
+        """Whether any query masks a key of its tile's box: a whole box as long as a window is every query's window."""
+        return self.is_causal or self.chunks > 1 or self.visited != self.kernel_size
 
     def _union(self, queries: int) -> int:
         rule = (self.kernel_size, self.stride, self.is_causal)
@@ -201,7 +201,14 @@ class TilingPlan:
             )
             for axis in range(AXES)
         ]
-        return cls(problem, tiling, (axes[0], axes[1], axes[2]))
+        plan = cls(problem, tiling, (axes[0], axes[1], axes[2]))
+        for visited in (axes[-1].visited, tiling.additional_block):
+            # The rest of such a division would have no gradient.
+            if visited % tiling.grad_block:
+                raise ValueError(
+                    f"grad_block={tiling.grad_block} does not divide the {visited} keys that a tile visits"
+                )
+        return plan
 
     def extents(self, name: str) -> Extents:
         """Return one attribute of the three axes."""
