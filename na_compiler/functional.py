@@ -101,7 +101,10 @@ def _attention(
 ) -> Any:
     if tuning:
         _ignore(rank, tuning)
-    _check_tensors(rank, query, key, value)
+    _check_tensors(rank, query=query, key=key, value=value)
+    if additional_keys is not None or additional_values is not None:
+        given = {"additional_keys": additional_keys, "additional_values": additional_values}
+        _check_tensors(rank, **{name: tensor for name, tensor in given.items() if tensor is not None})
     result = call(
         rank,
         query,
@@ -115,8 +118,8 @@ def _attention(
     return result if return_lse else result[0]
 
 
-def _check_tensors(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+def _check_tensors(rank: int, **tensors: Any) -> None:
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.is_nested:  # It has no shape to look at, and operators of nested tensors are its own affair.

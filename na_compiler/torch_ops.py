@@ -136,7 +136,14 @@ def _check_rank(rank: int, query: Tensor) -> None:
 
 def _prepare(tensor: Tensor) -> Tensor:
     """Kernels take any strides but the last: rows of head_dim elements lie together in anything that is usual."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    # Not contiguous(): it returns a tensor as it is whose last dimension has one element, at whatever stride.
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() and tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(
@@ -215,10 +222,10 @@ def _backward(
         query,
         key,
         value,
-        output.contiguous(),
-        lse.contiguous(),
+        _compact(output),
+        _compact(lse),
         grad_output,
-        grad_lse.contiguous(),
+        _compact(grad_lse),
         *extra,
         scale=scale,
     )
