@@ -47,6 +47,6 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-if "torch" in sys.modules:
+if sys.modules.get("torch") is not None:
     # torch finds an operator only where it was registered: when it loads an exported program, say.
     importlib.import_module("na_compiler.torch_ops")

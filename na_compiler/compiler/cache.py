@@ -83,7 +83,7 @@ def fetch(key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
             pass
         except DamagedEntryError as error:
             _LOG.warning("compiling %s again: %s", key, error)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         entry = write_entry(folder, key, info, build)
     _limit(keep=key)
     return entry
@@ -107,7 +107,13 @@ def write_entry(folder: Path, key: str, info: KernelInfo, build: Callable[[Path]
             **info.to_dict(),
         }
         (made / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        made.replace(folder)
+        try:
+            made.replace(folder)
+        except OSError:  # Something is there: another process' entry, where locks do not work, or no entry at all.
+            with contextlib.suppress(FileNotFoundError, DamagedEntryError):
+                return read_entry(folder, key)
+            _remove(folder)
+            made.replace(folder)
     return read_entry(folder, key)
 
 
@@ -121,7 +127,7 @@ def read_entry(folder: Path, key: str) -> Entry:
     DamagedEntryError
         If it does not hold what it should.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise FileNotFoundError(folder)
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
@@ -148,11 +154,11 @@ def entries() -> Iterator[Entry]:
 
 def clear() -> int:
     """Delete all entries; returns how many there were."""
-    folders = list(_entry_folders())
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(cache_folder() / "locks", ignore_errors=True)
-    return len(folders)
+    count = len(list(_entry_folders()))
+    # With what is hidden there: of processes that were killed while they compiled.
+    for path in _folder().iterdir() if _folder().is_dir() else ():
+        _remove(path)
+    return count
 
 
 def limit_bytes() -> int:
@@ -179,6 +185,14 @@ def _entry_folders() -> Iterator[Path]:
     folder = _folder()
     if folder.is_dir():
         yield from (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _used(entry: Entry) -> Entry:

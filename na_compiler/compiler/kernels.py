@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from na_compiler.compiler import cache
 from na_compiler.compiler.spec import KernelSpec
@@ -98,9 +102,24 @@ def _load(spec: KernelSpec) -> Kernel:
         )
         from na_compiler.compiler.build import build_in_memory  # noqa: PLC0415
 
-        return make_kernel(spec.info, *build_in_memory(spec))
+        function, module = build_in_memory(spec)
+        return make_kernel(spec.info, _in_this_process(function), module)
     library = library_of(spec)
     return make_kernel(spec.info, load_function(library, device_type) if spec.target.runs_here else None)
+
+
+def _in_this_process(function: Callable[..., None]) -> Callable[..., None]:
+    """Refuse to run in a forked child what runs on TVM's threads there, and would wait for them for ever."""
+    process = os.getpid()
+
+    def run(*arguments: Any) -> None:
+        if os.getpid() != process:
+            raise RuntimeError(
+                "kernels that were built in memory do not run in forked children; set CC to a C compiler"
+            )
+        function(*arguments)
+
+    return run
 
 
 def _is_cached(spec: KernelSpec) -> bool:
@@ -124,11 +143,8 @@ def library_of(spec: KernelSpec) -> Path:
     except OSError as error:
         _say_once(f"the cache in {cache_folder()} cannot be used, kernels are kept for this process only: {error}")
         folder = Path(tempfile.mkdtemp(prefix="na_compiler-"))
-        try:
-            return cache.write_entry(folder / spec.key, spec.key, spec.info, build).library
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return cache.write_entry(folder / spec.key, spec.key, spec.info, build).library
 
 
 def _say_once(message: str) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, ClassVar
 
 from na_compiler.runtime.folders import cache_folder
 
@@ -25,7 +26,7 @@ _LOG = logging.getLogger("na_compiler")
 _SOURCE = Path(__file__).with_name("launcher.c")
 _SLOT = "__TVMBackendParallelLaunch"
 
-# Slots of the libraries attached so far: what a forked child has to change.
+# Slots of the libraries that run on TVM's own pool: what a forked child has to change.
 _slots: list[ctypes.c_void_p] = []
 _given_launcher: list[Path] = []
 
@@ -48,10 +49,34 @@ def attach(path: Path) -> None:
     slot = _slot(path)
     if slot is None:
         return
-    launch = _torch_launch() if "torch" in sys.modules else None
+    launch = _torch_launch() if sys.modules.get("torch") is not None else None
     if launch is not None:
-        slot.value = launch
+        slot.value = launch  # It knows of forks itself.
+        return
+    if not _slots and hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
     _slots.append(slot)
+
+
+class _Environment(ctypes.Structure):
+    """TVM's TVMParallelGroupEnv (tvm/runtime/c_backend_api.h)."""
+
+    _fields_: ClassVar = [("sync_handle", ctypes.c_void_p), ("num_task", ctypes.c_int32)]
+
+
+_Loop = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Environment), ctypes.c_void_p)
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, _Loop, ctypes.c_void_p, ctypes.c_int)
+def _launch_serially(loop: Any, data: int, tasks: int) -> int:  # noqa: ARG001
+    return int(loop(0, _Environment(None, 1), data))
+
+
+def _after_fork() -> None:
+    """Run loops in the one thread that a forked child has: TVM would wait for the others for ever."""
+    address = ctypes.cast(_launch_serially, ctypes.c_void_p).value
+    for slot in _slots:
+        slot.value = address
 
 
 def c_compiler() -> str | None:
