@@ -67,14 +67,17 @@ class _Environment(ctypes.Structure):
 _Loop = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Environment), ctypes.c_void_p)
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int, _Loop, ctypes.c_void_p, ctypes.c_int)
 def _launch_serially(loop: Any, data: int, tasks: int) -> int:  # noqa: ARG001
     return int(loop(0, _Environment(None, 1), data))
 
 
+# Kept for as long as the process: libraries have its address.
+_SERIAL_LAUNCHER = ctypes.CFUNCTYPE(ctypes.c_int, _Loop, ctypes.c_void_p, ctypes.c_int)(_launch_serially)
+
+
 def _after_fork() -> None:
     """Run loops in the one thread that a forked child has: TVM would wait for the others for ever."""
-    address = ctypes.cast(_launch_serially, ctypes.c_void_p).value
+    address = ctypes.cast(_SERIAL_LAUNCHER, ctypes.c_void_p).value
     for slot in _slots:
         slot.value = address
 
