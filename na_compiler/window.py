@@ -13,7 +13,7 @@ import builtins
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["group_length", "window_bounds", "window_end", "window_start"]
+__all__ = ["group_length", "query_bounds", "window_bounds", "window_end", "window_start"]
 
 # Anything with +, - and //: int, torch.Tensor, tvm.tirx.PrimExpr.
 Index = Any
@@ -125,3 +125,51 @@ def window_bounds(
     arguments = (index, length, kernel_size, stride, is_causal)
     start = window_start(*arguments, minimum=minimum, maximum=maximum)
     return start, window_end(*arguments, minimum=minimum, maximum=maximum)
+
+
+def query_bounds(
+    key: Index,
+    length: Index,
+    kernel_size: int,
+    stride: int = 1,
+    is_causal: bool = False,
+    *,
+    minimum: Callable[[Index, Index], Index] = builtins.min,
+    maximum: Callable[[Index, Index], Index] = builtins.max,
+    choose: Callable[[Any, Index, Index], Index] = lambda condition, yes, no: yes if condition else no,
+) -> tuple[Index, Index]:
+    """Return ``(first, end)`` of the queries that see a key: the window rule the other way round.
+
+    Windows begin and end in order, so these are consecutive.
+
+    Parameters
+    ----------
+    key
+        The key's position in its dilation group.
+    length, kernel_size, stride, is_causal, minimum, maximum
+        As in `window_start`.
+    choose
+        The choice between two values in the arithmetic of ``key``: ``torch.where``, ``tvm.tirx.Select``.
+
+    Notes
+    -----
+    The stride groups that see the key are those whose leader lies in an interval: the window that is not causal begins
+    at ``leader - kernel_size // 2`` unless a border shifts it, the causal one at ``leader - kernel_size + 1``. A key
+    so near to the end that even the last window reaches it is seen by all queries from the first one on.
+
+    Examples
+    --------
+    >>> [query_bounds(key, 6, 3) for key in range(6)]
+    [(0, 2), (0, 3), (0, 4), (2, 6), (3, 6), (4, 6)]
+    """
+    if is_causal:
+        # The last token of a stride group leads it.
+        last = maximum(key + (kernel_size - stride), 0) // stride
+        end = choose(key + (kernel_size - 1) >= length - 1, length, minimum((last + 1) * stride, length))
+        return key, end
+    left, lead = kernel_size // 2, stride // 2
+    needed = maximum(key - (kernel_size - 1) + (left - lead), 0)
+    first = choose(key < kernel_size, 0, (needed + (stride - 1)) // stride * stride)
+    last = maximum(key + (left - lead), 0) // stride
+    end = choose(key >= length - kernel_size, length, minimum((last + 1) * stride, length))
+    return first, end

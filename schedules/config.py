@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from na_compiler.problem import Problem
-from na_compiler.tensorir.tiling import Tiling, TilingPlan
+from na_compiler.tensorir.direct_plan import DirectPlan
+from na_compiler.tensorir.tiling import Extents, Tiling, TilingPlan
 from na_compiler.workspace import ADDITIONAL, Workspace
 
-__all__ = ["Config", "QueriesInLanes"]
+__all__ = ["Config", "QueriesInLanes", "Simt"]
 
 
 class Config(ABC):
@@ -23,12 +25,15 @@ class Config(ABC):
         that return a TensorIR function; it alone may import TVM.
     pipeline
         TVM's lowering pipeline for what they return: ``"s_tir"`` for scheduled blocks, ``"tirx"``.
+    passes
+        Options of TVM's passes.
     options
         Further options of nvcc.
     """
 
     module: ClassVar[str]
     pipeline: ClassVar[str] = "s_tir"
+    passes: ClassVar[Mapping[str, Any]] = {}
     options: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -77,3 +82,48 @@ class QueriesInLanes(Config):
         if problem.additional_kv:
             buffers += [(*tasks, ADDITIONAL, width) for width in widths]
         return Workspace(tuple(buffers), self.tiling.additional_block)
+
+
+@dataclass(frozen=True)
+class Simt(Config):
+    """Config of `na_compiler.schedules.simt`, the schedule for CUDA cores.
+
+    Parameters
+    ----------
+    lanes
+        Threads that share a query or a key; a power of two, at most 32.
+    rows
+        Queries, or keys, of a thread block.
+    keys, queries
+        Keys of a window, and queries that see a key, whose scores are computed together, per axis.
+    strip
+        Tokens whose part of the gradients of additional keys is summed by one group of threads.
+    """
+
+    lanes: int
+    rows: int
+    keys: Extents
+    queries: Extents
+    strip: int
+
+    module = "na_compiler.schedules.simt"
+    # nvcc unrolls, since TVM cannot unroll a sum over lanes; and it finds common subexpressions by itself.
+    passes: ClassVar[Mapping[str, Any]] = {
+        "tirx.UnrollLoop": {"explicit_unroll": False},
+        "tirx.disable_cse_tir": True,
+    }
+
+    def plan(self, problem: Problem) -> DirectPlan:
+        """Return how the direct description is cut."""
+        return DirectPlan(problem, self.lanes, self.rows, self.keys, self.queries, self.strip, "threadIdx.x")
+
+    def workspace(self, problem: Problem, direction: str) -> Workspace:
+        """Return, for a backward, a number for each query, and the strips' parts of the additional keys' gradients."""
+        if direction == "forward":
+            return Workspace()
+        plan = self.plan(problem)
+        buffers: list[tuple[int | str, ...]] = [(problem.heads, problem.tokens)]
+        if problem.additional_kv:
+            parts = (problem.heads_kv, plan.strips, ADDITIONAL)
+            buffers += [(*parts, plan.head_dim), (*parts, plan.head_dim_v)]
+        return Workspace(tuple(buffers))

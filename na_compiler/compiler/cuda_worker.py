@@ -63,7 +63,7 @@ def _build(request: dict[str, Any]) -> cuda.Build:
     compiler = _Compiler(spec, request["nvcc"])
     tvm.register_global_func("tvm_callback_cuda_compile", compiler.__call__, override=True)
     target = tvm.target.Target(spec.target.to_tvm())
-    with target:
+    with target, tvm.transform.PassContext(config=dict(spec.config.passes)):
         module = tvm.compile(scheduled(spec), target=target, tir_pipeline=spec.config.pipeline)
     if request["path"] is not None:
         module.export_library(request["path"], cc=request["cc"])

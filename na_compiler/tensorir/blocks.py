@@ -28,7 +28,7 @@ def block(name: str, extents: tuple[Any, ...], where: Callable[..., Any] | None 
     extents
         Of the loops, outermost first.
     where
-        From the loop variables to the condition under which the block runs.
+        From the loop variables to the condition under which the block runs; ``None`` for always.
     """
     with _nest(name, "S" * len(extents), extents, where) as iterators:
         yield iterators
@@ -48,24 +48,25 @@ def _nest(
     with T.grid(*extents) as loops, T.sblock(name):
         loops = loops if len(extents) > 1 else (loops,)
         iterators = T.axis.remap(kinds, list(loops))
-        if where is not None:
-            T.where(where(*loops))
+        condition = None if where is None else where(*loops)
+        if condition is not None:
+            T.where(condition)
         yield tuple(iterators) if len(extents) > 1 else (iterators,)
 
 
 @contextlib.contextmanager
-def update(name: str, extents: tuple[int, ...], vector: int) -> Iterator[tuple[Any, ...]]:
-    """Open a loop nest, vectorised over its last axis, and a block that changes a buffer in place; yields its iterators.
+def update(name: str, extents: tuple[int, ...], vector: int, thread: str = "") -> Iterator[tuple[Any, ...]]:
+    """Open a loop nest and a block that changes a buffer in place; yields its iterators.
 
-    TensorIR's schedule refuses to vectorise a block that reads what it writes, so these loops are written as they
-    are to run.
+    TensorIR's schedule refuses to vectorise or bind a block that reads what it writes, so these loops are written as
+    they are to run: the last axis in parts of ``vector``, vectorised, or on the threads of that name.
     """
     *outer, width = extents
     if width % vector:
         vector = 1
     with contextlib.ExitStack() as stack:
         loops = stack.enter_context(T.grid(*outer, width // vector))
-        lane = stack.enter_context(T.vectorized(vector))
+        lane = stack.enter_context(T.thread_binding(vector, thread=thread) if thread else T.vectorized(vector))
         stack.enter_context(T.sblock(name))
         *places, part = loops if outer else (loops,)
         iterators = [T.axis.spatial(extent, place) for extent, place in zip(outer, places, strict=True)]

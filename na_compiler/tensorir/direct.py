@@ -1,0 +1,394 @@
+"""What the direct descriptions of forward and backward share: places, and steps on the rows of a chunk.
+
+Block names are what the schedule knows the steps by. Every buffer that these functions allocate belongs to one query
+or key, so that a schedule can keep it in the registers of the threads that have it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tvm import ir, tirx
+from tvm.tirx.script import builder as T
+
+from na_compiler.tensorir.blocks import block, reduction, update
+from na_compiler.tensorir.direct_plan import DirectAxis, DirectPlan
+from na_compiler.tensorir.tiling import AXES, Extents, round_up
+from na_compiler.window import group_length, query_bounds, window_bounds
+
+__all__ = [
+    "AdditionalChunks",
+    "Buffer",
+    "Chunks",
+    "DirectFrame",
+    "KeyChunks",
+    "QueryChunks",
+    "StripChunks",
+    "registers",
+    "scalar",
+]
+
+Buffer = Any
+Expr = Any
+Place = tuple[Expr, Expr, Expr]
+# From the place in a row to the indices of its tensor.
+At = Callable[[Expr], list[Expr]]
+# The same for each row of a chunk.
+Rows = Callable[[Any], At]
+
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class DirectFrame:
+    """A plan in the form that descriptions are written with: tensors, and places in them."""
+
+    def __init__(self, plan: DirectPlan) -> None:
+        problem = plan.problem
+        self.plan, self.problem = plan, problem
+        self.dtype = problem.dtype
+        self.batch = tirx.Var("batch", "int64")
+        self.additional = tirx.Var("additional", "int64")
+
+    def tokens(self, *last: int) -> tuple[Expr, ...]:
+        """Return the shape of a tensor with one entry a token: ``[batch, *layout, *last]``."""
+        return self.shape(self.batch, *self.problem.layout, *last)
+
+    def extra(self, *last: int) -> tuple[Expr, ...]:
+        """Return the shape of additional keys or values: ``[batch, additional, *last]``."""
+        return self.shape(self.batch, self.additional, *last)
+
+    def shape(self, *extents: Expr) -> tuple[Expr, ...]:
+        """Return a shape of 64-bit extents: TVM's packed ABI trips over a shape of mixed widths."""
+        return tuple(tirx.IntImm("int64", extent) if isinstance(extent, int) else extent for extent in extents)
+
+    def tensor(self, shape: tuple[Expr, ...], dtype: str | None = None) -> dict[str, Any]:
+        """Return the arguments of ``T.match_buffer`` for a contiguous tensor."""
+        dtype = dtype or self.dtype
+        return {"shape": shape, "dtype": dtype, "align": _ELEMENT_BYTES[dtype]}
+
+    def strided(self, name: str, shape: tuple[Expr, ...]) -> dict[str, Any]:
+        """Return the arguments of ``T.match_buffer`` for a tensor read where it is, at any strides but the last's."""
+        strides = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
+        return {**self.tensor(shape), "strides": [*strides, tirx.IntImm("int64", 1)]}
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the parameters that forward and backward begin with."""
+        p = self.problem
+        shapes = {
+            "query": self.tokens(p.heads, p.head_dim),
+            "key": self.tokens(p.heads_kv, p.head_dim),
+            "value": self.tokens(p.heads_kv, p.head_dim_v),
+        }
+        if p.additional_kv:
+            shapes["additional_keys"] = self.extra(p.heads_kv, p.head_dim)
+            shapes["additional_values"] = self.extra(p.heads_kv, p.head_dim_v)
+        return {name: self.strided(name, shape) for name, shape in shapes.items()}
+
+    def token(self, number: Expr) -> list[Expr]:
+        """Return the place in the layout of a token, given its number."""
+        places: list[Expr] = []
+        for extent in reversed(self.problem.layout[1:]):
+            places.insert(0, number % extent)
+            number = number // extent
+        return [number, *places]
+
+    def along_axes(self, token: list[Expr]) -> list[Expr]:
+        """Add the axes that the problem does not have."""
+        return [0] * (AXES - len(token)) + token
+
+    @contextlib.contextmanager
+    def rows(self, name: str, heads: int) -> Iterator[tuple[Expr, ...]]:
+        """Open a block for each token of each head; yields batch, head, number of the block of tokens, place in it."""
+        # A launch of no blocks is an error, so that an empty batch has one that does nothing.
+        extents = (_at_least_one(self.batch), heads, self.plan.blocks, self.plan.rows)
+        with block(name, extents, where=lambda batch, *_: batch < self.batch) as places:
+            yield places
+
+    def row(self, part: Expr, place: Expr) -> Expr:
+        """Return the number of a block's token; beyond the end, of the last one again."""
+        number = part * self.plan.rows + place
+        return tirx.min(number, self.problem.tokens - 1) if self.problem.tokens % self.plan.rows else number
+
+    def is_row(self, part: Expr, place: Expr) -> Expr:
+        """Return whether a block has a token at a place."""
+        if self.problem.tokens % self.plan.rows == 0:
+            return tirx.const(True, "bool")
+        return part * self.plan.rows + place < self.problem.tokens
+
+    @contextlib.contextmanager
+    def additional_rows(self, name: str, *extents: int) -> Iterator[tuple[Expr, ...]]:
+        """Open a block for each additional key; yields batch, ..., number of the block of keys, and place in it."""
+        rows = tirx.IntImm("int64", self.plan.rows)
+        parts = tirx.ceildiv(_at_least_one(self.additional), rows)
+        all_extents = (_at_least_one(self.batch), *extents, parts, self.plan.rows)
+        with block(
+            name, all_extents, where=lambda batch, *_: tirx.all(batch < self.batch, self.additional > 0)
+        ) as places:
+            yield places
+
+    def additional_row(self, part: Expr, place: Expr) -> tuple[Expr, Expr]:
+        """Return the number of a block's additional key, beyond the end of the last one again, and if it is there."""
+        number = part * self.plan.rows + place
+        return tirx.min(number, self.additional - 1), number < self.additional
+
+    @staticmethod
+    def whole(buffer: tirx.Buffer) -> tirx.BufferRegion:
+        """Return all of a buffer, as the region that a block reads or writes."""
+        return tirx.BufferRegion(buffer, [ir.Range(0, extent) for extent in buffer.shape])
+
+    def padded(self, width: int) -> int:
+        """Return a row's width, rounded up so that lanes have equal parts."""
+        return round_up(width, self.plan.lanes)
+
+    def element(self, source: Buffer, at: At, d: Expr, width: int, exists: Expr | None = None) -> Expr:
+        """Return an element of a row in float32; 0 beyond the row's width, and where the row does not exist."""
+        conditions = [] if exists is None else [exists]
+        if self.padded(width) != width:
+            conditions.append(d < width)
+        value = T.Cast("float32", source[at(d)])
+        # A branch, not a choice: what is not there is not read.
+        return T.if_then_else(tirx.all(*conditions), value, T.float32(0)) if conditions else value
+
+    def load(self, name: str, source: Buffer, at: At, width: int, factor: Expr | None = None) -> Buffer:
+        """Copy a row to float32, times a factor, padded with zeros."""
+        row = registers((self.padded(width),))
+        with block(name, (self.padded(width),)) as (d,):
+            value = self.element(source, at, d, width)
+            T.buffer_store(row, value if factor is None else value * factor, [d])
+        return row
+
+    def clear(self, name: str, width: int) -> Buffer:
+        """Return a row of zeros, to which chunks add."""
+        row = registers((self.padded(width),))
+        with self.spread(name, self.padded(width)) as d:
+            T.buffer_store(row, T.float32(0), [d])
+        return row
+
+    @contextlib.contextmanager
+    def spread(self, name: str, width: int) -> Iterator[Expr]:
+        """Open a block that changes a row in place, its elements spread over the lanes."""
+        with update(name, (width,), self.plan.lanes, self.plan.thread) as (d,):
+            yield d
+
+    def dot(self, name: str, width: int, product: Callable[[Expr], Expr]) -> Buffer:
+        """Return the sum of ``product(d)`` over a row, in a buffer of one number."""
+        result = registers((1,))
+        with reduction(name, (1,), (self.padded(width),)) as (zero, d):
+            with T.init():
+                T.buffer_store(result, T.float32(0), [zero])
+            T.buffer_store(result, result[zero] + product(d), [zero])
+        return result
+
+    def products(
+        self, name: str, chunks: Chunks, chunk: Place, row: Buffer, source: Buffer, at: Rows, width: int
+    ) -> Buffer:
+        """Return the products of a row with each row of a chunk; something where a row does not exist."""
+        result = registers(chunks.size)
+        with reduction(name, chunks.size, (self.padded(width),)) as (*place, d):
+            with T.init():
+                T.buffer_store(result, T.float32(0), place)
+            other = self.element(source, at(place), d, width, chunks.exists(chunk, place))
+            T.buffer_store(result, result[place] + row[d] * other, place)
+        return result
+
+    def accumulate(
+        self,
+        name: str,
+        chunks: Chunks,
+        chunk: Place,
+        weights: Buffer,
+        source: Buffer,
+        at: Rows,
+        width: int,
+        kept: Buffer,
+        factor: Expr | None = None,
+    ) -> None:
+        """Add the weighted rows of a chunk to a row, which is multiplied by a factor first."""
+        padded = self.padded(width)
+        part = registers((padded,))
+        with reduction(name, (padded,), chunks.size) as (d, *place):
+            with T.init():
+                T.buffer_store(part, T.float32(0), [d])
+            row = self.element(source, at(place), d, width, chunks.exists(chunk, place))
+            T.buffer_store(part, part[d] + weights[place] * row, [d])
+        with self.spread(f"{name}_add", padded) as d:
+            before = kept[d] if factor is None else kept[d] * factor
+            T.buffer_store(kept, before + part[d], [d])
+
+
+def registers(shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
+    """Allocate a buffer for the threads that share a row, each of which keeps what it uses of it."""
+    return T.sblock_alloc_buffer(shape, dtype, scope="local")
+
+
+def scalar(name: str, value: Expr, dtype: str = "float32") -> Buffer:
+    """Return a number in a buffer of its own, so that it is computed once."""
+    result = registers((1,), dtype)
+    with block(name, (1,)) as (zero,):
+        T.buffer_store(result, value, [zero])
+    return result
+
+
+def _at_least_one(extent: Expr) -> Expr:
+    return tirx.max(extent, tirx.IntImm("int64", 1))
+
+
+class Chunks:
+    """What a row visits, chunk by chunk.
+
+    Attributes
+    ----------
+    prefix
+        Of the names of the blocks, so that a schedule can tell several apart.
+    counts
+        Chunks per axis.
+    size
+        Rows of a chunk per axis.
+    """
+
+    prefix: str
+    counts: tuple[Expr, Expr, Expr]
+    size: Extents
+
+    def token(self, chunk: Place, place: Place) -> list[Expr]:
+        """Return where in its tensor a row of a chunk is, between the batch and the head."""
+        raise NotImplementedError
+
+    def exists(self, chunk: Place, place: Place) -> Expr | None:
+        """Return whether a row of a chunk is to be visited; ``None`` if all are."""
+        raise NotImplementedError
+
+    def meets(self, chunk: Place) -> Expr | None:
+        """Return whether any row of a chunk is; ``None`` if always."""
+        return self.exists(chunk, (0, 0, 0))
+
+    def only(self, chunk: Place, place: Place, value: Expr, otherwise: float = 0.0) -> Expr:
+        """Return a value for the rows that are to be visited, and another one for the rest."""
+        exists = self.exists(chunk, place)
+        return value if exists is None else T.if_then_else(exists, value, T.float32(otherwise))
+
+    def number(self, chunk: Place, place: Place) -> Expr:
+        """Return the number of the token that a row of a chunk is."""
+        raise NotImplementedError
+
+
+class _Interval(Chunks):
+    """Consecutive tokens of a dilation group on every axis."""
+
+    def __init__(self, f: DirectFrame, base: list[Expr], count: list[Expr | None]) -> None:
+        """Take the first token of each axis, and how many there are where that is not the same for all rows."""
+        self.f, self.base, self.count = f, base, count
+
+    def token(self, chunk: Place, place: Place) -> list[Expr]:
+        token = [
+            base[0] + (part * size + at) * axis.dilation
+            for base, part, size, at, axis in zip(self.base, chunk, self.size, place, self.f.plan.axes, strict=True)
+        ]
+        return token[AXES - self.f.problem.rank :]
+
+    def number(self, chunk: Place, place: Place) -> Expr:
+        number: Expr = 0
+        for x, extent in zip(self.token(chunk, place), self.f.problem.layout, strict=True):
+            number = number * extent + x
+        return number
+
+    def exists(self, chunk: Place, place: Place) -> Expr | None:
+        conditions = [
+            part * size + at < count[0]
+            for count, part, size, at in zip(self.count, chunk, self.size, place, strict=True)
+            if count is not None
+        ]
+        return tirx.all(*conditions) if conditions else None
+
+
+class KeyChunks(_Interval):
+    """The keys of a query's window."""
+
+    prefix = ""
+
+    def __init__(self, f: DirectFrame, token: list[Expr]) -> None:
+        """Emit the bounds of the window of a token."""
+        self.size = f.plan.keys
+        first, second, third = (axis.key_chunks for axis in f.plan.axes)
+        self.counts = (first, second, third)
+        base, count = [], []
+        for number, (axis, x) in enumerate(zip(f.plan.axes, f.along_axes(token), strict=True)):
+            group, index, length = _in_group(axis, x)
+            rule = (length, axis.kernel_size, axis.stride, axis.is_causal)
+            start, end = window_bounds(index, *rule, minimum=tirx.min, maximum=tirx.max)
+            base.append(scalar(f"first_key{number}", start * axis.dilation + group, "int32"))
+            count.append(scalar(f"keys{number}", end - start, "int32") if axis.masks_keys else None)
+        super().__init__(f, base, count)
+
+
+class QueryChunks(_Interval):
+    """The queries that see a key."""
+
+    prefix = ""
+
+    def __init__(self, f: DirectFrame, token: list[Expr]) -> None:
+        """Emit the bounds of the queries that see a token."""
+        self.size = f.plan.queries
+        first, second, third = (axis.query_chunks for axis in f.plan.axes)
+        self.counts = (first, second, third)
+        base, count = [], []
+        for number, (axis, x) in enumerate(zip(f.plan.axes, f.along_axes(token), strict=True)):
+            group, index, length = _in_group(axis, x)
+            rule = (length, axis.kernel_size, axis.stride, axis.is_causal)
+            start, end = query_bounds(index, *rule, minimum=tirx.min, maximum=tirx.max, choose=T.Select)
+            base.append(scalar(f"first_query{number}", start * axis.dilation + group, "int32"))
+            count.append(scalar(f"queries{number}", end - start, "int32"))
+        super().__init__(f, base, count)
+
+
+class AdditionalChunks(Chunks):
+    """The additional keys."""
+
+    prefix = "additional_"
+
+    def __init__(self, f: DirectFrame) -> None:
+        self.f = f
+        self.size = (1, 1, f.plan.key_count)
+        self.counts = (1, 1, tirx.ceildiv(f.additional, tirx.IntImm("int64", f.plan.key_count)))
+
+    def token(self, chunk: Place, place: Place) -> list[Expr]:
+        return [chunk[-1] * self.size[-1] + place[-1]]
+
+    def exists(self, chunk: Place, place: Place) -> Expr | None:
+        return None if self.size[-1] == 1 else chunk[-1] * self.size[-1] + place[-1] < self.f.additional
+
+    def meets(self, chunk: Place) -> Expr | None:
+        return None
+
+
+class StripChunks(Chunks):
+    """The tokens of a strip: all queries, a part at a time."""
+
+    prefix = "strip_"
+
+    def __init__(self, f: DirectFrame, strip: Expr) -> None:
+        self.f, self.strip = f, strip
+        self.size = (1, 1, f.plan.query_count)
+        self.counts = (1, 1, -(-f.plan.strip // f.plan.query_count))
+
+    def number(self, chunk: Place, place: Place) -> Expr:
+        return self.strip * self.f.plan.strip + chunk[-1] * self.size[-1] + place[-1]
+
+    def token(self, chunk: Place, place: Place) -> list[Expr]:
+        return self.f.token(self.number(chunk, place))
+
+    def exists(self, chunk: Place, place: Place) -> Expr | None:
+        inside = self.number(chunk, place) < self.f.problem.tokens
+        if self.f.plan.strip % self.size[-1] == 0:
+            return inside
+        return tirx.all(inside, chunk[-1] * self.size[-1] + place[-1] < self.f.plan.strip)
+
+
+def _in_group(axis: DirectAxis, x: Expr) -> tuple[Expr, Expr, Expr]:
+    """Return dilation group, index in it, and tokens of the group, of a token."""
+    if axis.dilation == 1:
+        return 0, x, axis.layout
+    group = x % axis.dilation
+    return group, x // axis.dilation, group_length(axis.layout, axis.dilation, group)

@@ -1,0 +1,124 @@
+"""The forward, directly: a query at a time, over exactly the keys of its window.
+
+The same function as `na_compiler.tensorir.forward`, with the same parameters. The softmax is merged from chunk to
+chunk: sums are kept relative to the highest score so far. Scores are in units of ``log2(e)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST
+from na_compiler.tensorir.blocks import block, prim_func, reduction
+from na_compiler.tensorir.direct import AdditionalChunks, Buffer, Chunks, DirectFrame, KeyChunks, registers, scalar
+from na_compiler.tensorir.direct_plan import DirectPlan
+
+__all__ = ["direct_forward"]
+
+
+def direct_forward(plan: DirectPlan) -> tirx.PrimFunc:
+    """Describe the forward of a problem, cut as the plan says.
+
+    Returns
+    -------
+    PrimFunc
+        ``main(query, key, value, [additional_keys, additional_values,] scale, output, lse)``. Query, key, value and
+        the additional tensors may have any strides but the last one, which is 1; output and lse are contiguous.
+    """
+    f = DirectFrame(plan)
+    problem = plan.problem
+    parameters = f.inputs()
+    read = list(parameters)
+    parameters["scale"] = "float32"
+    parameters["output"] = f.tensor(f.tokens(problem.heads, problem.head_dim_v))
+    parameters["lse"] = f.tensor(f.tokens(problem.heads), "float32")
+
+    def body(*arguments: Any) -> None:
+        tensors = dict(zip(parameters, arguments, strict=True))
+        with f.rows("query_task", problem.heads) as (batch, head, part, place):
+            T.reads(*(f.whole(tensors[name]) for name in read))
+            T.writes(f.whole(tensors["output"]), f.whole(tensors["lse"]))
+            _Query(f, tensors, batch, head, f.token(f.row(part, place))).attend(f.is_row(part, place))
+
+    return prim_func(parameters, body)
+
+
+class _Query:
+    """Emits what belongs to one query."""
+
+    def __init__(self, f: DirectFrame, tensors: dict[str, Buffer], batch: Any, head: Any, token: list[Any]) -> None:
+        self.f, self.tensors = f, tensors
+        self.batch, self.head, self.token = batch, head, token
+        self.head_kv = head // f.problem.group_size
+
+    def attend(self, is_row: Any) -> None:
+        """Compute output and lse of the query, and store them if it is one."""
+        f, width = self.f, self.f.problem.head_dim_v
+        factor = self.tensors["scale"] * T.float32(LOG2_E)
+        at = lambda d: [self.batch, *self.token, self.head, d]  # noqa: E731
+        self.Q = f.load("query", self.tensors["query"], at, f.problem.head_dim, factor)
+        self.highest, self.total = registers((1,)), registers((1,))
+        for name, buffer, value in (("highest", self.highest, LOWEST), ("total", self.total, 0.0)):
+            with block(f"start_{name}", (1,)) as (zero,):
+                T.buffer_store(buffer, T.float32(value), [zero])
+        self.O = f.clear("start_output", width)
+        self.visit(KeyChunks(f, self.token), "key", "value")
+        if f.problem.additional_kv:
+            self.visit(AdditionalChunks(f), "additional_keys", "additional_values")
+        inverse = scalar("inverse", T.float32(1) / self.total[0])
+        natural = scalar("natural", (self.highest[0] + T.log2(self.total[0])) * T.float32(LN2))
+        with block("output", (f.padded(width),), where=lambda d: tirx.all(is_row, d < width)) as (d,):
+            T.buffer_store(self.tensors["output"], T.Cast(f.dtype, self.O[d] * inverse[0]), at(d))
+        with block("lse", (1,), where=lambda _: is_row) as (zero,):
+            T.buffer_store(self.tensors["lse"], natural[zero], [self.batch, *self.token, self.head])
+
+    def visit(self, chunks: Chunks, key: str, value: str) -> None:
+        """Attend to every chunk of keys."""
+        f = self.f
+        kept = [f.whole(buffer) for buffer in (self.highest, self.total, self.O)]
+        with block(f"{chunks.prefix}chunk", chunks.counts, where=lambda *chunk: chunks.meets(chunk)) as chunk:
+            T.reads(f.whole(self.Q), f.whole(self.tensors[key]), f.whole(self.tensors[value]), *kept)
+            T.writes(*kept)
+            at = lambda place: lambda d: [self.batch, *chunks.token(chunk, place), self.head_kv, d]  # noqa: E731
+            scores = self.scores(chunks, chunk, self.tensors[key], at)
+            self.merge(chunks, chunk, scores, self.tensors[value], at)
+
+    def scores(self, chunks: Chunks, chunk: Any, keys: Buffer, at: Any) -> Buffer:
+        """Return the scores of a chunk, the lowest where there is no key."""
+        S = self.f.products(f"{chunks.prefix}score", chunks, chunk, self.Q, keys, at, self.f.problem.head_dim)
+        seen = registers(chunks.size)
+        with block(f"{chunks.prefix}seen", chunks.size) as place:
+            T.buffer_store(seen, chunks.only(chunk, place, S[list(place)], LOWEST), list(place))
+        return seen
+
+    def merge(self, chunks: Chunks, chunk: Any, scores: Buffer, values: Buffer, at: Any) -> None:
+        """Add a chunk's weights and weighted values, all relative to the highest score so far."""
+        f, width, prefix = self.f, self.f.problem.head_dim_v, chunks.prefix
+        highest = registers((1,))
+        with reduction(f"{prefix}highest", (1,), chunks.size) as (zero, *place):
+            with T.init():
+                T.buffer_store(highest, T.min_value("float32"), [zero])
+            T.buffer_store(highest, T.max(highest[zero], scores[place]), [zero])
+        raised = scalar(f"{prefix}raised", T.max(highest[0], self.highest[0]))
+        factor = scalar(f"{prefix}factor", T.exp2(self.highest[0] - raised[0]))
+        P = registers(chunks.size)
+        with block(f"{prefix}weight", chunks.size) as place:
+            score = scores[list(place)]
+            weight = T.exp2(score - raised[0])
+            if chunks.exists(chunk, place) is not None:
+                # Where no key was seen so far the highest score is the lowest, and the weight would be 1.
+                weight = T.Select(score > T.float32(LOWEST), weight, T.float32(0))
+            T.buffer_store(P, weight, list(place))
+        total = registers((1,))
+        with reduction(f"{prefix}total", (1,), chunks.size) as (zero, *place):
+            with T.init():
+                T.buffer_store(total, T.float32(0), [zero])
+            T.buffer_store(total, total[zero] + P[place], [zero])
+        f.accumulate(f"{prefix}weighted", chunks, chunk, P, values, at, width, self.O, factor[0])
+        with block(f"{prefix}merge_total", (1,)) as (zero,):
+            T.buffer_store(self.total, self.total[zero] * factor[zero] + total[zero], [zero])
+        with block(f"{prefix}merge_highest", (1,)) as (zero,):
+            T.buffer_store(self.highest, raised[zero], [zero])

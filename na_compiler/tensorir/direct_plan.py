@@ -1,0 +1,157 @@
+"""`DirectPlan`: the static extents that the direct descriptions are written with.
+
+A direct description takes one query, or one key, at a time and visits exactly the keys of its window, or the queries
+that see it: no boxes of keys that several queries share, and next to no masks. A few threads (*lanes*) share the
+elements of its rows. Keys, or queries, are visited a small *chunk* at a time, whose scores are at hand together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from na_compiler.problem import Problem
+from na_compiler.tensorir.tiling import AXES, Extents, round_up
+from na_compiler.window import group_length, query_bounds
+
+__all__ = ["DirectAxis", "DirectPlan"]
+
+
+@dataclass(frozen=True)
+class DirectAxis:
+    """One axis of a `DirectPlan`.
+
+    Parameters
+    ----------
+    layout, kernel_size, stride, dilation, is_causal
+        As in the problem; an axis of one token where it has none.
+    keys
+        Keys of a chunk.
+    queries
+        Queries of a chunk.
+    """
+
+    layout: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+    keys: int
+    queries: int
+
+    @property
+    def key_chunks(self) -> int:
+        """Chunks of a window."""
+        return -(-self.kernel_size // self.keys)
+
+    @property
+    def query_chunks(self) -> int:
+        """Chunks of the queries that see a key, at most."""
+        return -(-self.most_queries // self.queries)
+
+    @property
+    def masks_keys(self) -> bool:
+        """Whether a chunk may hold keys that are not in the window."""
+        return self.is_causal or self.kernel_size % self.keys != 0
+
+    @property
+    def most_queries(self) -> int:
+        """Queries that see one key, at most: more than kernel_size near a border, where windows are shifted."""
+        return _most_queries(self.layout, self.kernel_size, self.stride, self.dilation, self.is_causal)
+
+
+@functools.lru_cache(maxsize=1024)
+def _most_queries(layout: int, kernel_size: int, stride: int, dilation: int, is_causal: bool) -> int:
+    most = 0
+    for length in {group_length(layout, dilation, group) for group in (0, dilation - 1)}:
+        # Away from the borders the numbers repeat with the stride, which is at most the kernel size.
+        near = 3 * kernel_size
+        for key in {*range(min(near, length)), *range(max(length - near, 0), length)}:
+            first, end = query_bounds(key, length, kernel_size, stride, is_causal)
+            most = max(most, end - first)
+    return most
+
+
+@dataclass(frozen=True)
+class DirectPlan:
+    """A problem and how its direct description is cut.
+
+    Parameters
+    ----------
+    problem
+        What to compute.
+    lanes
+        Threads that share the elements of a row.
+    rows
+        Queries, or keys, of a block.
+    keys, queries
+        Keys of the window, and queries that see a key, of a chunk, per axis.
+    strip
+        Tokens whose part of the gradients of additional keys is summed first.
+    thread
+        What the loop over lanes is bound to where a block changes a buffer in place, which schedules cannot bind;
+        empty for a plain loop.
+
+    Examples
+    --------
+    >>> plan = DirectPlan(Problem((56, 56), 4, 32, 7), lanes=8, rows=16, keys=(1, 1, 7), queries=(1, 1, 5))
+    >>> plan.blocks, [axis.key_chunks for axis in plan.axes], [axis.query_chunks for axis in plan.axes]
+    (196, [1, 7, 1], [1, 10, 2])
+    """
+
+    problem: Problem
+    lanes: int = 1
+    rows: int = 1
+    keys: Extents = (1, 1, 1)
+    queries: Extents = (1, 1, 1)
+    strip: int = 1
+    thread: str = ""
+
+    @functools.cached_property
+    def axes(self) -> tuple[DirectAxis, DirectAxis, DirectAxis]:
+        """The three axes; those that the problem does not have come first."""
+        problem = self.problem
+        missing = AXES - problem.rank
+        parameters = zip(
+            (1,) * missing + problem.layout,
+            (1,) * missing + problem.kernel_size,
+            (1,) * missing + problem.stride,
+            (1,) * missing + problem.dilation,
+            (False,) * missing + problem.is_causal,
+            self.keys,
+            self.queries,
+            strict=True,
+        )
+        first, second, third = (DirectAxis(*axis) for axis in parameters)
+        return first, second, third
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a head's tokens."""
+        return -(-self.problem.tokens // self.rows)
+
+    @property
+    def strips(self) -> int:
+        """Strips of a head's tokens."""
+        return -(-self.problem.tokens // self.strip)
+
+    @property
+    def key_count(self) -> int:
+        """Keys of a chunk."""
+        return math.prod(self.keys)
+
+    @property
+    def query_count(self) -> int:
+        """Queries of a chunk."""
+        return math.prod(self.queries)
+
+    @property
+    def head_dim(self) -> int:
+        """head_dim, rounded up so that lanes have equal parts."""
+        return round_up(self.problem.head_dim, self.lanes)
+
+    @property
+    def head_dim_v(self) -> int:
+        """head_dim_v, rounded up so that lanes have equal parts."""
+        return round_up(self.problem.head_dim_v, self.lanes)

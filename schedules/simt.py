@@ -1,0 +1,87 @@
+"""Schedule for CUDA cores, of every GPU: the direct descriptions, a few threads to each query or key.
+
+A thread block has some rows (queries or keys), along ``threadIdx.y``; the threads along ``threadIdx.x`` share the
+elements of a row, and add up products by shuffles. All that belongs to a row is in registers, and what neighbours
+read again is in the caches: there is no shared memory, and nothing to wait for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import s_tir, tirx
+
+from na_compiler.schedules.config import Simt
+from na_compiler.tensorir.direct_backward import direct_backward
+from na_compiler.tensorir.direct_forward import direct_forward
+from na_compiler.tensorir.direct_plan import DirectPlan
+
+__all__ = ["schedule_backward", "schedule_forward"]
+
+# Steps whose last loop runs over the elements of a row: loads, stores, and products that are summed over the lanes.
+_LAST = {
+    "dot",
+    "grad",
+    "grad_weight",
+    "key",
+    "key_space",
+    "key_store",
+    "key_sum",
+    "output",
+    "query",
+    "query_store",
+    "score",
+    "value",
+    "value_space",
+    "value_store",
+    "value_sum",
+}
+# Sums over the rows of a chunk, or over strips, whose first loop runs over the elements of a row.
+_FIRST = {"key_part", "key_total", "query_part", "value_part", "value_total", "weighted"}
+# Sums with too many terms to unroll.
+_LONG = {"key_total", "value_total"}
+
+
+def schedule_forward(plan: DirectPlan, config: Simt) -> tirx.PrimFunc:
+    """Return the scheduled forward."""
+    return _scheduled(direct_forward(plan), config)
+
+
+def schedule_backward(plan: DirectPlan, config: Simt) -> tirx.PrimFunc:
+    """Return the scheduled backward."""
+    return _scheduled(direct_backward(plan), config)
+
+
+def _scheduled(description: tirx.PrimFunc, config: Simt) -> tirx.PrimFunc:
+    schedule = s_tir.Schedule(description)
+    for task in schedule.get_child_blocks(schedule.get_sblock("root")):
+        *outer, rows = schedule.get_loops(task)
+        schedule.bind(schedule.fuse(*outer), "blockIdx.x")
+        schedule.bind(rows, "threadIdx.y")
+        _inside(schedule, config, task)
+    return schedule.mod["main"]
+
+
+def _inside(schedule: s_tir.Schedule, config: Simt, outer: Any) -> None:
+    """Schedule the steps of a task, or of a chunk, each known by the name of its block."""
+    for step in schedule.get_child_blocks(outer):
+        if schedule.get_child_blocks(step):
+            _inside(schedule, config, step)
+            continue
+        name = schedule.get(step).name_hint.removeprefix("additional_").removeprefix("strip_")
+        loops = schedule.get_loops(step)
+        if name in _LAST:
+            loops[-1:] = [_spread(schedule, config, loops[-1])]
+        elif name in _FIRST:
+            loops[:1] = [_spread(schedule, config, loops[0])]
+        for loop in loops[:1] if name in _LONG else loops:
+            # Loops over lanes, which blocks that change a row in place have from the start, stay as they are.
+            if schedule.get(loop).thread_binding is None:
+                schedule.unroll(loop)
+
+
+def _spread(schedule: s_tir.Schedule, config: Simt, loop: Any) -> Any:
+    """Spread a loop over the lanes; returns the loop over what is left for each."""
+    rest, lanes = schedule.split(loop, [None, config.lanes])
+    schedule.bind(lanes, "threadIdx.x")
+    return rest
