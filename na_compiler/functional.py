@@ -40,7 +40,7 @@ _PARAMETERS = """
     Parameters
     ----------
     query
-        ``[batch, {axes}, heads, head_dim]``; float32, bfloat16 or float16, on the CPU.
+        ``[batch, {axes}, heads, head_dim]``; float32, bfloat16 or float16, on the CPU or on CUDA.
     key
         ``[batch, {axes}, heads_kv, head_dim]``; ``heads`` is a multiple of ``heads_kv``.
     value
@@ -74,7 +74,7 @@ _PARAMETERS = """
     ValueError
         If arguments do not fit each other; the message names a value that would work.
     NotImplementedError
-        For sparse or nested tensors, and for tensors that are not on the CPU.
+        For sparse or nested tensors, and for tensors on other devices than CPU and CUDA.
 
     Notes
     -----

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from na_compiler.problem import Problem
+from na_compiler.target import CudaTarget, Target
 
 __all__ = ["OPERATORS", "call"]
 
@@ -96,6 +97,9 @@ def _find(
     kernel_size, stride, dilation, is_causal, additional_keys, additional_values = parameters
     at = (
         direction,
+        query.get_device(),
+        key.get_device(),
+        value.get_device(),
         query.shape,
         key.shape,
         value.shape,
@@ -121,8 +125,24 @@ def _find(
         with torch.inference_mode(mode=False):
             output = query.new_empty(1).expand(*tokens, value.shape[-1])
             lse = query.new_empty(1, dtype=torch.float32).expand(tokens)
-        found = _kernels[at] = (find_kernel(problem, direction), output, lse)
+        found = _kernels[at] = (find_kernel(problem, direction, _machine(query.device)), output, lse)
     return found
+
+
+def _machine(device: torch.device) -> Target:
+    """Return what to compile for, for tensors on a device."""
+    if device.type == "cuda":
+        return CudaTarget.of_capability(torch.cuda.get_device_capability(device))
+    return Target.parse("llvm")
+
+
+def _on_cuda(implementation: Callable[..., Any], rank: int, *arguments: Any) -> Any:
+    """Call an implementation with the tensors' device as the current one, which launching a kernel makes it."""
+    device = arguments[0].get_device()
+    if device == torch.cuda.current_device():
+        return implementation(rank, *arguments)
+    with torch.cuda.device(device):
+        return implementation(rank, *arguments)
 
 
 def _check_rank(rank: int, query: Tensor) -> None:
@@ -242,7 +262,7 @@ def _unsupported(rank: int, *arguments: Any) -> Any:
         refuse_unless_dense(rank, tensor)
     devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
     raise NotImplementedError(
-        f"na_compiler has kernels for the CPU, got tensors on {devices}; move them, e.g. with .cpu()"
+        f"na_compiler has kernels for the CPU and for CUDA, got tensors on {devices}; move them, e.g. with .cpu()"
     )
 
 
@@ -402,6 +422,7 @@ def _register(rank: int) -> Any:
     setup = (_setup_context, lambda ctx, inputs, output: None)  # noqa: ARG005
     for i, (name, operator) in enumerate(zip(names, operators, strict=True)):
         _library.impl(name, functools.partial((_forward, _backward)[i], rank), "CPU")
+        _library.impl(name, functools.partial(_on_cuda, (_forward, _backward)[i], rank), "CUDA")
         _library.impl(name, functools.partial(_unsupported, rank), "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"na_compiler::{name}", (functools.partial(_forward_fake, rank), _backward_fake)[i], lib=_library

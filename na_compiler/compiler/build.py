@@ -36,6 +36,7 @@ def build_library(spec: KernelSpec, path: Path) -> None:
     RuntimeError
         If a compiler or the linker fails, or is not there.
     """
+    _LOG.info("compiling %s", spec)
     started = time.perf_counter()
     if isinstance(spec.target, CudaTarget):
         cuda.build_library(spec, path)
