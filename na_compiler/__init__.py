@@ -10,11 +10,14 @@ from na_compiler.problem import Problem
 
 __all__ = [
     "KernelSpec",
+    "MissingKernelError",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "Problem",
     "compile",
+    "compiling",
+    "convert",
     "load_bundle",
     "na1d",
     "na2d",
@@ -26,10 +29,13 @@ __version__ = "0.1.0"
 # Where each name is defined; loaded when it is first asked for, so that importing the package stays light.
 _LAZY = {
     "KernelSpec": "na_compiler.compiler.spec",
+    "MissingKernelError": "na_compiler.runtime.jit",
     "NeighborhoodAttention1D": "na_compiler.modules",
     "NeighborhoodAttention2D": "na_compiler.modules",
     "NeighborhoodAttention3D": "na_compiler.modules",
     "compile": "na_compiler.compiler.kernels",
+    "compiling": "na_compiler.runtime.jit",
+    "convert": "na_compiler.passes",
     "load_bundle": "na_compiler.runtime.bundle",
     "na1d": "na_compiler.functional",
     "na2d": "na_compiler.functional",
@@ -49,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 if sys.modules.get("torch") is not None:
     # torch finds an operator only where it was registered: when it loads an exported program, say.
-    importlib.import_module("na_compiler.torch_ops")
+    importlib.import_module("na_compiler.bound")

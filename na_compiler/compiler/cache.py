@@ -24,7 +24,7 @@ from filelock import FileLock
 from na_compiler.runtime.folders import cache_folder
 from na_compiler.runtime.kernel import KernelInfo
 
-__all__ = ["Entry", "clear", "entries", "fetch", "read_entry", "write_entry"]
+__all__ = ["Entry", "clear", "entries", "fetch", "find", "read_entry", "write_entry"]
 
 _LOG = logging.getLogger("na_compiler")
 _MANIFEST = "kernel.json"
@@ -53,6 +53,11 @@ class DamagedEntryError(Exception):
     """An entry that does not pass its manifest."""
 
 
+def find(key: str) -> Entry:
+    """Return the entry of a key, remembering that it was used; raises as `read_entry`."""
+    return _used(read_entry(_folder() / key, key))
+
+
 def fetch(key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
     """Return the entry of a key, building it if there is none.
 
@@ -72,7 +77,7 @@ def fetch(key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
     """
     folder = _folder() / key
     with contextlib.suppress(FileNotFoundError, DamagedEntryError):
-        return _used(read_entry(folder, key))
+        return find(key)
     folder.parent.mkdir(parents=True, exist_ok=True)
     locks = cache_folder() / "locks"
     locks.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime import threads
 from na_compiler.runtime.bundle import loaded_bundles
-from na_compiler.runtime.folders import cache_folder
+from na_compiler.runtime.jit import MissingKernelError, is_compiling_allowed
 from na_compiler.runtime.kernel import Kernel, make_kernel
 from na_compiler.runtime.library import load_function
 from na_compiler.target import Target
@@ -26,6 +26,7 @@ __all__ = ["compile", "compile_spec", "find_kernel"]
 
 _LOG = logging.getLogger("na_compiler")
 _kernels: dict[KernelSpec, Kernel] = {}
+_by_key: dict[str, Kernel] = {}
 _lock = threading.Lock()
 _said: set[str] = set()
 
@@ -94,9 +95,12 @@ def compile_spec(spec: KernelSpec) -> Kernel:
 
 def _load(spec: KernelSpec) -> Kernel:
     device_type = spec.target.device_type
+    is_cached = cached_library(spec) is not None
+    if not is_cached and not is_compiling_allowed():
+        raise MissingKernelError(spec.problem, spec.direction, spec.target.name)
     if spec.reason:
         _say_once(f"{spec.problem} for {spec.target}: {spec.reason}")
-    if device_type == "cpu" and spec.target.runs_here and threads.c_compiler() is None and not _is_cached(spec):
+    if device_type == "cpu" and spec.target.runs_here and threads.c_compiler() is None and not is_cached:
         _say_once(
             "no C compiler was found: kernels are built in memory, again in every process; install one, or set CC"
         )
@@ -122,12 +126,36 @@ def _in_this_process(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _is_cached(spec: KernelSpec) -> bool:
+def cached_library(spec: KernelSpec) -> Path | None:
+    """Return the library of a spec if the cache has it."""
     try:
-        cache.read_entry(cache_folder() / "kernels" / spec.key, spec.key)
+        return cache.find(spec.key).library
     except (FileNotFoundError, cache.DamagedEntryError):
-        return False
-    return True
+        return None
+
+
+def kernel_by_key(key: str) -> Kernel:
+    """Return the kernel of a key, from a loaded bundle or the cache.
+
+    Raises
+    ------
+    KeyError
+        If neither has it: a key does not say enough to compile it.
+    """
+    for bundle in loaded_bundles():
+        kernel = bundle.by_key(key)
+        if kernel is not None:
+            return kernel
+    if key not in _by_key:
+        try:
+            entry = cache.find(key)
+        except (FileNotFoundError, cache.DamagedEntryError):
+            raise KeyError(
+                f"no kernel {key} in a loaded bundle or the cache; load the bundle that was made with this program, or "
+                f"make one with na-compile"
+            ) from None
+        _by_key[key] = make_kernel(entry.info, load_function(entry.library, Target.parse(entry.info.target).device_type))
+    return _by_key[key]
 
 
 def library_of(spec: KernelSpec) -> Path:

@@ -12,15 +12,12 @@ from typing import Any
 
 from na_compiler import schedules
 from na_compiler.problem import Problem
-from na_compiler.runtime.kernel import DIRECTIONS, KernelInfo
+from na_compiler.runtime.kernel import ABI, DIRECTIONS, KernelInfo
 from na_compiler.schedules.choose import choose
 from na_compiler.schedules.config import Config
 from na_compiler.target import Target
 
 __all__ = ["KernelSpec"]
-
-# Changed whenever the compiled functions' arguments do.
-_ABI = 2
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class KernelSpec:
     def key(self) -> str:
         """A name for what the compiler makes of the spec: changes with everything that changes the machine code."""
         parts = {
-            "abi": _ABI,
+            "abi": ABI,
             "problem": self.problem.to_dict(),
             "direction": self.direction,
             "target": self.target.name,

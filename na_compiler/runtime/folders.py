@@ -8,7 +8,9 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_folder", "runtime_library"]
+__all__ = ["cache_folder", "runtime_library", "use_runtime"]
+
+_given_runtime: list[Path] = []
 
 
 def cache_folder() -> Path:
@@ -18,7 +20,7 @@ def cache_folder() -> Path:
 
 
 def runtime_library() -> Path:
-    """Return TVM's runtime library: in ``NA_COMPILER_TVM_LIB``, or in the installed apache-tvm.
+    """Return TVM's runtime library: in ``NA_COMPILER_TVM_LIB``, the installed apache-tvm, or a loaded bundle.
 
     Raises
     ------
@@ -31,13 +33,21 @@ def runtime_library() -> Path:
     else:
         # Found, not imported: importing tvm loads the compiler, which takes seconds.
         spec = importlib.util.find_spec("tvm")
-        if spec is None or spec.origin is None:
+        if spec is not None and spec.origin is not None:
+            folder = Path(spec.origin).parent / "lib"
+        elif _given_runtime:
+            folder = _given_runtime[-1]
+        else:
             raise FileNotFoundError(
-                "kernels need TVM's runtime library: install apache-tvm, or set NA_COMPILER_TVM_LIB to the folder "
-                "that holds libtvm_runtime.so"
+                "kernels need TVM's runtime library: install apache-tvm, load a bundle made with --with-runtime, or set "
+                "NA_COMPILER_TVM_LIB to the folder that holds libtvm_runtime.so"
             )
-        folder = Path(spec.origin).parent / "lib"
     path = folder / "libtvm_runtime.so"
     if not path.is_file():
         raise FileNotFoundError(f"no libtvm_runtime.so in {folder}; set NA_COMPILER_TVM_LIB to the folder that has it")
     return path
+
+
+def use_runtime(folder: Path) -> None:
+    """Use TVM's runtime in a folder, such as a bundle's, where apache-tvm is not installed."""
+    _given_runtime.append(folder)

@@ -9,8 +9,10 @@ from typing import Any
 from na_compiler.problem import Problem
 from na_compiler.workspace import Workspace
 
-__all__ = ["BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "make_kernel"]
+__all__ = ["ABI", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "make_kernel"]
 
+# Changed whenever the compiled functions' arguments do.
+ABI = 2
 DIRECTIONS = ("forward", "backward")
 
 

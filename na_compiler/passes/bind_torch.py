@@ -1,0 +1,89 @@
+"""*bind*: nodes call a compiled kernel by its key, and fail loudly where it is missing.
+
+Without this pass an operator looks for a kernel for the shapes it meets, and compiles one where there is none. A
+bound node never does: it is for programs that have to be deployed with exactly the kernels they were tested with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from na_compiler.compiler.spec import KernelSpec
+from na_compiler.passes.collect_torch import collect_torch
+from na_compiler.passes.graph import attentions, graph_module, operator_node, propagate
+from na_compiler.target import Target
+
+__all__ = ["bind", "unbind"]
+
+
+def bind(program: ExportedProgram | fx.GraphModule, target: str | Target = "llvm") -> int:
+    """Let every forward in a graph call its kernel by key.
+
+    Parameters
+    ----------
+    program
+        Changed in place.
+    target
+        The machine that it will run on.
+
+    Returns
+    -------
+    int
+        How many nodes were bound.
+
+    Raises
+    ------
+    ValueError
+        If a layout is dynamic: it has no one kernel.
+    """
+    module = graph_module(program)
+    sites = {site.node: site for site in collect_torch(program)}
+    bound = list(attentions(module))
+    for found in bound:
+        site = sites[found.node.name]
+        changing = [name for name in site.dynamic if name.startswith("layout")]
+        if changing or site.problem is None:
+            raise ValueError(f"{site.layer} cannot be bound: its {', '.join(changing)} is dynamic")
+    count = 0
+    for found in bound:
+        problem = sites[found.node.name].problem
+        if not found.is_ours or found.direction != "forward" or problem is None:
+            continue
+        node, arguments = found.node, found.arguments
+        key = KernelSpec.make(problem, target).key
+        values: list[Any] = [arguments["query"], arguments["key"], arguments["value"], key, arguments["scale"]]
+        parameters = [arguments[name] for name in ("kernel_size", "stride", "dilation", "is_causal")]
+        with node.graph.inserting_before(node):
+            made = node.graph.call_function(
+                torch.ops.na_compiler.bound.default,
+                (*values, *parameters, arguments["additional_keys"], arguments["additional_values"]),
+            )
+            propagate(made, node)
+        node.replace_all_uses_with(made)
+        node.graph.erase_node(node)
+        count += 1
+    module.graph.lint()
+    module.recompile()
+    return count
+
+
+def unbind(program: ExportedProgram | fx.GraphModule) -> int:
+    """Undo `bind`; returns how many nodes there were."""
+    module = graph_module(program)
+    nodes = module.graph.find_nodes(op="call_function", target=torch.ops.na_compiler.bound.default)
+    for node in nodes:
+        query, key, value, _, scale, *rest = node.args
+        names = ("kernel_size", "stride", "dilation", "is_causal", "additional_keys", "additional_values")
+        arguments = dict.fromkeys(names) | dict(zip(names, rest, strict=False))
+        arguments |= {"query": query, "key": key, "value": value, "scale": scale}
+        with node.graph.inserting_before(node):
+            made = operator_node(node.graph, len(arguments["kernel_size"] or ()), arguments)
+            propagate(made, node)
+        node.replace_all_uses_with(made)
+        node.graph.erase_node(node)
+    module.recompile()
+    return len(nodes)

@@ -1,0 +1,155 @@
+"""*collect*: find every neighborhood attention of a model, and say which problem it poses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from na_compiler.passes.graph import Attention, attentions, graph_module, layer_of, tensor_of
+from na_compiler.passes.sites import Site, Sites
+from na_compiler.problem import Problem
+
+__all__ = ["collect_torch"]
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def collect_torch(program: ExportedProgram | fx.GraphModule, shapes: Iterable[Shapes] | None = None) -> Sites:
+    """Collect the sites of a torch graph.
+
+    Parameters
+    ----------
+    program
+        What to search; sizes are read from its nodes' metadata.
+    shapes
+        Shapes of inputs by name, one mapping for each resolution to compile for; default: the sizes that the program
+        was exported with.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit the program, or a window does not fit a layout; the layer is named.
+    """
+    module = graph_module(program)
+    if shapes is None:
+        return Sites(_site(found, {}, hints=True) for found in attentions(module))
+    sites: dict[Site, None] = {}
+    for one in shapes:
+        symbols = _solve(module, program, one)
+        for found in attentions(module):
+            sites[_site(found, symbols, hints=False)] = None
+    return Sites(sites)
+
+
+def _site(found: Attention, symbols: dict[Any, int], *, hints: bool) -> Site:
+    layer = layer_of(found.node)
+    query, key, value = (_sizes(found.arguments[name]) for name in ("query", "key", "value"))
+    extra = _sizes(found.arguments["additional_keys"])
+    if query is None or key is None or value is None:
+        raise ValueError(
+            f"{layer}: the graph says no shapes for {found.node.name}; run torch.fx.passes.shape_prop.ShapeProp on it, "
+            f"or export it with torch.export"
+        )
+    flat = _flat_layout(found, query)
+    names = ["batch", *(f"layout[{axis}]" for axis in range(found.rank))]
+    sizes = [query[0], *(flat or query[1 : 1 + found.rank])]
+    dynamic = [name for name, size in zip(names, sizes, strict=True) if not isinstance(size, int)]
+    if extra is not None and not isinstance(extra[1], int):
+        dynamic.append("additional")
+    known = [_value(size, symbols, hints=hints) for size in sizes]
+    problem = None
+    if None not in known[1:]:
+        problem = _problem(found, layer, known[1:], query, key, value, additional=extra is not None)
+    return Site(found.node.name, layer, found.operator, found.direction, problem, tuple(dynamic), known[0])
+
+
+def _problem(
+    found: Attention, layer: str, layout: list[Any], query: Any, key: Any, value: Any, *, additional: bool
+) -> Problem:
+    parameters = {name: found.arguments[name] for name in ("kernel_size", "stride", "dilation", "is_causal")}
+    try:
+        return Problem(
+            layout=tuple(layout),
+            heads=query[-2],
+            head_dim=query[-1],
+            heads_kv=key[-2],
+            head_dim_v=value[-1],
+            additional_kv=additional,
+            dtype=tensor_of(found.arguments["query"]).dtype,
+            **parameters,
+        )
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from None
+
+
+def _flat_layout(found: Attention, query: Sequence[Any]) -> list[int] | None:
+    """Return the layout where tokens come flattened and the layout beside them, as to one of NATTEN's operators."""
+    layout = found.arguments.get("qkv_shape")
+    return list(layout) if layout is not None and len(query) != found.rank + 3 else None
+
+
+def _sizes(argument: Any) -> Sequence[Any] | None:
+    tensor = tensor_of(argument)
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _value(size: Any, symbols: dict[Any, int], *, hints: bool) -> int | None:
+    if isinstance(size, int):
+        return size
+    value = size.node.expr.xreplace(symbols)
+    if value.is_number:
+        return int(value)
+    hint = size.node.hint if hints else None
+    return None if hint is None else int(hint)
+
+
+def _solve(module: fx.GraphModule, program: Any, shapes: Shapes) -> dict[Any, int]:
+    """Return the values that the symbols of a graph have for some shapes of its inputs."""
+    inputs = {name: node for node in module.graph.find_nodes(op="placeholder") if (name := node.name) in shapes}
+    users = list(program.graph_signature.user_inputs) if isinstance(program, ExportedProgram) else None
+    for name in shapes:
+        if name not in inputs:
+            known = users or [node.name for node in module.graph.find_nodes(op="placeholder")]
+            raise ValueError(f"the model has no input {name!r}; its inputs are {', '.join(map(str, known))}")
+    symbols: dict[Any, int] = {}
+    pending: list[tuple[str, int, Any, int]] = []
+    for name, shape in shapes.items():
+        sizes = _sizes(inputs[name]) or ()
+        if len(sizes) != len(shape):
+            raise ValueError(
+                f"input {name} has {len(sizes)} dimensions, got shape {tuple(shape)}; "
+                f"e.g. {name}={'x'.join(str(_value(size, {}, hints=True) or 1) for size in sizes)}"
+            )
+        for axis, (size, wanted) in enumerate(zip(sizes, shape, strict=True)):
+            if not isinstance(size, int) and size.node.expr.is_Symbol:
+                symbols.setdefault(size.node.expr, wanted)
+            pending.append((name, axis, size, wanted))
+    # Sizes such as 8 * s0 give their symbol once all others are known.
+    for name, axis, size, wanted in pending:
+        if not isinstance(size, int):
+            expression = size.node.expr.xreplace(symbols)
+            if len(expression.free_symbols) == 1:
+                symbol = next(iter(expression.free_symbols))
+                solution = torch.utils._sympy.solve.try_solve(  # noqa: SLF001
+                    _equation(expression, wanted), symbol
+                )
+                if solution is not None and solution[1].is_integer:
+                    symbols[symbol] = int(solution[1])
+        value = _value(size, symbols, hints=False)
+        if value != wanted:
+            what = f"is {value}" if value is not None else f"must be of the form {size.node.expr}"
+            raise ValueError(
+                f"dimension {axis} of input {name} {what} in this model, got {wanted}; export it with that dimension "
+                f"dynamic, or with inputs of that shape"
+            )
+    return symbols
+
+
+def _equation(expression: Any, value: int) -> Any:
+    import sympy  # noqa: PLC0415
+
+    return sympy.Eq(expression, value, evaluate=False)

@@ -1,0 +1,97 @@
+"""`Site`: one place of a model where neighborhood attention is computed, and `Sites`, all of a model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from na_compiler.compiler.spec import KernelSpec
+from na_compiler.problem import Problem
+from na_compiler.target import Target
+
+__all__ = ["Site", "Sites"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One node of a graph that computes neighborhood attention.
+
+    Parameters
+    ----------
+    node
+        Name of the node.
+    layer
+        Qualified name of the module that it came from, as ``state_dict`` has it; the node's name where the graph does
+        not say.
+    operator
+        Whose operator it is: ``"na_compiler::na2d"``, ``"natten::na2d_forward"``, ``"natten.functional.na2d"``.
+    direction
+        ``"forward"`` or ``"backward"``.
+    problem
+        What it computes, at the sizes that the graph was exported with or that were asked for; ``None`` where a
+        dimension is dynamic and nobody said how long it is.
+    dynamic
+        Dimensions that may change from call to call: ``"batch"``, ``"layout[0]"``, ``"additional"``.
+    batch
+        Batch entries at these sizes; ``None`` where unknown.
+    """
+
+    node: str
+    layer: str
+    operator: str
+    direction: str
+    problem: Problem | None
+    dynamic: tuple[str, ...] = ()
+    batch: int | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the node is an operator of this package."""
+        return self.operator.startswith("na_compiler")
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of a model, in the order of its graph."""
+
+    __slots__ = ()
+
+    def __new__(cls, sites: Iterable[Site] = ()) -> Sites:
+        """Make one of any sites."""
+        return super().__new__(cls, tuple(sites))
+
+    def problems(self) -> dict[Problem, list[Site]]:
+        """Return the distinct problems, each with the sites that pose it."""
+        found: dict[Problem, list[Site]] = {}
+        for site in self:
+            if site.problem is not None:
+                found.setdefault(site.problem, []).append(site)
+        return found
+
+    def unknown(self) -> list[Site]:
+        """Return the sites whose problem depends on a size that nobody said."""
+        return [site for site in self if site.problem is None]
+
+    def specs(self, targets: Iterable[str | Target] = ("llvm",), *, training: bool = False) -> list[KernelSpec]:
+        """Return the distinct kernels that the sites need.
+
+        Parameters
+        ----------
+        targets
+            What machines to compile for.
+        training
+            Whether forwards need their backward as well.
+        """
+        parsed = list(dict.fromkeys(map(Target.parse, targets)))
+        wanted: dict[tuple[Problem, str], None] = {}
+        for site in self:
+            if site.problem is not None:
+                wanted[site.problem, site.direction] = None
+                if training:
+                    wanted[site.problem, "forward"] = wanted[site.problem, "backward"] = None
+        return [KernelSpec.make(problem, target, direction) for target in parsed for problem, direction in wanted]
+
+    def __add__(self, other: Iterable[Site]) -> Sites:  # type: ignore[override]
+        return Sites((*self, *other))
+
+    def __iter__(self) -> Iterator[Site]:
+        return super().__iter__()

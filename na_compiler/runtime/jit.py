@@ -1,0 +1,91 @@
+"""Whether kernels may be compiled when they are first needed, and what is said where one is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from na_compiler.problem import Problem
+
+__all__ = ["MissingKernelError", "command_for", "compiling", "is_compiling_allowed"]
+
+_allowed: ContextVar[bool | None] = ContextVar("na_compiler_compiling", default=None)
+_VALUES = {"0": False, "false": False, "off": False, "1": True, "true": True, "on": True, "": True}
+
+
+class MissingKernelError(RuntimeError):
+    """A kernel is in no bundle and not in the cache, and compiling is switched off."""
+
+    def __init__(self, problem: Problem, direction: str, target: str) -> None:
+        super().__init__(
+            f"no kernel for {problem} {direction} on {target}, and compiling is switched off; add it to a bundle "
+            f"with:  {command_for(problem, direction, target)}"
+        )
+
+
+@contextlib.contextmanager
+def compiling(allowed: bool) -> Iterator[None]:
+    """Allow or forbid compiling within a block, whatever ``NA_COMPILER_JIT`` says.
+
+    Parameters
+    ----------
+    allowed
+        False makes a kernel that is neither in a bundle nor in the cache an error, `MissingKernelError`, which names
+        the command that would add it.
+
+    Examples
+    --------
+    >>> with compiling(False):
+    ...     is_compiling_allowed()
+    False
+    """
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def is_compiling_allowed() -> bool:
+    """Return whether kernels may be compiled now: as `compiling` says, or else ``NA_COMPILER_JIT`` (default 1).
+
+    Raises
+    ------
+    ValueError
+        If the variable is neither 0 nor 1.
+    """
+    allowed = _allowed.get()
+    if allowed is not None:
+        return allowed
+    named = os.environ.get("NA_COMPILER_JIT", "")
+    if named.lower() not in _VALUES:
+        raise ValueError(f"NA_COMPILER_JIT must be 0 or 1, got {named!r}")
+    return _VALUES[named.lower()]
+
+
+def command_for(problem: Problem, direction: str, target: str) -> str:
+    """Return the command that makes a bundle with a kernel."""
+
+    def times(values: tuple[int, ...]) -> str:
+        return "x".join(map(str, values))
+
+    words = ["na-compile problem", f"--layout {times(problem.layout)}", f"--heads {problem.heads}"]
+    words += [f"--head-dim {problem.head_dim}", f"--kernel-size {times(problem.kernel_size)}"]
+    if problem.heads_kv != problem.heads:
+        words.append(f"--heads-kv {problem.heads_kv}")
+    if problem.head_dim_v != problem.head_dim:
+        words.append(f"--head-dim-v {problem.head_dim_v}")
+    for name in ("stride", "dilation"):
+        if any(value != 1 for value in getattr(problem, name)):
+            words.append(f"--{name} {times(getattr(problem, name))}")
+    if any(problem.is_causal):
+        words.append("--causal " + "x".join("1" if flag else "0" for flag in problem.is_causal))
+    if problem.additional_kv:
+        words.append("--additional-kv")
+    if problem.dtype != "float32":
+        words.append(f"--dtype {problem.dtype}")
+    if direction == "backward":
+        words.append("--training")
+    return " ".join([*words, f"--target {target}", "-o BUNDLE"])
