@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from na_compiler.cli import bench, cache
+from na_compiler.cli import bench, cache, inspect, model
 
 __all__ = ["main"]
 
@@ -23,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="na-compile", description="A compiler for neighborhood attention.")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is compiled and why")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (bench, cache):
+    model.add_problem_parser(commands)
+    for module in (model, inspect, bench, cache):
         module.add_parser(commands)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_with_command(list(sys.argv[1:] if arguments is None else arguments), commands.choices))
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         return int(options.run(options) or 0)
@@ -34,3 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _with_command(arguments: list[str], known: Container[str]) -> list[str]:
+    """Complete ``na-compile MODEL ...`` with the command's name."""
+    for place, argument in enumerate(arguments):
+        if not argument.startswith("-"):
+            return arguments if argument in known else [*arguments[:place], "model", *arguments[place:]]
+    return arguments

@@ -17,6 +17,7 @@ from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime import threads
 from na_compiler.runtime.bundle import loaded_bundles
+from na_compiler.runtime.folders import cache_folder
 from na_compiler.runtime.jit import MissingKernelError, is_compiling_allowed
 from na_compiler.runtime.kernel import Kernel, make_kernel
 from na_compiler.runtime.library import load_function
@@ -154,7 +155,9 @@ def kernel_by_key(key: str) -> Kernel:
                 f"no kernel {key} in a loaded bundle or the cache; load the bundle that was made with this program, or "
                 f"make one with na-compile"
             ) from None
-        _by_key[key] = make_kernel(entry.info, load_function(entry.library, Target.parse(entry.info.target).device_type))
+        _by_key[key] = make_kernel(
+            entry.info, load_function(entry.library, Target.parse(entry.info.target).device_type)
+        )
     return _by_key[key]
 
 

@@ -139,7 +139,7 @@ class _Worker:
     def __init__(self, temporary: Path, number: int) -> None:
         self.log = temporary / f"worker-{number}.log"
         with self.log.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(  # noqa: S603
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "na_compiler.compiler.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -1,7 +1,8 @@
 """A worker process of `na_compiler.compiler.parallel`: reads specs, compiles them, writes what became of them.
 
-One line each way: a pickled spec in base64, and an answer in JSON. A process of its own, and not one forked or spawned by multiprocessing, so that a
-user's script needs no ``if __name__ == "__main__"``, and a worker that crashes says so by going away.
+One line each way: a pickled spec in base64, and an answer in JSON. A process of its own, and not one forked or spawned
+by multiprocessing, so that a user's script needs no ``if __name__ == "__main__"``, and a worker that crashes says so by
+going away.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def canonicalise(model: Any) -> int:
 
 
 def compile(model: Any, targets: Sequence[str] = ("llvm",), *, training: bool = False, jobs: int | None = None) -> Any:  # noqa: A001
-    """Compile every distinct problem of a model into the cache; see `na_compiler.passes.compile_specs`."""
-    from na_compiler.passes.compile_specs import compile_specs  # noqa: PLC0415
+    """Compile every distinct problem of a model into the cache; see `na_compiler.passes.progress`."""
+    from na_compiler.passes.progress import compile_specs  # noqa: PLC0415
 
     return compile_specs(collect(model).specs(targets, training=training), jobs)
 

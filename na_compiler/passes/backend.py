@@ -10,7 +10,7 @@ from torch import fx
 
 from na_compiler.passes.canonicalise_torch import canonicalise_torch
 from na_compiler.passes.collect_torch import collect_torch
-from na_compiler.passes.compile_specs import compile_specs
+from na_compiler.passes.progress import compile_specs
 from na_compiler.runtime.jit import is_compiling_allowed
 
 __all__ = ["backend"]

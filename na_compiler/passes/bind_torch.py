@@ -12,9 +12,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+import na_compiler.bound  # noqa: F401 - registers the operator
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.passes.collect_torch import collect_torch
-from na_compiler.passes.graph import attentions, graph_module, operator_node, propagate
+from na_compiler.passes.graph import attentions, finish, graph_module, operator_node, propagate, replace_node
 from na_compiler.target import Target
 
 __all__ = ["bind", "unbind"]
@@ -63,11 +64,9 @@ def bind(program: ExportedProgram | fx.GraphModule, target: str | Target = "llvm
                 (*values, *parameters, arguments["additional_keys"], arguments["additional_values"]),
             )
             propagate(made, node)
-        node.replace_all_uses_with(made)
-        node.graph.erase_node(node)
+        replace_node(node, made)
         count += 1
-    module.graph.lint()
-    module.recompile()
+    finish(program)
     return count
 
 
@@ -83,7 +82,6 @@ def unbind(program: ExportedProgram | fx.GraphModule) -> int:
         with node.graph.inserting_before(node):
             made = operator_node(node.graph, len(arguments["kernel_size"] or ()), arguments)
             propagate(made, node)
-        node.replace_all_uses_with(made)
-        node.graph.erase_node(node)
-    module.recompile()
+        replace_node(node, made)
+    finish(program)
     return len(nodes)

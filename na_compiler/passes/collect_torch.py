@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -100,7 +99,7 @@ def _sizes(argument: Any) -> Sequence[Any] | None:
 def _value(size: Any, symbols: dict[Any, int], *, hints: bool) -> int | None:
     if isinstance(size, int):
         return size
-    value = size.node.expr.xreplace(symbols)
+    value = size.node.expr.subs(symbols)
     if value.is_number:
         return int(value)
     hint = size.node.hint if hints else None
@@ -109,39 +108,27 @@ def _value(size: Any, symbols: dict[Any, int], *, hints: bool) -> int | None:
 
 def _solve(module: fx.GraphModule, program: Any, shapes: Shapes) -> dict[Any, int]:
     """Return the values that the symbols of a graph have for some shapes of its inputs."""
-    inputs = {name: node for node in module.graph.find_nodes(op="placeholder") if (name := node.name) in shapes}
-    users = list(program.graph_signature.user_inputs) if isinstance(program, ExportedProgram) else None
-    for name in shapes:
-        if name not in inputs:
-            known = users or [node.name for node in module.graph.find_nodes(op="placeholder")]
-            raise ValueError(f"the model has no input {name!r}; its inputs are {', '.join(map(str, known))}")
+    inputs = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
     symbols: dict[Any, int] = {}
-    pending: list[tuple[str, int, Any, int]] = []
+    dimensions: list[tuple[str, int, Any, int]] = []
     for name, shape in shapes.items():
+        if name not in inputs:
+            users = program.graph_signature.user_inputs if isinstance(program, ExportedProgram) else inputs
+            raise ValueError(f"the model has no input {name!r}; its inputs are {', '.join(map(str, users))}")
         sizes = _sizes(inputs[name]) or ()
         if len(sizes) != len(shape):
+            example = "x".join(str(_value(size, {}, hints=True) or 1) for size in sizes)
             raise ValueError(
-                f"input {name} has {len(sizes)} dimensions, got shape {tuple(shape)}; "
-                f"e.g. {name}={'x'.join(str(_value(size, {}, hints=True) or 1) for size in sizes)}"
+                f"input {name} has {len(sizes)} dimensions, got shape {tuple(shape)}; e.g. {name}={example}"
             )
-        for axis, (size, wanted) in enumerate(zip(sizes, shape, strict=True)):
-            if not isinstance(size, int) and size.node.expr.is_Symbol:
-                symbols.setdefault(size.node.expr, wanted)
-            pending.append((name, axis, size, wanted))
-    # Sizes such as 8 * s0 give their symbol once all others are known.
-    for name, axis, size, wanted in pending:
-        if not isinstance(size, int):
-            expression = size.node.expr.xreplace(symbols)
-            if len(expression.free_symbols) == 1:
-                symbol = next(iter(expression.free_symbols))
-                solution = torch.utils._sympy.solve.try_solve(  # noqa: SLF001
-                    _equation(expression, wanted), symbol
-                )
-                if solution is not None and solution[1].is_integer:
-                    symbols[symbol] = int(solution[1])
+        dimensions += [(name, axis, *sizes_) for axis, sizes_ in enumerate(zip(sizes, shape, strict=True))]
+    # Sizes that are a symbol first: one such as 8 * s0 + s1 gives its last symbol once the others are known.
+    for _, _, size, wanted in sorted(dimensions, key=lambda dimension: _symbols(dimension[2])):
+        _learn(size, wanted, symbols)
+    for name, axis, size, wanted in dimensions:
         value = _value(size, symbols, hints=False)
         if value != wanted:
-            what = f"is {value}" if value is not None else f"must be of the form {size.node.expr}"
+            what = f"is {value}" if isinstance(size, int) else f"must be of the form {size.node.expr}"
             raise ValueError(
                 f"dimension {axis} of input {name} {what} in this model, got {wanted}; export it with that dimension "
                 f"dynamic, or with inputs of that shape"
@@ -149,7 +136,19 @@ def _solve(module: fx.GraphModule, program: Any, shapes: Shapes) -> dict[Any, in
     return symbols
 
 
-def _equation(expression: Any, value: int) -> Any:
-    import sympy  # noqa: PLC0415
+def _symbols(size: Any) -> int:
+    return 0 if isinstance(size, int) else len(size.node.expr.free_symbols)
 
-    return sympy.Eq(expression, value, evaluate=False)
+
+def _learn(size: Any, wanted: int, symbols: dict[Any, int]) -> None:
+    """Note the value of the one symbol that is unknown in a size, if it is linear in it."""
+    if isinstance(size, int):
+        return
+    expression = size.node.expr.subs(symbols)
+    if len(expression.free_symbols) == 1:
+        symbol = next(iter(expression.free_symbols))
+        at_zero, at_one = (expression.subs({symbol: value}) for value in (0, 1))
+        if at_one != at_zero:
+            solution = (wanted - at_zero) / (at_one - at_zero)
+            if solution.is_integer and expression.subs({symbol: int(solution)}) == wanted:
+                symbols[symbol] = int(solution)

@@ -15,7 +15,18 @@ from torch.export import ExportedProgram
 
 from na_compiler.torch_ops import OPERATORS
 
-__all__ = ["Attention", "attentions", "graph_module", "layer_of", "operator_node", "propagate", "refresh", "tensor_of"]
+__all__ = [
+    "Attention",
+    "attentions",
+    "finish",
+    "graph_module",
+    "layer_of",
+    "operator_node",
+    "propagate",
+    "refresh",
+    "replace_node",
+    "tensor_of",
+]
 
 # Names of functions that NATTEN's own graphs call, and of their leading arguments.
 _FUNCTION = re.compile(r"na([123])d")
@@ -80,7 +91,8 @@ def graph_module(program: ExportedProgram | fx.GraphModule) -> fx.GraphModule:
         For anything else.
     """
     if isinstance(program, ExportedProgram):
-        return program.graph_module
+        module: fx.GraphModule = program.graph_module
+        return module
     if isinstance(program, fx.GraphModule):
         return program
     raise TypeError(f"expected an ExportedProgram or a torch.fx.GraphModule, got {type(program).__name__}")
@@ -168,7 +180,7 @@ def _kind_of_tensor(node: fx.Node) -> str | None:
 
 
 def _compute(node: fx.Node, name: str) -> None:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), tensor_of)  # type: ignore[attr-defined]
+    args, kwargs = fx.map_arg((node.args, node.kwargs), tensor_of)
     target: Any = node.target
     with _fake_mode((args, kwargs)) or contextlib.nullcontext():
         if node.op == "call_function":
@@ -180,6 +192,25 @@ def _compute(node: fx.Node, name: str) -> None:
 def _fake_mode(arguments: Any) -> Any:
     leaves = torch.utils._pytree.tree_leaves(arguments)  # noqa: SLF001
     return next((leaf.fake_mode for leaf in leaves if hasattr(leaf, "fake_mode")), None)
+
+
+def replace_node(node: fx.Node, by: fx.Node) -> None:
+    """Let another node take a node's place."""
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def finish(program: ExportedProgram | fx.GraphModule) -> None:
+    """Check a graph that was changed, and make it what runs."""
+    module = graph_module(program)
+    if isinstance(program, ExportedProgram):
+        # It knows its outputs by name.
+        (output,) = module.graph.find_nodes(op="output")
+        for spec, node in zip(program.graph_signature.output_specs, output.args[0], strict=True):
+            if isinstance(node, fx.Node):
+                spec.arg.name = node.name
+    module.graph.lint()
+    module.recompile()
 
 
 def operator_node(graph: fx.Graph, rank: int, arguments: dict[str, Any]) -> fx.Node:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
-from na_compiler.passes.graph import Attention, attentions, operator_node, propagate, tensor_of
+from na_compiler.passes.graph import Attention, attentions, operator_node, propagate, replace_node, tensor_of
 from na_compiler.problem import flags_per_axis, ints_per_axis
 
 __all__ = ["convert", "replace_natten"]
@@ -60,7 +60,8 @@ def _rank(module: nn.Module) -> int | None:
     for base in type(module).__mro__:
         found = _MODULE.fullmatch(base.__name__)
         if found and base.__module__.partition(".")[0] == "natten":
-            return int(found[1]) if type(module).forward is base.forward else None
+            kept = getattr(type(module), "forward", None) is getattr(base, "forward", None)
+            return int(found[1]) if kept else None
     return None
 
 
@@ -138,8 +139,7 @@ def _replace(found: Attention) -> None:
         if not found.returns_tuple:
             replacement = graph.call_function(operator.getitem, (made, 0))
             propagate(replacement, node)
-    node.replace_all_uses_with(replacement)
-    graph.erase_node(node)
+    replace_node(node, replacement)
 
 
 def _use_flattened(graph: fx.Graph, user: fx.Node, made: fx.Node, rank: int) -> None:
@@ -148,8 +148,7 @@ def _use_flattened(graph: fx.Graph, user: fx.Node, made: fx.Node, rank: int) -> 
         item = graph.call_function(operator.getitem, (made, user.args[1]))
         propagate(item, user)
         flat = _called(graph, "flatten", (item, 1, rank), user)
-    user.replace_all_uses_with(flat)
-    graph.erase_node(user)
+    replace_node(user, flat)
 
 
 def _called(graph: fx.Graph, name: str, arguments: tuple[Any, ...], like: fx.Node) -> fx.Node:

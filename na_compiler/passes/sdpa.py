@@ -12,7 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.nn import functional
 
-from na_compiler.passes.graph import graph_module, is_pure, layer_of, operator_node, propagate, tensor_of
+from na_compiler.passes.graph import graph_module, is_pure, layer_of, operator_node, propagate, replace_node, tensor_of
 from na_compiler.passes.masks import Mask, Neighborhood, recognize
 
 __all__ = ["replace_sdpa"]
@@ -141,7 +141,7 @@ class _Constants:
             if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
                 return value
         if node.op == "call_function" and (is_pure(node.target) or node.target is operator.getitem):
-            arguments = fx.map_arg((node.args, node.kwargs), self._evaluate)  # type: ignore[attr-defined]
+            arguments = fx.map_arg((node.args, node.kwargs), self._evaluate)
             target: Any = node.target
             return target(*arguments[0], **arguments[1])
         raise _NotConstantError
@@ -184,5 +184,4 @@ def _replace(node: fx.Node, arguments: dict[str, Any], neighborhood: Neighborhoo
         if rank > 1:
             output = called(aten.flatten.using_ints, output, 1, rank)
         output = called(aten.transpose.int, output, 1, 2)
-    node.replace_all_uses_with(output)
-    graph.erase_node(node)
+    replace_node(node, output)

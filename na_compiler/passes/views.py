@@ -51,6 +51,12 @@ def _drop(copy: fx.Node) -> bool:
     """Let the users of a copy have what it copies, if they are views of it that end in attention; returns whether."""
     source = copy.args[0]
     users = _users(copy)
+    if users is None and isinstance(source, fx.Node) and _reads_rows(source):
+        # Others need the copy, attention does not.
+        readers = [user for user in copy.users if _is_attention(user)]
+        for user in readers:
+            user.replace_input_with(copy, source)
+        return bool(readers)
     if users is None or not isinstance(source, fx.Node) or not isinstance(tensor_of(source), torch.Tensor):
         return False
     views, ends = users

@@ -39,8 +39,8 @@ def runtime_library() -> Path:
             folder = _given_runtime[-1]
         else:
             raise FileNotFoundError(
-                "kernels need TVM's runtime library: install apache-tvm, load a bundle made with --with-runtime, or set "
-                "NA_COMPILER_TVM_LIB to the folder that holds libtvm_runtime.so"
+                "kernels need TVM's runtime library: install apache-tvm, load a bundle made with --with-runtime, or "
+                "set NA_COMPILER_TVM_LIB to the folder that holds libtvm_runtime.so"
             )
     path = folder / "libtvm_runtime.so"
     if not path.is_file():

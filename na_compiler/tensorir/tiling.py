@@ -245,5 +245,11 @@ class TilingPlan:
         groups = self.size("dilation")
         return self.problem.heads_kv * self.size("strips") * groups
 
+    def visited_pairs(self) -> int:
+        """Return how many (query, key) pairs one head of one batch entry computes scores of: at most, where keys come
+        in chunks."""
+        tiles = self.size("dilation") * self.size("strips") * self.size("tiles")
+        return tiles * self.size("tile") * self.size("visited") * self.size("chunks")
+
     def __iter__(self) -> Iterator[AxisTiling]:
         return iter(self.axes)

@@ -1,0 +1,201 @@
+"""``na-compile MODEL -o BUNDLE`` and ``na-compile problem ... -o BUNDLE``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from na_compiler.cli.table import rows, table
+from na_compiler.compiler.bundle import check_place, save_bundle
+from na_compiler.passes.progress import progress_bar
+from na_compiler.passes.sites import Site, Sites
+from na_compiler.problem import DTYPES, Problem
+
+__all__ = ["add_parser", "add_problem_parser"]
+
+_EXAMPLES = """
+examples:
+  na-compile model.pt2 -o kernels
+  na-compile model.onnx -o kernels --target llvm:x86-64-v3 --target llvm:x86-64-v4
+  na-compile model.pt2 --shape image=1x3x224x224 --shape image=1x3x384x384 --dry-run
+  na-compile my_package.models:make -o kernels --training
+
+A bundle is native code. Whoever loads one trusts its author.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command that compiles a model."""
+    parser = commands.add_parser(
+        "model",
+        help="compile the kernels of a model; the word 'model' may be left out",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="na-compile MODEL -o BUNDLE [options]",
+    )
+    parser.add_argument("model", metavar="MODEL", help=".pt2 of torch.export.save, .onnx, or package.module:function")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="NAME=AxBxC[,NAME=...]",
+        help="shapes of a file's inputs, where they are dynamic; again for another resolution",
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="compile the whole model to the library that -o names, to run with TVM's runtime alone",
+    )
+    _add_common(parser)
+    parser.set_defaults(run=_run_model)
+
+
+def add_problem_parser(commands: Any) -> None:
+    """Add the command that compiles one problem."""
+    parser = commands.add_parser("problem", help="compile the kernel of one problem, given by flags")
+    extents = {"type": _extents, "metavar": "AxB"}
+    parser.add_argument("--layout", required=True, help="tokens on each axis, e.g. 56x56", **extents)
+    parser.add_argument("--heads", type=int, required=True, help="query heads")
+    parser.add_argument("--head-dim", type=int, required=True, help="length of a query and a key")
+    parser.add_argument("--kernel-size", required=True, help="window on each axis; one number is for all", **extents)
+    parser.add_argument("--stride", default=(1,), help="queries that share a window", **extents)
+    parser.add_argument("--dilation", default=(1,), help="distance between neighbors", **extents)
+    parser.add_argument("--causal", type=_flags, default=(False,), metavar="AxB", help="1 or 0 for each axis")
+    parser.add_argument("--heads-kv", type=int, help="heads of keys and values (default: as many)")
+    parser.add_argument("--head-dim-v", type=int, help="length of a value (default: the same)")
+    parser.add_argument("--additional-kv", action="store_true", help="there are additional keys")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    _add_common(parser)
+    parser.set_defaults(run=_run_problem)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="BUNDLE", help="folder to write; a bundle that is there is replaced")
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="TARGET",
+        help="llvm (this machine, the default), llvm:x86-64-v3, cuda:sm_90a, ...; again for several",
+    )
+    parser.add_argument("--training", action="store_true", help="the backward as well")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one for each core)")
+    parser.add_argument("--with-runtime", action="store_true", help="put TVM's runtime library in the bundle as well")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be compiled, and stop")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _run_model(options: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    _check_output(options)
+    if options.whole:
+        raise NotImplementedError("--whole is not there yet")
+    from na_compiler.passes.load import sites_of  # noqa: PLC0415
+
+    shapes = [_shapes(text) for text in options.shape] if options.shape else None
+    sites = sites_of(options.model, shapes)
+    if not sites:
+        raise ValueError(f"{options.model} has no neighborhood attention in it; nothing to compile")
+    unknown = sites.unknown()
+    if unknown:
+        site = unknown[0]
+        raise ValueError(
+            f"{site.layer} has a dynamic {' and '.join(site.dynamic)}, and kernels are compiled for one layout; say "
+            f"which with --shape, e.g. --shape INPUT=1x3x224x224"
+        )
+    _compile(options, sites, f"{len(sites)} neighborhood attentions in {options.model}", started)
+
+
+def _run_problem(options: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    _check_output(options)
+    rank = len(options.layout)
+
+    def per_axis(values: tuple[Any, ...]) -> Any:
+        return values[0] if len(values) == 1 and rank > 1 else values
+
+    problem = Problem(
+        layout=options.layout,
+        heads=options.heads,
+        head_dim=options.head_dim,
+        kernel_size=per_axis(options.kernel_size),
+        stride=per_axis(options.stride),
+        dilation=per_axis(options.dilation),
+        is_causal=per_axis(options.causal),
+        heads_kv=options.heads_kv,
+        head_dim_v=options.head_dim_v,
+        additional_kv=options.additional_kv,
+        dtype=options.dtype,
+    )
+    sites = Sites([Site("", "command line", "na_compiler", "forward", problem, (), 1)])
+    _compile(options, sites, str(problem), started)
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    if not options.output and not options.dry_run:
+        raise ValueError("name the bundle to write with -o BUNDLE, or look only with --dry-run")
+    if options.output and not options.dry_run and not getattr(options, "whole", False):
+        check_place(Path(options.output))
+
+
+def _compile(options: argparse.Namespace, sites: Sites, title: str, started: float) -> None:
+    specs = sites.specs(options.target or ["llvm"], training=options.training)
+    data = rows(sites, specs)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    report: dict[str, Any] = {"kernels": data, "bundle": None}
+    if options.dry_run:
+        report["seconds"] = time.perf_counter() - started
+        if options.json:
+            print(json.dumps(report, indent=1))
+        else:
+            console.print(table(data, f"{title}: {len(sites.problems())} problems, {len(specs)} kernels"))
+        return
+    with progress_bar() as progress:
+        done = save_bundle(
+            options.output, specs, jobs=options.jobs, with_runtime=options.with_runtime, progress=progress
+        )
+    cached = sum(one.was_cached for one in done)
+    seconds = time.perf_counter() - started
+    report |= {"bundle": options.output, "compiled": len(done) - cached, "cached": cached, "seconds": seconds}
+    if options.json:
+        print(json.dumps(report, indent=1))
+        return
+    console.print(
+        f"{title}: {len(done)} kernels in {options.output}, {len(done) - cached} compiled and {cached} from the cache, "
+        f"in {seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _extents(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(",", "x").split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers such as 56x56, got {text!r}") from None
+
+
+def _flags(text: str) -> tuple[bool, ...]:
+    values = {"0": False, "1": True}
+    try:
+        return tuple(values[part] for part in text.replace(",", "x").split("x"))
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"must be 1 or 0 for each axis, such as 1x0, got {text!r}") from None
+
+
+def _shapes(text: str) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for part in text.split(","):
+        name, equals, shape = part.partition("=")
+        try:
+            found[name] = tuple(int(size) for size in shape.split("x"))
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            raise ValueError(f"--shape must be NAME=AxBxC, e.g. image=1x3x224x224, got {part!r}")
+    return found

@@ -1,0 +1,88 @@
+"""The table of what a model needs: problems, where they come from, and what was chosen for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from rich.table import Table
+
+from na_compiler.compiler.kernels import cached_library
+from na_compiler.compiler.spec import KernelSpec
+from na_compiler.passes.sites import Sites
+
+__all__ = ["rows", "table"]
+
+
+def rows(sites: Sites, specs: Iterable[KernelSpec]) -> list[dict[str, Any]]:
+    """Return a row of plain data for each kernel."""
+    where = sites.problems()
+    made = []
+    for spec in specs:
+        at = where.get(spec.problem, [])
+        batch = max((site.batch or 1 for site in at), default=1)
+        flops = spec.problem.flops(batch, direction=spec.direction)
+        made.append(
+            {
+                "problem": spec.problem.to_dict(),
+                "text": str(spec.problem),
+                "direction": spec.direction,
+                "target": spec.target.name,
+                "layers": list(dict.fromkeys(site.layer for site in at)),
+                "count": len(at),
+                "dynamic": list(dict.fromkeys(name for site in at for name in site.dynamic)),
+                "flops": flops,
+                "schedule": spec.config.module.rpartition(".")[2],
+                "config": _config(spec.config),
+                "wasted": _wasted(spec),
+                "reason": spec.reason,
+                "key": spec.key,
+                "cached": cached_library(spec) is not None,
+            }
+        )
+    return made
+
+
+def table(data: list[dict[str, Any]], title: str) -> Table:
+    """Show rows."""
+    made = Table(title=title)
+    for name in ("problem", "used in", "kernel", "schedule"):
+        made.add_column(name, overflow="fold")
+    for name in ("MFLOP", "wasted", "cached"):
+        made.add_column(name, justify="right")
+    for row in data:
+        layers = row["layers"]
+        used = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        if row["count"] > 1:
+            used = f"{row['count']}x: {used}"
+        config = " ".join(f"{name}={value}" for name, value in row["config"].items())
+        wasted = "" if row["wasted"] is None else f"{100 * row['wasted']:.0f}%"
+        made.add_row(
+            row["text"],
+            used,
+            f"{row['direction']}, {row['target']}",
+            f"{row['schedule']}: {config}",
+            f"{row['flops'] / 1e6:.1f}",
+            wasted,
+            "yes" if row["cached"] else "no",
+        )
+    return made
+
+
+def _config(config: Any) -> dict[str, Any]:
+    """Return a config's choices, without those that are left as they are by default."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= _config(value)
+        elif value != field.default:
+            found[field.name] = "x".join(map(str, value)) if isinstance(value, tuple) else value
+    return found
+
+
+def _wasted(spec: KernelSpec) -> float | None:
+    """Return the part of the pairs that a kernel computes which no window needs; ``None`` where its plan cannot say."""
+    visited = getattr(spec.plan, "visited_pairs", None)
+    return None if visited is None else 1 - spec.problem.pairs() / visited()

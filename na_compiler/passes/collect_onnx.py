@@ -1,0 +1,122 @@
+"""*collect* for ONNX models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from na_compiler.onnx.nodes import attention_nodes, load, node_signature
+from na_compiler.passes.sites import Site, Sites
+
+__all__ = ["collect_onnx"]
+
+# Where torch's exporter says which modules a node came from.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def collect_onnx(model: Any, shapes: Iterable[Mapping[str, Sequence[int]]] | None = None) -> Sites:
+    """Collect the sites of an ONNX model.
+
+    Parameters
+    ----------
+    model
+        An ``onnx_ir.Model``, a ``ModelProto`` or a path.
+    shapes
+        Shapes of inputs by name, one mapping for each resolution; default: the model's own.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit the model, or a window does not fit a layout; the node is named.
+    """
+    loaded = load(model)
+    if shapes is None:
+        return Sites(_sites(loaded, _inferred(loaded)))
+    found: dict[Site, None] = {}
+    for one in shapes:
+        found |= dict.fromkeys(_sites(loaded, _inferred(_with_shapes(loaded, one))))
+    return Sites(found)
+
+
+def _inferred(model: ir.Model) -> ir.Model:
+    """Return the model with shapes inferred, where those of attention are not all known."""
+    for node in attention_nodes(model):
+        if any(_is_unknown(value) for value in node.inputs[:3]):
+            return ShapeInferencePass(strict_mode=False, data_prop=True)(model.clone()).model
+    return model
+
+
+def _is_unknown(value: ir.Value | None) -> bool:
+    return value is None or value.shape is None or not all(isinstance(size, int) for size in list(value.shape)[1:])
+
+
+def _sites(model: ir.Model, inferred: ir.Model) -> list[Site]:
+    sites = []
+    for node, known in zip(attention_nodes(model), attention_nodes(inferred), strict=True):
+        layer = _layer(node)
+        signature = node_signature(known)
+        try:
+            problem = signature.problem()
+        except ValueError as error:
+            raise ValueError(f"{layer}: {error}") from error
+        original = node_signature(node).shapes
+        batch = (signature.shapes[0] or (None,))[0]
+        operator = f"{node.domain}::{node.op_type}"
+        sites.append(Site(node.name or "", layer, operator, "forward", problem, _dynamic(original), batch))
+    return sites
+
+
+def _dynamic(shapes: Sequence[Sequence[int | None] | None]) -> tuple[str, ...]:
+    query = shapes[0]
+    if query is None:
+        return ()
+    names = ["batch", *(f"layout[{axis}]" for axis in range(len(query) - 3))]
+    found = [name for name, size in zip(names, query, strict=False) if size is None]
+    if len(shapes) > 3 and (shapes[3] is None or shapes[3][1] is None):
+        found.append("additional")
+    return tuple(found)
+
+
+def _layer(node: ir.Node) -> str:
+    scopes = node.metadata_props.get(_SCOPES)
+    if scopes:
+        # A list as Python spells it: the module's path from the outermost to the node's own.
+        names = [name.strip(" '\"") for name in scopes.strip("[]").split(",")]
+        if len(names) > 1 and names[-2]:
+            return names[-2]
+    return node.name or "(node)"
+
+
+def _with_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> ir.Model:
+    """Return a copy of a model whose inputs have some shapes; all others are forgotten, to be inferred."""
+    made = model.clone()
+    inputs = {value.name: value for value in made.graph.inputs}
+    symbols: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name not in inputs:
+            raise ValueError(f"the model has no input {name!r}; its inputs are {', '.join(map(str, inputs))}")
+        value = inputs[name]
+        sizes = list(value.shape) if value.shape is not None else [None] * len(shape)
+        if len(sizes) != len(shape):
+            raise ValueError(f"input {name} has {len(sizes)} dimensions, got shape {tuple(shape)}")
+        for axis, (size, wanted) in enumerate(zip(sizes, shape, strict=True)):
+            symbol = None if size is None or isinstance(size, int) else size.value
+            value_here = size if isinstance(size, int) else symbols.setdefault(symbol, wanted) if symbol else wanted
+            if value_here != wanted:
+                raise ValueError(
+                    f"dimension {axis} of input {name} is {value_here} in this model, got {wanted}; export it with "
+                    f"that dimension dynamic"
+                )
+        value.shape = ir.Shape(shape)
+    kept = {id(value) for value in (*made.graph.inputs, *made.graph.initializers.values())}
+    for node in made.graph.all_nodes():
+        for output in node.outputs:
+            if id(output) not in kept:
+                output.shape = None
+    for value in made.graph.inputs:
+        if value.name not in shapes and value.shape is not None:
+            value.shape = ir.Shape([symbols.get(str(s), s) if not isinstance(s, int) else s for s in value.shape])
+    return made

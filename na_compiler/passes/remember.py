@@ -1,0 +1,74 @@
+"""Remembers which sites a file's model has: torch takes seconds to load an exported program only to say the same again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from na_compiler.passes.sites import Site, Sites
+from na_compiler.problem import Problem
+from na_compiler.runtime.folders import cache_folder
+
+__all__ = ["remembered"]
+
+
+def remembered(path: str, shapes: Sequence[Mapping[str, Sequence[int]]] | None, find: Callable[[], Sites]) -> Sites:
+    """Return the sites of a file, from the cache if it has them.
+
+    Parameters
+    ----------
+    path
+        The file. Its content is what counts, and the sources of the passes.
+    shapes
+        What the sites depend on besides.
+    find
+        Finds them.
+    """
+    if not Path(path).is_file():
+        return find()
+    asked = json.dumps([{name: list(shape) for name, shape in one.items()} for one in shapes or ()])
+    with Path(path).open("rb") as file:
+        content = (
+            hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+        )
+    key = hashlib.sha256(f"{content.hexdigest()} {asked} {shapes is None} {_fingerprint()}".encode()).hexdigest()[:32]
+    entry = cache_folder() / "models" / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Sites(_site(data) for data in json.loads(entry.read_text(encoding="utf-8"))["sites"])
+    sites = find()
+    # A cache that cannot be written costs time, nothing else.
+    with contextlib.suppress(OSError):
+        _write(entry, json.dumps({"model": Path(path).name, "sites": [dataclasses.asdict(site) for site in sites]}))
+    return sites
+
+
+def _site(data: dict[str, object]) -> Site:
+    problem = data.pop("problem")
+    dynamic = data.pop("dynamic")
+    assert isinstance(dynamic, list)
+    made = None if problem is None else Problem.from_dict(problem)  # type: ignore[arg-type]
+    return Site(problem=made, dynamic=tuple(dynamic), **data)  # type: ignore[arg-type]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    Path(temporary).replace(path)
+
+
+@functools.cache
+def _fingerprint() -> str:
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in [*sorted(package.glob("*.py")), package.parent / "problem.py", package.parent / "torch_ops.py"]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,346 @@
+"""The passes over exported programs and FX graphs: what they find, what they make of it, and that it computes the same."""
+
+import copy
+import operator
+
+import natten_stub
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+from torch.export import Dim
+
+import na_compiler
+from na_compiler import NeighborhoodAttention1D, NeighborhoodAttention2D, Problem, passes
+from na_compiler.passes.canonicalise_torch import Canonicalise
+from na_compiler.passes.masks import axis_mask
+from na_compiler.passes.views import copies
+
+OURS = list(na_compiler.torch_ops.OPERATORS.values())
+
+
+def close(result, expected):
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def targets(program):
+    return [node.target for node in program.graph.nodes if node.op == "call_function"]
+
+
+class Encoder(nn.Module):
+    """Layers of two problems, one of them twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([NeighborhoodAttention2D(32, 2, 3, dilation=d) for d in (1, 2, 1)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_collect_finds_each_layer_with_its_problem():
+    program = torch.export.export(Encoder().eval(), (torch.randn(2, 8, 9, 32),), dynamic_shapes=({0: Dim("B", max=8)},))
+    sites = passes.collect(program)
+    assert [site.layer for site in sites] == ["layers.0", "layers.1", "layers.2"]
+    assert all(site.dynamic == ("batch",) and site.batch == 2 and site.is_ours for site in sites)
+    near, far = Problem((8, 9), 2, 16, 3), Problem((8, 9), 2, 16, 3, dilation=2)
+    assert {problem: len(found) for problem, found in sites.problems().items()} == {near: 2, far: 1}
+    specs = sites.specs(["llvm:x86-64-v3", "llvm:x86-64-v4"], training=True)
+    assert len(specs) == len(set(specs)) == 8
+
+
+def test_collect_at_other_resolutions():
+    dims = {1: 4 * Dim("X", min=2, max=20), 2: Dim("Y", min=6, max=64)}
+    program = torch.export.export(Encoder().eval(), (torch.randn(1, 8, 9, 32),), dynamic_shapes=(dims,))
+    assert {site.problem.layout for site in passes.collect(program)} == {(8, 9)}
+    sites = passes.collect(program, [{"x": (1, 16, 12, 32)}, {"x": (1, 40, 7, 32)}])
+    assert {site.problem.layout for site in sites} == {(16, 12), (40, 7)}
+    assert sites[0].dynamic == ("layout[0]", "layout[1]")
+    with pytest.raises(ValueError, match=r"dimension 1 of input x .*4\*.*got 10"):
+        passes.collect(program, [{"x": (1, 10, 12, 32)}])
+    with pytest.raises(ValueError, match="dimension 0 of input x is 1 in this model, got 3"):
+        passes.collect(program, [{"x": (3, 8, 12, 32)}])
+    with pytest.raises(ValueError, match="no input 'y'; its inputs are x"):
+        passes.collect(program, [{"y": (1, 8, 12, 32)}])
+    with pytest.raises(ValueError, match=r"layers.1: kernel_size \* dilation must be at most"):
+        passes.collect(program, [{"x": (1, 4, 12, 32)}])
+
+
+def test_collect_reads_gqa_additional_keys_and_the_backward(seed):
+    class Text(nn.Module):
+        def forward(self, query, key, value, more):
+            return na_compiler.na1d(query, key, value, 5, is_causal=True, additional_keys=more, additional_values=more)
+
+    tensors = (
+        torch.randn(1, 12, 4, 16),
+        torch.randn(1, 12, 2, 16),
+        torch.randn(1, 12, 2, 16),
+        torch.randn(1, 3, 2, 16),
+    )
+    (site,) = passes.collect(torch.export.export(Text(), tensors))
+    problem = Problem(12, 4, 16, 5, is_causal=True, heads_kv=2, additional_kv=True)
+    assert site.problem == problem
+
+    def loss(query, key, value, more):
+        return torch.autograd.grad(Text()(query, key, value, more).sum(), query)
+
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    joint = fx.experimental.proxy_tensor.make_fx(loss)(*tensors)
+    found = passes.collect(joint)
+    assert [(site.direction, site.problem) for site in found] == [("forward", problem), ("backward", problem)]
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "computed"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_masked_attention_becomes_neighborhood_attention(kind, rank, seed):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+            axes = [axis_mask(6, 5), axis_mask(10, 3, dilation=2)] if rank == 2 else [axis_mask(60, 9, is_causal=True)]
+            mask = torch.from_numpy(axes[0] if rank == 1 else np.kron(*axes))
+            if kind == "float":
+                mask = torch.zeros(60, 60).masked_fill(~mask, -torch.inf)
+            self.register_buffer("mask", mask)
+
+        def forward(self, x):
+            query, key, value = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).contiguous().unbind()
+            mask = self.mask
+            if kind == "computed":
+                mask = mask.logical_not().logical_not()
+            y = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+            return y.transpose(1, 2).flatten(-2)
+
+    model, x = Masked().eval(), torch.randn(2, 60, 32)
+    expected = model(x)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("B", max=8)},))
+    assert passes.canonicalise(program) == 2
+    (site,) = passes.collect(program)
+    wanted = Problem((6, 10), 2, 16, (5, 3), dilation=(1, 2)) if rank == 2 else Problem(60, 2, 16, 9, is_causal=True)
+    assert site.problem == wanted
+    assert copies(program.graph_module) == []
+    assert not any("contiguous" in str(target) or "attention" in str(target) for target in targets(program))
+    program.validate()
+    close(program.module()(x), expected)
+
+
+def test_attention_with_another_mask_is_left_alone(seed):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            mask = torch.from_numpy(axis_mask(20, 5))
+            mask[3, 9] = True
+            self.register_buffer("mask", mask)
+            self.register_buffer("bias", torch.randn(20, 20))
+
+        def forward(self, query, mask):
+            attend = nn.functional.scaled_dot_product_attention
+            masked = attend(query, query, query, attn_mask=self.mask) + attend(query, query, query, attn_mask=self.bias)
+            return masked + attend(query, query, query, attn_mask=mask) + attend(query, query, query)
+
+    query = torch.randn(1, 2, 20, 16)
+    program = torch.export.export(Masked(), (query, torch.from_numpy(axis_mask(20, 5))))
+    before = targets(program)
+    assert passes.canonicalise(program) == 0
+    assert targets(program) == before
+    assert passes.collect(program) == ()
+
+
+def test_copies_go_where_only_attention_reads_them(seed):
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x):
+            query, key, value = self.qkv(x).reshape(*x.shape[:-1], 3, 2, 16).permute(3, 0, 1, 2, 4, 5).unbind()
+            query, key = query.contiguous(), key.contiguous()
+            output = na_compiler.na2d(query, key, value.clone(), 3)
+            return output + key  # The copy of key has another reader.
+
+    model, x = Copies().eval(), torch.randn(1, 6, 7, 32)
+    expected = model(x)
+    program = torch.export.export(model, (x,))
+    assert len(copies(program.graph_module)) == 3
+    assert passes.canonicalise(program) == 3
+    assert copies(program.graph_module) == []
+    assert sum("contiguous" in str(target) for target in targets(program)) == 1
+    close(program.module()(x), expected)
+
+
+def test_a_copy_that_gives_rows_their_stride_stays(seed):
+    class Turned(nn.Module):
+        def forward(self, x):
+            rows = x.transpose(-1, -2).contiguous()
+            return na_compiler.na1d(rows, rows, rows, 3)
+
+    x = torch.randn(1, 9, 16, 2)
+    program = torch.export.export(Turned(), (x,))
+    assert passes.canonicalise(program) == 0
+    close(program.module()(x), Turned()(x))
+
+
+def test_graphs_that_write_keep_their_copies(seed):
+    def function(x):
+        kept = x.clone()
+        x.mul_(2.0)
+        return na_compiler.na1d(kept, kept, kept, 3) + x
+
+    found = []
+
+    def backend(module, inputs):
+        found.append(passes.canonicalise(module))
+        return module.forward
+
+    x = torch.randn(1, 9, 2, 16)
+    close(torch.compile(function, backend=backend)(x.clone()), function(x.clone()))
+    assert found == [0]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convert_keeps_everything(rank, seed, monkeypatch):
+    layer = natten_stub.install(monkeypatch)[rank]
+    model = nn.Sequential(layer(32, 2, 3), nn.Linear(32, 32), layer(32, 2, (2,) * rank, (2,) * rank)).eval()
+    model.append(model[0])  # Shared.
+    weights = {name: id(weight) for name, weight in model.named_parameters()}
+    called = []
+    model[2].register_forward_hook(lambda *arguments: called.append(1))
+    x = torch.randn(2, *(5, 6, 4)[:rank], 32)
+    expected = model(x)
+    called.clear()
+    assert na_compiler.convert(model) is model
+    assert {type(model[i]).__module__ for i in (0, 2)} == {"na_compiler.modules"}
+    assert model[0] is model[3]
+    assert {name: id(weight) for name, weight in model.named_parameters()} == weights
+    assert not any(module.training for module in model.modules())
+    close(model(x), expected)
+    assert called == [1]
+    alone = na_compiler.convert(layer(32, 2, 3))
+    assert type(alone).__name__ == f"NeighborhoodAttention{rank}D"
+    assert alone.kernel_size == (3,) * rank
+
+
+def test_convert_refuses_what_ours_have_not(monkeypatch):
+    layers = natten_stub.install(monkeypatch)
+    for name, value in (("rpb", nn.Parameter(torch.zeros(2, 5, 5))), ("attn_drop", nn.Dropout(0.1))):
+        model = nn.Sequential(layers[2](32, 2, 3), layers[2](32, 2, 3))
+        setattr(model[1], name, value)
+        with pytest.raises(NotImplementedError, match=f"1 has .*{name}"):
+            na_compiler.convert(model)
+        assert type(model[0]).__module__ == "natten.modules"
+
+    class Own(layers[2]):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    assert type(na_compiler.convert(nn.Sequential(Own(32, 2, 3)))[0]) is Own
+
+
+def test_nattens_modules_and_functions_in_an_fx_graph(seed, monkeypatch):
+    layers = natten_stub.install(monkeypatch)
+
+    graph = fx.Graph()
+    x = graph.call_module("layer", (graph.placeholder("x"),))
+    heads = graph.call_method("unflatten", (x, -1, (2, 16)))
+    both = graph.call_function(layers[2].function, (heads, heads, heads), {"kernel_size": 5, "return_lse": True})
+    output = graph.call_function(operator.getitem, (both, 0))
+    lse = graph.call_method("unsqueeze", (graph.call_function(operator.getitem, (both, 1)), -1))
+    alone = graph.call_function(layers[2].function, (output, output, output, 3))
+    graph.output(graph.call_function(operator.mul, (alone, lse)))
+    module = fx.GraphModule({"layer": layers[2](32, 2, 3)}, graph).eval()
+    x = torch.randn(1, 8, 8, 32)
+    expected = module(x)
+    fx.passes.shape_prop.ShapeProp(module).propagate(x)
+    sites = passes.collect(module)
+    assert [site.operator for site in sites] == ["natten.functional.na2d"] * 2
+    result = Canonicalise()(module)
+    assert result.modified
+    assert [node.target for node in module.graph.nodes if node.target in OURS] == [OURS[1]] * 2
+    assert type(module.layer) is NeighborhoodAttention2D
+    close(module(x), expected)
+
+
+def test_nattens_operators(seed):
+    library = torch.library.Library("natten", "FRAGMENT")
+    natten_stub.register_operators(library)
+
+    class Model(nn.Module):
+        def forward(self, q, k, v):
+            parameters = ([3, 5], [1, 2], [2, 1], [False, True], 0.3)
+            first = torch.ops.natten.na2d_forward(q, k, v, *parameters, [8, 8], [8, 8])[0]
+            flat = [tensor.flatten(1, 2) for tensor in (first, k, v)]
+            second, lse = torch.ops.natten.reference_na2d_forward(*flat, *parameters, [6, 8], 0)
+            return second, lse
+
+    tensors = torch.randn(3, 1, 6, 8, 2, 16).unbind()
+    expected = Model()(*tensors)
+    program = torch.export.export(Model(), tensors)
+    problem = Problem((6, 8), 2, 16, (3, 5), (1, 2), (2, 1), (False, True))
+    assert [(site.operator, site.problem) for site in passes.collect(program)] == [
+        ("natten::na2d_forward", problem),
+        ("natten::reference_na2d_forward", problem),
+    ]
+    assert passes.canonicalise(program) == 2
+    assert [(site.operator, site.problem) for site in passes.collect(program)] == [("na_compiler::na2d", problem)] * 2
+    program.validate()
+    for result, wanted in zip(program.module()(*tensors), expected, strict=True):
+        close(result, wanted)
+
+
+def test_bind_calls_a_kernel_by_key_or_fails(seed, tmp_path, monkeypatch):
+    model, x = NeighborhoodAttention1D(32, 2, 5).eval(), torch.randn(2, 11, 32)
+    expected = model(x)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("B", max=8)},))
+    assert passes.bind(program) == 1
+    monkeypatch.setenv("NA_COMPILER_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(KeyError, match="no kernel [0-9a-f]{32} in a loaded bundle or the cache"):
+        program.module()(x)
+    passes.compile(torch.export.export(model, (x,)))
+    close(program.module()(x), expected)
+    torch.export.save(program, tmp_path / "bound.pt2")
+    close(torch.export.load(tmp_path / "bound.pt2").module()(x[:1]), expected[:1])
+    from na_compiler.passes.bind_torch import unbind
+
+    assert unbind(program) == 1
+    close(program.module()(x), expected)
+    dynamic = torch.export.export(model, (x,), dynamic_shapes=({1: Dim("X", min=5, max=64)},))
+    with pytest.raises(ValueError, match=r"cannot be bound: its layout\[0\] is dynamic"):
+        passes.bind(dynamic)
+
+
+def test_backend_compiles_before_the_first_call(seed, tmp_path, monkeypatch):
+    from na_compiler.compiler import cache
+
+    monkeypatch.setenv("NA_COMPILER_CACHE", str(tmp_path))
+    torch._dynamo.reset()
+    model = Encoder()
+    x = torch.randn(1, 8, 9, 32)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        compiled = torch.compile(model.eval(), backend="na_compiler", fullgraph=True)
+        close(compiled(x), model(x))
+    assert [entry.info.direction for entry in cache.entries()] == ["forward"] * 2
+    torch.compile(trained.train(), backend="na_compiler", fullgraph=True)(x).square().sum().backward()
+    assert sorted(entry.info.direction for entry in cache.entries()) == ["backward"] * 2 + ["forward"] * 2
+    model(x).square().sum().backward()
+    for mine, wanted in zip(trained.parameters(), model.parameters(), strict=True):
+        close(mine.grad, wanted.grad)
+
+
+def test_inductor_copies_nothing_in_front_of_a_kernel(seed):
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    model, x = NeighborhoodAttention2D(32, 2, 3).eval(), torch.randn(1, 8, 9, 32)
+    with torch.no_grad():
+        result, (code,) = run_and_get_code(torch.compile(model, backend="na_compiler", fullgraph=True), x)
+    close(result, model(x))
+    body = code[code.index("def call(") :]
+    before = body[: body.index("na_compiler.na2d")]
+    assert "addmm" in before
+    # A copy would be a kernel of Inductor's own, or a clone, between the projection and the call.
+    assert "cpp_fused" not in before
+    assert "copy" not in before
+    assert "clone" not in before
