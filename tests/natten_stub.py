@@ -60,7 +60,7 @@ def make():
 
 
 def register_operators(library):
-    """Register NATTEN's operators of rank 2, as its torch wrappers do: dense, and the reference with tokens flattened."""
+    """Register NATTEN's operators of rank 2: the plain one, and the reference, which takes flattened tokens."""
     dense = (
         "(Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "
     )

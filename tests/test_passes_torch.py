@@ -1,4 +1,4 @@
-"""The passes over exported programs and FX graphs: what they find, what they make of it, and that it computes the same."""
+"""The passes over exported programs and FX graphs: what they find, and that what they make computes the same."""
 
 import copy
 import operator
@@ -206,8 +206,8 @@ def test_convert_keeps_everything(rank, seed, monkeypatch):
     model.append(model[0])  # Shared.
     weights = {name: id(weight) for name, weight in model.named_parameters()}
     called = []
-    model[2].register_forward_hook(lambda *arguments: called.append(1))
-    x = torch.randn(2, *(5, 6, 4)[:rank], 32)
+    model[2].register_forward_hook(lambda *_: called.append(1))
+    x = torch.randn(2, *(9, 6, 4)[:rank], 32)
     expected = model(x)
     called.clear()
     assert na_compiler.convert(model) is model
@@ -295,7 +295,7 @@ def test_bind_calls_a_kernel_by_key_or_fails(seed, tmp_path, monkeypatch):
     program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("B", max=8)},))
     assert passes.bind(program) == 1
     monkeypatch.setenv("NA_COMPILER_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(KeyError, match="no kernel [0-9a-f]{32} in a loaded bundle or the cache"):
+    with pytest.raises(KeyError, match=r"no kernel [0-9a-f]{32} in a loaded bundle or the cache"):
         program.module()(x)
     passes.compile(torch.export.export(model, (x,)))
     close(program.module()(x), expected)

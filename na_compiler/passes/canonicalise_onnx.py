@@ -235,8 +235,8 @@ def _replace(model: ir.Model, node: ir.Node, masked: _Masked, neighborhood: Neig
         assert value.shape is not None
         batch, heads, _, width = value.shape
         turned = call("Transpose", value, perm=_HEADS_LAST)
-        shaped = turned if rank == 1 else call("Reshape", turned, sizes(0, *layout, int(heads), int(width)))
-        shaped.dtype, shaped.shape = value.dtype, ir.Shape([batch, *layout, heads, width])
+        shaped = turned if rank == 1 else call("Reshape", turned, sizes(0, *layout, int(heads), int(width)))  # type: ignore[arg-type]
+        _describe(shaped, value.dtype, ir.Shape([batch, *layout, heads, width]))
         return shaped
 
     query, key, value = (as_layout(tensor) for tensor in (masked.query, masked.key, masked.value))
@@ -255,14 +255,19 @@ def _replace(model: ir.Model, node: ir.Node, masked: _Masked, neighborhood: Neig
         scale=float(head_dim**-0.5 if masked.scale is None else masked.scale),
     )
     made[-1].metadata_props.update(node.metadata_props)
-    attended.dtype = query.dtype
     assert query.shape is not None
     assert value.shape is not None
-    attended.shape = ir.Shape([*list(query.shape)[:-1], value.shape[-1]])
+    _describe(attended, query.dtype, ir.Shape([*list(query.shape)[:-1], value.shape[-1]]))
     tokens = int(np.prod(layout))
     heads, width = int(query.shape[-2]), int(value.shape[-1])  # type: ignore[arg-type]
     flat = attended if rank == 1 else call("Reshape", attended, sizes(0, tokens, heads, width))
     output = call("Transpose", flat, perm=_HEADS_LAST)
-    output.dtype, output.shape = masked.output.dtype, masked.output.shape
+    _describe(output, masked.output.dtype, masked.output.shape)
     model.graph.insert_before(node, made)
     ir.convenience.replace_all_uses_with(masked.output, output, replace_graph_outputs=True)
+
+
+def _describe(value: ir.Value, dtype: ir.DataType | None, shape: ir.Shape | None) -> None:
+    value.shape = shape
+    if dtype is not None:
+        value.dtype = dtype

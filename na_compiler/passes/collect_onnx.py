@@ -98,25 +98,31 @@ def _with_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> ir.Mod
     for name, shape in shapes.items():
         if name not in inputs:
             raise ValueError(f"the model has no input {name!r}; its inputs are {', '.join(map(str, inputs))}")
-        value = inputs[name]
-        sizes = list(value.shape) if value.shape is not None else [None] * len(shape)
-        if len(sizes) != len(shape):
-            raise ValueError(f"input {name} has {len(sizes)} dimensions, got shape {tuple(shape)}")
-        for axis, (size, wanted) in enumerate(zip(sizes, shape, strict=True)):
-            symbol = None if size is None or isinstance(size, int) else size.value
-            value_here = size if isinstance(size, int) else symbols.setdefault(symbol, wanted) if symbol else wanted
-            if value_here != wanted:
-                raise ValueError(
-                    f"dimension {axis} of input {name} is {value_here} in this model, got {wanted}; export it with "
-                    f"that dimension dynamic"
-                )
-        value.shape = ir.Shape(shape)
-    kept = {id(value) for value in (*made.graph.inputs, *made.graph.initializers.values())}
+        _set_shape(inputs[name], shape, symbols)
     for node in made.graph.all_nodes():
         for output in node.outputs:
-            if id(output) not in kept:
-                output.shape = None
+            output.shape = None
     for value in made.graph.inputs:
         if value.name not in shapes and value.shape is not None:
-            value.shape = ir.Shape([symbols.get(str(s), s) if not isinstance(s, int) else s for s in value.shape])
+            value.shape = ir.Shape([size if isinstance(size, int) else symbols.get(str(size.value), size.value)
+                                    for size in value.shape])  # fmt: skip
     return made
+
+
+def _set_shape(value: ir.Value, shape: Sequence[int], symbols: dict[str, int]) -> None:
+    """Give an input a shape that fits the one it has, and remember what its symbols are then."""
+    sizes = list(value.shape) if value.shape is not None else [None] * len(shape)
+    if len(sizes) != len(shape):
+        raise ValueError(f"input {value.name} has {len(sizes)} dimensions, got shape {tuple(shape)}")
+    for axis, (size, wanted) in enumerate(zip(sizes, shape, strict=True)):
+        if isinstance(size, int):
+            known = size
+        else:
+            symbol = None if size is None else size.value
+            known = wanted if symbol is None else symbols.setdefault(symbol, wanted)
+        if known != wanted:
+            raise ValueError(
+                f"dimension {axis} of input {value.name} is {known} in this model, got {wanted}; export it with that "
+                f"dimension dynamic"
+            )
+    value.shape = ir.Shape(shape)

@@ -103,8 +103,8 @@ def _factor(mask: Mask, layout: tuple[int, ...]) -> list[Mask] | None:
     # A row of the product tells most wrong layouts apart; the whole is compared for those that are left.
     for query in (0, mask.shape[0] // 2):
         row = np.array([True])
-        for axis, coordinate in zip(axes, np.unravel_index(query, layout), strict=True):
-            row = np.kron(row, axis[coordinate])
+        for one, coordinate in zip(axes, np.unravel_index(query, layout), strict=True):
+            row = np.kron(row, one[coordinate])
         if not np.array_equal(row, mask[query]):
             return None
     product = axes[0]

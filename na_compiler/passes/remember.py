@@ -1,4 +1,4 @@
-"""Remembers which sites a file's model has: torch takes seconds to load an exported program only to say the same again."""
+"""Remembers which sites a file's model has: to load an exported program, torch takes seconds."""
 
 from __future__ import annotations
 

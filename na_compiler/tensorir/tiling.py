@@ -246,8 +246,7 @@ class TilingPlan:
         return self.problem.heads_kv * self.size("strips") * groups
 
     def visited_pairs(self) -> int:
-        """Return how many (query, key) pairs one head of one batch entry computes scores of: at most, where keys come
-        in chunks."""
+        """Return how many pairs of query and key one head of one batch entry visits; at most, if keys come in chunks."""
         tiles = self.size("dilation") * self.size("strips") * self.size("tiles")
         return tiles * self.size("tile") * self.size("visited") * self.size("chunks")
 
