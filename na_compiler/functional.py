@@ -134,7 +134,9 @@ def _default_scale(query: Tensor) -> float:
 def _checked_scale(scale: Any) -> float:
     if isinstance(scale, torch.SymFloat):
         return scale  # type: ignore[return-value]
-    if not isinstance(scale, float | int) or isinstance(scale, bool) or not math.isfinite(scale):
+    # Where layers of different scales were compiled, Dynamo makes the scale an input, of which it knows no value.
+    is_known = not torch.compiler.is_compiling()
+    if not isinstance(scale, float | int) or isinstance(scale, bool) or (is_known and not math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number, got {scale!r}; None is head_dim ** -0.5")
     return float(scale)
 

@@ -344,3 +344,11 @@ def test_inductor_copies_nothing_in_front_of_a_kernel(seed):
     assert "cpp_fused" not in before
     assert "copy" not in before
     assert "clone" not in before
+
+
+def test_layers_of_different_scales_compiled_one_after_the_other(seed):
+    torch._dynamo.reset()
+    for heads in (1, 2, 4):
+        layer, x = NeighborhoodAttention1D(32, heads, 5).eval(), torch.randn(1, 11, 32)
+        with torch.no_grad():
+            close(torch.compile(layer, fullgraph=True, backend="na_compiler")(x), layer(x))
