@@ -37,9 +37,9 @@ def test_everything_that_changes_the_code_changes_the_key(monkeypatch):
         dataclasses.replace(specs[-1], config=dataclasses.replace(config, accumulators=config.accumulators - 1))
     )
     keys = [spec.key for spec in specs]
-    for name, value in (("tvm_version", "0.99"), ("source_fingerprint", "another"), ("_ABI", 99)):
+    for name, value in (("tvm_version", "0.99"), ("source_fingerprint", "another"), ("ABI", 99)):
         with monkeypatch.context() as patch:
-            patch.setattr(spec_module, name, value if name == "_ABI" else lambda value=value: value)
+            patch.setattr(spec_module, name, value if name == "ABI" else lambda value=value: value)
             keys.append(KernelSpec.make(PROBLEM, "llvm:x86-64-v4").key)
     assert len(set(keys)) == len(keys)
 
