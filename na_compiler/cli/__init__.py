@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except (ValueError, OSError, RuntimeError, NotImplementedError, ImportError) as error:
-        print(f"na-compile: {error}", file=sys.stderr)
+        sentence, *rest = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"na-compile: {sentence}", file=sys.stderr)
+        if rest:
+            logging.getLogger("na_compiler").info("%s", "\n".join(rest))
         return 1
     except KeyboardInterrupt:
         return 130

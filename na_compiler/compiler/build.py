@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
+import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -43,11 +46,22 @@ def build_library(spec: KernelSpec, path: Path) -> None:
     else:
         assert isinstance(spec.target, CpuTarget)
         module = _compile(spec)
-        if spec.target.is_native:
-            module.export_library(str(path), cc=threads.c_compiler())
+        compiler = threads.c_compiler() if spec.target.is_native else shutil.which(f"{spec.target.triple}-gcc")
+        if compiler or spec.target.is_native:
+            _link(module, path, compiler)
         else:
             module.mod.write_to_file(str(path), "o")
     _LOG.info("compiled %s in %.2f s", spec, time.perf_counter() - started)
+
+
+def _link(module: Any, path: Path, compiler: str | None) -> None:
+    try:
+        module.export_library(str(path), cc=compiler)
+    except RuntimeError as error:
+        # The linker says so in its own words; callers know what to do about an OSError.
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def build_in_memory(spec: KernelSpec) -> tuple[Any, Any]:

@@ -67,6 +67,8 @@ def save_bundle(
     ------
     FileExistsError
         If the folder is there and no bundle.
+    RuntimeError
+        If this machine cannot link libraries for a target.
     OSError
         If it cannot be written; a bundle that was there stays as it was.
 
@@ -136,8 +138,20 @@ def _versions() -> dict[str, str]:
 
 def _kernel(compiled: Compiled, folder: Path) -> Mapping[str, Any]:
     spec = compiled.spec
+    if not _is_shared(compiled.library):
+        raise RuntimeError(
+            f"kernels for {spec.target} are compiled here but cannot be linked: install a C compiler for it "
+            f"({getattr(spec.target, 'triple', spec.target)}-gcc), or run na-compile on such a machine"
+        )
     copied = _file(compiled.library, folder / f"{spec.key}.so")
     return {"key": spec.key, **copied, "function": "main", **spec.info.to_dict()}
+
+
+def _is_shared(library: Path) -> bool:
+    """Return whether a file is a shared library, by the type in its ELF header, and not an object file."""
+    with library.open("rb") as file:
+        header = file.read(18)
+    return header[:4] == b"\x7fELF" and int.from_bytes(header[16:18], "little") == 3
 
 
 def _file(source: Path, target: Path) -> dict[str, Any]:

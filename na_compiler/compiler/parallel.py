@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from typing import IO, Any
 
 from na_compiler.compiler.kernels import cached_library
 from na_compiler.compiler.spec import KernelSpec
+from na_compiler.runtime.threads import c_compiler
 
 __all__ = ["CompileError", "Compiled", "Progress", "compile_all", "cores"]
 
@@ -84,7 +86,7 @@ def compile_all(
     ValueError
         If ``jobs`` is less than 1.
     CompileError
-        If one could not be compiled; the others' workers are stopped.
+        If one could not be compiled (the others' workers are stopped), or there is nothing to compile with.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -102,10 +104,19 @@ def compile_all(
             ready(Compiled(spec, library, 0.0))
     # The longest first, so that no worker is left with one while the others have nothing to do.
     missing = sorted((spec for spec in wanted if spec not in done), key=_effort, reverse=True)
+    if missing:
+        _check_compilers(missing)
     with tempfile.TemporaryDirectory(prefix="na_compiler-") as temporary:
         if missing:
             _run(missing, min(jobs or cores(), len(missing)), Path(temporary), ready)
         yield [done[spec] for spec in wanted]
+
+
+def _check_compilers(specs: list[KernelSpec]) -> None:
+    if importlib.util.find_spec("tvm") is None:
+        raise CompileError("there is no compiler: apache-tvm is not installed; pip install 'apache-tvm==0.27.*'")
+    if c_compiler() is None and any(spec.target.device_type == "cpu" for spec in specs):
+        raise CompileError("there is no C compiler to link kernels with; install gcc or clang, or set CC")
 
 
 def _effort(spec: KernelSpec) -> int:
