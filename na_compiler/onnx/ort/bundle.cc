@@ -1,0 +1,226 @@
+#include "bundle.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <tuple>
+
+#include "error.h"
+#include "json.h"
+#include "sha256.h"
+
+// The manifest's format that this reads: na_compiler.runtime.bundle.FORMAT, when this was built.
+#ifndef NA_BUNDLE_FORMAT
+#define NA_BUNDLE_FORMAT 1
+#endif
+
+namespace na {
+namespace {
+
+std::string read_file(const std::string& path) {
+  std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
+  if (file == nullptr) throw Error("cannot read " + path);
+  std::string content;
+  char block[1 << 16];
+  while (size_t count = std::fread(block, 1, sizeof block, file.get())) content.append(block, count);
+  if (std::ferror(file.get())) throw Error("cannot read " + path);
+  return content;
+}
+
+std::string join(const std::vector<int64_t>& values) {
+  std::string text;
+  for (int64_t value : values) text += (text.empty() ? "" : "x") + std::to_string(value);
+  return text;
+}
+
+Problem read_problem(const Json& json) {
+  Problem problem;
+  problem.layout = json["layout"].integers();
+  problem.kernel_size = json["kernel_size"].integers();
+  problem.stride = json["stride"].integers();
+  problem.dilation = json["dilation"].integers();
+  problem.is_causal = json["is_causal"].integers();
+  problem.heads = json["heads"].integer();
+  problem.heads_kv = json["heads_kv"].integer();
+  problem.head_dim = json["head_dim"].integer();
+  problem.head_dim_v = json["head_dim_v"].integer();
+  problem.additional_kv = json["additional_kv"].boolean();
+  problem.dtype = json["dtype"].string();
+  return problem;
+}
+
+Kernel read_kernel(const Json& json) {
+  Kernel kernel;
+  kernel.problem = read_problem(json["problem"]);
+  kernel.target = json["target"].string();
+  kernel.library = json["library"].string();
+  kernel.sha256 = json["sha256"].string();
+  if (kernel.library.empty() || kernel.library[0] == '/' || kernel.library.find("..") != std::string::npos) {
+    throw Error("it names a library outside of it, " + kernel.library);
+  }
+  const Json* workspace = json.find("workspace");
+  if (workspace != nullptr && !workspace->is_null()) {
+    for (const Json& shape : (*workspace)["buffers"].array()) {
+      Buffer buffer;
+      for (const Json& extent : shape.array()) buffer.push_back(extent.is_string() ? -1 : extent.integer());
+      kernel.workspace.push_back(buffer);
+    }
+    kernel.multiple = (*workspace)["multiple"].integer();
+    if (kernel.multiple < 1) throw Error("it has a workspace that is none");
+  }
+  return kernel;
+}
+
+// How good a target is on this CPU: the higher the better, -1 where it does not run.
+int cpu_order(const std::string& target) {
+#if defined(__x86_64__)
+  bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("ssse3");
+  bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+            __builtin_cpu_supports("bmi2");
+  bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl");
+  if (target == "llvm:x86-64") return 0;
+  if (target == "llvm:x86-64-v2" && v2) return 1;
+  if (target == "llvm:x86-64-v3" && v3) return 2;
+  if (target == "llvm:x86-64-v4" && v4) return 3;
+#elif defined(__aarch64__)
+  if (target == "llvm:aarch64") return 0;
+#endif
+  return -1;
+}
+
+// The same for a CUDA device. Machine code runs on its own generation, from its own capability on; code with
+// instructions of one architecture (sm_90a) on that alone.
+int cuda_order(const std::string& target, int capability) {
+  static const std::string kPrefix = "cuda:sm_";
+  if (target.compare(0, kPrefix.size(), kPrefix) != 0) return -1;
+  char* after = nullptr;
+  int built = static_cast<int>(std::strtol(target.c_str() + kPrefix.size(), &after, 10));
+  bool is_specific = *after != '\0';
+  bool runs = is_specific ? built == capability : built / 10 == capability / 10 && built <= capability;
+  return runs ? 2 * built + is_specific : -1;
+}
+
+}  // namespace
+
+bool Problem::operator==(const Problem& other) const {
+  auto key = [](const Problem& p) {
+    return std::tie(p.layout, p.kernel_size, p.stride, p.dilation, p.is_causal, p.heads, p.heads_kv, p.head_dim,
+                    p.head_dim_v, p.additional_kv, p.dtype);
+  };
+  return key(*this) == key(other);
+}
+
+std::string Problem::text() const {
+  std::string text = "na" + std::to_string(layout.size()) + "d layout=" + join(layout) +
+                     " heads=" + std::to_string(heads);
+  if (heads_kv != heads) text += " heads_kv=" + std::to_string(heads_kv);
+  text += " head_dim=" + std::to_string(head_dim);
+  if (head_dim_v != head_dim) text += " head_dim_v=" + std::to_string(head_dim_v);
+  text += " kernel_size=" + join(kernel_size);
+  std::vector<int64_t> ones(layout.size(), 1), zeros(layout.size(), 0);
+  if (stride != ones) text += " stride=" + join(stride);
+  if (dilation != ones) text += " dilation=" + join(dilation);
+  if (is_causal != zeros) text += " is_causal=" + join(is_causal);
+  return text + (additional_kv ? " additional_kv " : " ") + dtype;
+}
+
+void Problem::check() const {
+  auto on_axis = [](size_t axis) { return " on axis " + std::to_string(axis); };
+  for (size_t axis = 0; axis < layout.size(); ++axis) {
+    int64_t kernel = kernel_size[axis], step = stride[axis], gap = dilation[axis];
+    if (kernel < 1) throw Error("kernel_size must be at least 1, got " + std::to_string(kernel) + on_axis(axis));
+    if (gap < 1) throw Error("dilation must be at least 1, got " + std::to_string(gap) + on_axis(axis));
+    if (step < 1 || step > kernel) {
+      throw Error("stride must be at least 1 and at most kernel_size=" + std::to_string(kernel) + on_axis(axis) +
+                  ", got " + std::to_string(step));
+    }
+    // Without a product, which might overflow.
+    if (kernel > layout[axis] / gap) {
+      throw Error("kernel_size * dilation must be at most the layout's " + std::to_string(layout[axis]) + " tokens" +
+                  on_axis(axis) + ", got kernel_size=" + std::to_string(kernel) + " and dilation=" + std::to_string(gap));
+    }
+  }
+  if (heads_kv < 1 || heads % heads_kv != 0) {
+    throw Error("query's heads must be a multiple of key's, got " + std::to_string(heads) + " and " +
+                std::to_string(heads_kv));
+  }
+}
+
+Bundle::Bundle(std::string folder, const std::string& manifest) : folder_(std::move(folder)) {
+  try {
+    Json json = Json::parse(manifest);
+    int64_t format = json["format"].integer();
+    if (format != NA_BUNDLE_FORMAT) {
+      throw Error("its format is " + std::to_string(format) + ", this library reads " +
+                  std::to_string(NA_BUNDLE_FORMAT));
+    }
+    for (const Json& kernel : json["kernels"].array()) {
+      if (kernel["direction"].string() == "forward") kernels_.push_back(read_kernel(kernel));
+    }
+  } catch (const Error& error) {
+    throw Error("the bundle in " + folder_ + " cannot be used: " + error.what() + "; make it again");
+  }
+}
+
+const Bundle& Bundle::open(const std::string& folder) {
+  static std::mutex mutex;
+  static auto bundles = new std::map<std::pair<std::string, std::string>, const Bundle*>;
+  char* resolved = realpath(folder.c_str(), nullptr);
+  if (resolved == nullptr) throw Error("there is no bundle in " + folder + ": no such folder");
+  std::string path = resolved;
+  std::free(resolved);
+  std::string manifest;
+  try {
+    manifest = read_file(path + "/manifest.json");
+  } catch (const Error&) {
+    throw Error("there is no bundle in " + folder + ": it has no manifest.json");
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  const Bundle*& bundle = (*bundles)[{path, manifest}];
+  if (bundle == nullptr) bundle = new Bundle(path, manifest);
+  return *bundle;
+}
+
+const Kernel& Bundle::find(const Problem& problem, bool is_cuda, int device) const {
+  int capability = is_cuda ? cuda_capability(device) : 0;
+  const Kernel* best = nullptr;
+  int best_order = -1;
+  std::string others;
+  for (const Kernel& kernel : kernels_) {
+    if (!(kernel.problem == problem)) continue;
+    int order = is_cuda ? cuda_order(kernel.target, capability) : cpu_order(kernel.target);
+    others += (others.empty() ? "" : ", ") + kernel.target;
+    if (order > best_order) {
+      best_order = order;
+      best = &kernel;
+    }
+  }
+  if (best != nullptr) return *best;
+  std::string device_name = is_cuda ? "CUDA device " + std::to_string(device) + " (compute capability " +
+                                          std::to_string(capability / 10) + "." + std::to_string(capability % 10) + ")"
+                                    : "this CPU";
+  std::string why = others.empty() ? "it has " + std::to_string(kernels_.size()) + " kernels for other problems"
+                                   : "it has the problem for " + others + " only";
+  throw Error("the bundle in " + folder_ + " has no kernel for " + problem.text() + " on " + device_name + ": " + why +
+              "; compile the problem into it (na-compile), or use a session without the operator library, which runs "
+              "the model's own function");
+}
+
+const Function& Bundle::function(const Kernel& kernel) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto found = functions_.find(&kernel);
+  if (found != functions_.end()) return found->second;
+  std::string path = folder_ + "/" + kernel.library;
+  try {
+    if (sha256(read_file(path)) != kernel.sha256) throw Error(kernel.library + " is not the file that was put in");
+    Function loaded = load_function(path, kernel.is_cuda(), {folder_, folder_ + "/runtime", folder_ + "/lib"});
+    return functions_.emplace(&kernel, loaded).first->second;
+  } catch (const Error& error) {
+    throw Error("the kernel for " + kernel.problem.text() + " in the bundle in " + folder_ + " cannot be used: " +
+                error.what());
+  }
+}
+
+}  // namespace na

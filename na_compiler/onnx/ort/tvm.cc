@@ -1,0 +1,262 @@
+#include "tvm.h"
+
+#include <dlfcn.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <thread>
+
+#include "error.h"
+#include "ort_api.h"
+
+// Folders of TVM's libraries on the machine that this was built on, colons between them.
+#ifndef NA_TVM_FOLDERS
+#define NA_TVM_FOLDERS ""
+#endif
+
+namespace na {
+namespace {
+
+// ---- Loading -------------------------------------------------------------------------------------------------------
+
+// The functions of libtvm_ffi that are called.
+struct Ffi {
+  decltype(&TVMFFIFunctionGetGlobal) get_global;
+  decltype(&TVMFFIFunctionCall) call;
+  decltype(&TVMFFIObjectDecRef) release;
+  decltype(&TVMFFIErrorMoveFromRaised) take_error;
+  decltype(&TVMFFIEnvSetStream) set_stream;
+};
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  for (size_t at = 0; at < text.size();) {
+    size_t next = std::min(text.find(':', at), text.size());
+    if (next > at) parts.push_back(text.substr(at, next - at));
+    at = next + 1;
+  }
+  return parts;
+}
+
+std::string own_folder() {
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<void*>(&own_folder), &info) || info.dli_fname == nullptr) return ".";
+  std::string path = info.dli_fname;
+  size_t slash = path.rfind('/');
+  return slash == std::string::npos ? "." : path.substr(0, slash);
+}
+
+// Where TVM's libraries may be: what the user says, what came with the bundle, beside this library, where they were
+// when it was built.
+std::vector<std::string> places(const std::vector<std::string>& folders) {
+  std::vector<std::string> all;
+  if (const char* named = std::getenv("NA_COMPILER_TVM_LIB")) all = split(named);
+  all.insert(all.end(), folders.begin(), folders.end());
+  all.push_back(own_folder());
+  for (const std::string& folder : split(NA_TVM_FOLDERS)) all.push_back(folder);
+  return all;
+}
+
+// Loads a library for everybody: those that are loaded after it find its functions in the process.
+void* load_global(const char* name, const std::vector<std::string>& folders) {
+  // A process must not have two of it: each would have its own table of functions.
+  if (void* there = dlopen(name, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD)) return there;
+  std::string problems;
+  for (const std::string& folder : places(folders)) {
+    std::string path = folder + "/" + name;
+    if (access(path.c_str(), F_OK) != 0) continue;
+    if (void* loaded = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL)) return loaded;
+    problems += std::string("; ") + dlerror();
+  }
+  if (void* loaded = dlopen(name, RTLD_NOW | RTLD_GLOBAL)) return loaded;  // Where the system looks.
+  std::string message = std::string("cannot load ") + name + problems + "; looked in";
+  for (const std::string& folder : places(folders)) message += " " + folder;
+  throw Error(message + "; set NA_COMPILER_TVM_LIB to the folders that have libtvm_ffi.so and libtvm_runtime.so, with a "
+                        "colon between them");
+}
+
+template <typename F>
+F symbol(void* library, const char* name) {
+  void* found = dlsym(library, name);
+  if (found == nullptr) throw Error(std::string("libtvm_ffi.so has no ") + name + "; it is of another version");
+  return reinterpret_cast<F>(found);
+}
+
+const Ffi& load_ffi(const std::vector<std::string>& folders) {
+  static std::mutex mutex;
+  static Ffi* loaded = nullptr;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (loaded == nullptr) {
+    void* library = load_global("libtvm_ffi.so", folders);
+    load_global("libtvm_runtime.so", folders);  // Kernels call functions of it.
+    auto made = new Ffi;
+    made->get_global = symbol<decltype(made->get_global)>(library, "TVMFFIFunctionGetGlobal");
+    made->call = symbol<decltype(made->call)>(library, "TVMFFIFunctionCall");
+    made->release = symbol<decltype(made->release)>(library, "TVMFFIObjectDecRef");
+    made->take_error = symbol<decltype(made->take_error)>(library, "TVMFFIErrorMoveFromRaised");
+    made->set_stream = symbol<decltype(made->set_stream)>(library, "TVMFFIEnvSetStream");
+    loaded = made;
+  }
+  return *loaded;
+}
+
+const Ffi& ffi() { return load_ffi({}); }
+
+TVMFFIAny make(int32_t type) {
+  TVMFFIAny any;
+  std::memset(&any, 0, sizeof any);
+  any.type_index = type;
+  return any;
+}
+
+// The message of the error that the last call on this thread left.
+std::string error_message() {
+  TVMFFIObjectHandle error = nullptr;
+  ffi().take_error(&error);
+  if (error == nullptr) return "an unknown error";
+  const TVMFFIErrorCell* cell = TVMFFIErrorGetCellPtr(error);
+  std::string message(cell->message.data, cell->message.size);
+  ffi().release(error);
+  return message;
+}
+
+TVMFFIAny call_global(const char* name, TVMFFIAny* arguments, int count) {
+  TVMFFIByteArray bytes{name, std::strlen(name)};
+  TVMFFIObjectHandle function = nullptr;
+  if (ffi().get_global(&bytes, &function) != 0 || function == nullptr) {
+    throw Error(std::string("libtvm_ffi.so has no function ") + name + "; it is of another version");
+  }
+  TVMFFIAny result = make(kTVMFFINone);
+  int failed = ffi().call(function, arguments, count, &result);
+  ffi().release(function);
+  if (failed) throw Error(error_message());
+  return result;
+}
+
+// ---- Parallel loops ------------------------------------------------------------------------------------------------
+
+// A kernel hands its loop to a launcher as TVM declares it (tvm/runtime/c_backend_api.h).
+struct Environment {
+  void* sync_handle;
+  int32_t num_task;
+};
+using Loop = int (*)(int task, Environment* environment, void* data);
+using Launcher = int (*)(Loop loop, void* data, int tasks);
+
+// Who runs a kernel on this thread; null outside of it.
+thread_local OrtKernelContext* current_context = nullptr;
+thread_local const Api* current_api = nullptr;
+// The launcher that was there before ours. The library of a kernel is one to a process: where torch runs kernels from
+// it as well, those keep the launcher that they had.
+std::atomic<Launcher> other_launcher{nullptr};
+
+struct Launch {
+  Loop loop;
+  void* data;
+  Environment environment;
+  std::atomic<int> error;
+};
+
+void run_task(void* context, size_t task) {
+  auto launch = static_cast<Launch*>(context);
+  int error = launch->loop(static_cast<int>(task), &launch->environment, launch->data);
+  if (error) launch->error.store(error);
+}
+
+// Into how many parts a loop is cut. The pool does not say how many threads it has; parts are only ranges of
+// iterations, so their number changes nothing in the results, and a thread takes the next one when it is done.
+int parts() {
+  static const int count = 4 * static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  return count;
+}
+
+int launch_on_session_pool(Loop loop, void* data, int tasks) {
+  OrtKernelContext* context = current_context;
+  if (context == nullptr) {
+    if (Launcher other = other_launcher.load()) return other(loop, data, tasks);
+    Environment alone{nullptr, 1};
+    return loop(0, &alone, data);
+  }
+  Launch launch{loop, data, {nullptr, parts()}, {0}};
+  const Api* api = current_api;
+  OrtStatus* status = api->KernelContext_ParallelFor(context, run_task, static_cast<size_t>(parts()), 0, &launch);
+  if (status != nullptr) {
+    api->ReleaseStatus(status);
+    return -1;
+  }
+  return launch.error.load();
+}
+
+void take_over(void** slot) {
+  void* ours = reinterpret_cast<void*>(&launch_on_session_pool);
+  void* there = __atomic_load_n(slot, __ATOMIC_RELAXED);
+  if (there == ours) return;
+  other_launcher.store(reinterpret_cast<Launcher>(there));
+  __atomic_store_n(slot, ours, __ATOMIC_RELEASE);
+}
+
+}  // namespace
+
+Function load_function(const std::string& library, bool is_cuda, const std::vector<std::string>& folders) {
+  load_ffi(folders);
+  if (is_cuda) load_global("libtvm_runtime_cuda.so", folders);
+  TVMFFIAny path = make(kTVMFFIRawStr);
+  path.v_c_str = library.c_str();
+  TVMFFIAny module = call_global("ffi.ModuleLoadFromFile", &path, 1);
+  TVMFFIAny arguments[3] = {module, make(kTVMFFIRawStr), make(kTVMFFIBool)};
+  arguments[1].v_c_str = "main";
+  arguments[2].v_int64 = 1;  // Look into imported modules as well.
+  TVMFFIAny function = call_global("ffi.ModuleGetFunction", arguments, 3);
+  if (function.type_index < kTVMFFIStaticObjectBegin) throw Error("it has no function main");
+  Function result;
+  // Module and function are kept for as long as the process lives: sessions come and go.
+  result.handle = function.v_obj;
+  if (void* handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
+    result.parallel_launch = static_cast<void**>(dlsym(handle, "__TVMBackendParallelLaunch"));
+    dlclose(handle);
+  }
+  return result;
+}
+
+void call(const Api& api, const Function& function, OrtKernelContext* context, const TVMFFIAny* arguments, int count) {
+  if (function.parallel_launch != nullptr) take_over(function.parallel_launch);
+  struct Entered {
+    OrtKernelContext* context_before = current_context;
+    const Api* api_before = current_api;
+    ~Entered() {
+      current_context = context_before;
+      current_api = api_before;
+    }
+  } entered;
+  current_context = context;
+  current_api = &api;
+  TVMFFIAny result = make(kTVMFFINone);
+  if (ffi().call(function.handle, const_cast<TVMFFIAny*>(arguments), count, &result) != 0) throw Error(error_message());
+}
+
+CurrentStream::CurrentStream(int device, void* stream) : device_(device) {
+  if (ffi().set_stream(kDLCUDA, device, stream, &before_) != 0) throw Error(error_message());
+}
+
+CurrentStream::~CurrentStream() { ffi().set_stream(kDLCUDA, device_, before_, nullptr); }
+
+int cuda_capability(int device) {
+  // CUdevice_attribute, in cuda.h.
+  constexpr int kMajor = 75, kMinor = 76;
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+  if (driver == nullptr) return 0;
+  auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
+  auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
+  auto attribute = reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
+  int handle = 0, major = 0, minor = 0;
+  if (!init || !get || !attribute || init(0) || get(&handle, device)) return 0;
+  if (attribute(&major, kMajor, handle) || attribute(&minor, kMinor, handle)) return 0;
+  return 10 * major + minor;
+}
+
+}  // namespace na

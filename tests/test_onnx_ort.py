@@ -1,0 +1,433 @@
+"""The operator library in ONNX Runtime: right results, on the session's threads, and errors instead of crashes."""
+
+import concurrent.futures
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx_models import PROBLEMS, Forward, cases, feeds, one_node, run, session
+
+import na_compiler
+from na_compiler.cli import main
+from na_compiler.onnx import build_library, register
+from na_compiler.onnx.ort import build
+from na_compiler.problem import Problem
+
+SMALL = Problem((8, 9), 4, 8, (3, 4), (2, 1), (1, 2), (False, True), heads_kv=2)
+HALF = [p.replace(dtype=dtype) for p in (PROBLEMS[5], PROBLEMS[6]) for dtype in ("float16", "bfloat16")]
+
+
+def make_bundle(folder, problems):
+    na_compiler.save_bundle(folder, [na_compiler.KernelSpec.make(problem) for problem in problems])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("ort") / "bundle", [*PROBLEMS, *HALF, SMALL])
+
+
+def options_for(bundle, threads=2):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # Errors are raised as well.
+    options.intra_op_num_threads = threads
+    register(options, bundle)
+    return options
+
+
+def open_session(model, bundle, threads=2):
+    return session(model, options_for(bundle, threads))
+
+
+@pytest.mark.parametrize("dynamic_layout", [False, True])
+@pytest.mark.parametrize("body", [None, "generic"])
+@pytest.mark.parametrize("problem", [*PROBLEMS, *HALF], ids=str)
+def test_results(problem, body, dynamic_layout, bundle, seed):
+    example = Forward(problem, batch=2)
+    made = open_session(one_node(problem, body=body, dynamic_layout=dynamic_layout), bundle)
+    example.check(*run(made, feeds(example.inputs)))
+    other = Forward(problem, batch=3, additional=9)
+    other.check(*run(made, feeds(other.inputs)))
+
+
+def test_case_file(seed, request, tmp_path):
+    problems = cases(request.config.getoption("--full"), 6)
+    bundle = make_bundle(tmp_path / "bundle", problems)
+    for problem in problems:
+        example = Forward(problem)
+        example.check(
+            *run(open_session(one_node(problem, body=None, dynamic_layout=False), bundle), feeds(example.inputs))
+        )
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -0.3, 3.0])
+def test_scales(scale, bundle, seed):
+    example = Forward(SMALL, scale=scale)
+    example.check(*run(open_session(one_node(SMALL, scale=scale, body=None), bundle), feeds(example.inputs)))
+
+
+def test_the_kernel_runs_and_not_the_body(bundle, tmp_path, seed):
+    options = options_for(bundle)
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session(one_node(SMALL), options)
+    assert [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node] == ["NA2D"]
+
+
+def test_a_node_without_lse(bundle, seed):
+    example = Forward(SMALL)
+    for body in (None, "generic"):
+        model = one_node(SMALL, lse=False, body=body)
+        (output,) = run(open_session(model, bundle), feeds(example.inputs))
+        example.check(output, example.lse.float().numpy())
+
+
+def test_shapes_are_inferred(bundle):
+    made = open_session(one_node(SMALL, dynamic_layout=False), bundle)
+    output, lse = made.get_outputs()
+    assert output.shape == ["B", 8, 9, 4, 8]
+    assert lse.shape == ["B", 8, 9, 4]
+
+
+def test_an_empty_batch_and_no_additional_keys(bundle, seed):
+    made = open_session(one_node(SMALL), bundle)
+    empty = {name: np.zeros((0, *array.shape[1:]), np.float32) for name, array in feeds(Forward(SMALL).inputs).items()}
+    output, lse = made.run(None, empty)
+    assert output.shape == (0, 8, 9, 4, 8)
+    assert lse.shape == (0, 8, 9, 4)
+    # SMALL is in the bundle without additional keys: none of them is the same problem.
+    example = Forward(SMALL.replace(additional_kv=True), additional=0)
+    example.check(*run(open_session(one_node(example.problem, body=None), bundle), feeds(example.inputs)))
+
+
+def test_inputs_may_lie_anywhere(bundle, seed):
+    example = Forward(SMALL)
+    inputs = {}
+    for name, array in feeds(example.inputs).items():
+        memory = np.zeros(array.size + 1, np.float32)
+        memory[1:] = array.ravel()
+        inputs[name] = memory[1:].reshape(array.shape)
+    assert any(array.ctypes.data % 16 for array in inputs.values())
+    example.check(*open_session(one_node(SMALL), bundle).run(None, inputs))
+
+
+def tasks():
+    return set(os.listdir("/proc/self/task"))
+
+
+def test_kernels_run_on_the_session_s_threads(tmp_path, seed):
+    problem = Problem((32, 32), 4, 32, 7)  # Large enough for all threads to take part.
+    bundle = make_bundle(tmp_path / "bundle", [problem])
+    example = Forward(problem)
+    used = {}
+    for threads in (1, 3):
+        before = tasks()
+        made = open_session(one_node(problem), bundle, threads)
+        own = tasks() - before
+        assert len(own) == threads - 1
+        at = cpu_time(own)
+        for _ in range(100):
+            output, lse = made.run(None, feeds(example.inputs))
+        assert tasks() - before == own, "a kernel started threads of its own"
+        example.check(output, lse)
+        used[threads] = cpu_time(own) - at
+    assert used[3] > 0, "the session's threads took no part"
+
+
+def cpu_time(threads):
+    """Return the clock ticks that threads of this process have run."""
+    fields = [Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split() for thread in threads]
+    return sum(int(field[11]) + int(field[12]) for field in fields)
+
+
+def test_sessions_and_threads_at_once(bundle, tmp_path, seed):
+    other = make_bundle(tmp_path / "other", [SMALL])
+    example = Forward(SMALL)
+    sessions = [open_session(one_node(SMALL), folder, threads) for folder in (bundle, other) for threads in (1, 2)]
+    kernel = na_compiler.compile(SMALL)
+
+    def work(i):
+        if i % 5 == 4:  # torch, on the same libraries.
+            output, lse = kernel(*example.inputs)
+            example.check(output.numpy(), lse.numpy())
+        else:
+            example.check(*sessions[i % 4].run(None, feeds(example.inputs)))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(300)))
+
+
+def test_torch_and_a_session_share_a_library(bundle, seed):
+    example = Forward(SMALL)
+    made = open_session(one_node(SMALL), bundle)
+    kernel = na_compiler.load_bundle(bundle).find(SMALL)
+    for _ in range(3):
+        example.check(*made.run(None, feeds(example.inputs)))
+        output, lse = kernel(*example.inputs)
+        example.check(output.numpy(), lse.numpy())
+    worker = threading.Thread(target=lambda: kernel(*example.inputs))
+    worker.start()
+    worker.join()
+
+
+def test_sessions_come_and_go(bundle, seed):
+    example = Forward(SMALL)
+    for _ in range(20):
+        example.check(*open_session(one_node(SMALL), bundle).run(None, feeds(example.inputs)))
+
+
+# ---- Errors
+
+
+def refused(said):
+    return pytest.raises(Exception, match=said)  # ONNX Runtime has an exception class for each code.
+
+
+def test_a_problem_without_a_kernel_is_an_error_that_names_it(bundle, seed):
+    missing = SMALL.replace(kernel_size=(3, 3), dilation=1, stride=1)
+    said = "node attend .NA2D.*has no kernel for na2d layout=8x9 heads=4 heads_kv=2 head_dim=8 kernel_size=3x3.*on this CPU"
+    with refused(said):  # Fixed: when the session is made.
+        open_session(one_node(missing, dynamic_layout=False), bundle)
+    made = open_session(one_node(missing), bundle)
+    with refused(said):
+        made.run(None, feeds(Forward(missing).inputs))
+
+
+def test_a_kernel_for_another_machine_is_no_kernel(tmp_path, seed):
+    na_compiler.save_bundle(tmp_path / "bundle", [na_compiler.KernelSpec.make(SMALL, "llvm:aarch64")])
+    with refused("it has the problem for llvm:aarch64 only"):
+        open_session(one_node(SMALL, dynamic_layout=False), tmp_path / "bundle")
+
+
+def test_the_best_kernel_for_the_cpu_is_taken(tmp_path, seed):
+    targets = ("llvm:x86-64-v3", "llvm:x86-64", "llvm")
+    na_compiler.save_bundle(tmp_path / "b", [na_compiler.KernelSpec.make(SMALL, target) for target in targets])
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    best = na_compiler.KernelSpec.make(SMALL).target.name
+    for kernel in manifest["kernels"]:
+        if kernel["target"] != best:
+            (tmp_path / "b" / kernel["library"]).unlink()
+    example = Forward(SMALL)
+    example.check(*run(open_session(one_node(SMALL), tmp_path / "b"), feeds(example.inputs)))
+
+
+def test_missing_bundles(tmp_path, monkeypatch):
+    monkeypatch.delenv("NA_COMPILER_BUNDLE", raising=False)
+    with refused("no bundle of kernels is named; add the session config entry na_compiler.bundle"):
+        register(onnxruntime.SessionOptions())
+    with refused("there is no bundle in .*nowhere: no such folder"):
+        register(onnxruntime.SessionOptions(), tmp_path / "nowhere")
+    with refused("it has no manifest.json"):
+        register(onnxruntime.SessionOptions(), tmp_path)
+
+
+def test_a_bundle_named_by_the_environment(bundle, monkeypatch, seed):
+    monkeypatch.setenv("NA_COMPILER_BUNDLE", str(bundle))
+    options = onnxruntime.SessionOptions()
+    register(options)
+    example = Forward(SMALL)
+    example.check(*run(session(one_node(SMALL), options), feeds(example.inputs)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "it is no JSON"),
+        (lambda text: "", "it is no JSON"),
+        (lambda text: "[" * 100_000, "it is no JSON"),
+        (lambda text: "[]", "it has no format"),
+        (lambda text: '{"format": 999, "kernels": []}', "its format is 999, this library reads"),
+        (lambda text: text.replace('"heads"', '"hands"'), "it has no heads"),
+        (lambda text: text.replace('"heads": 4', '"heads": "four"'), "something else where an integer should be"),
+        (lambda text: text.replace('"library": "', '"library": "../'), "names a library outside of it"),
+    ],
+)
+def test_damaged_manifests(damage, said, tmp_path):
+    folder = make_bundle(tmp_path / "bundle", [SMALL])
+    path = folder / "manifest.json"
+    path.write_text(damage(path.read_text()))
+    with refused(f"cannot be used: .*{said}"):
+        register(onnxruntime.SessionOptions(), folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_damaged_libraries(damage, tmp_path):
+    folder = make_bundle(tmp_path / "bundle", [SMALL])
+    (entry,) = json.loads((folder / "manifest.json").read_text())["kernels"]
+    library = folder / entry["library"]
+    data = bytearray(library.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "missing":
+        library.unlink()
+    else:
+        library.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
+    with refused("cannot read" if damage == "missing" else "is not the file that was put in"):
+        open_session(one_node(SMALL, dynamic_layout=False), folder)
+
+
+def test_more_in_a_manifest_than_is_known_does_not_matter(tmp_path, seed):
+    folder = make_bundle(tmp_path / "bundle", [SMALL])
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["made_by"] = {"name": '\u00e9\ud83d\ude00 \\ " \n', "numbers": [1e3, -2.5, True, None]}
+    manifest["kernels"][0]["layers"] = ["a", "b"]
+    path.write_text(json.dumps(manifest))
+    example = Forward(SMALL)
+    example.check(*run(open_session(one_node(SMALL), folder), feeds(example.inputs)))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"kernel_size": [3]}, "kernel_size must be 2 ints, one per axis, got 1"),
+        ({"kernel_size": 3.0}, "kernel_size must be 2 ints, one per axis, and is of another type"),
+        ({"kernel_size": [3, 100]}, r"kernel_size \* dilation must be at most the layout's 9 tokens on axis 1"),
+        ({"kernel_size": [3, -(2**63)]}, "kernel_size must be at least 1"),
+        ({"dilation": [1, 2**63 - 1]}, r"kernel_size \* dilation must be at most"),
+        ({"stride": "ab"}, "stride must be 2 ints, one per axis, and is of another type"),
+        ({"stride": [1, 5]}, "stride must be at least 1 and at most kernel_size=4 on axis 1, got 5"),
+        ({"is_causal": [0, 2]}, "is_causal must be 0 or 1"),
+        ({"scale": 3}, "scale must be a float, and is of another type"),
+        ({"scale": float("inf")}, "scale must be finite"),
+    ],
+)
+def test_wrong_attributes(attributes, said, bundle):
+    with refused(f"node attend .NA2D.: {said}"):
+        open_session(one_node(SMALL, body=None, dynamic_layout=False, attributes=attributes), bundle)
+
+
+def test_wrong_types_and_shapes(bundle, seed):
+    model = one_node(SMALL, body=None)
+    for value in (*model.graph.input, model.graph.output[0]):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    inputs = {name: array.astype(np.float64) for name, array in feeds(Forward(SMALL).inputs).items()}
+    with refused("query must be float32, float16 or bfloat16, and has ONNX's element type 11"):
+        open_session(model, bundle).run(None, inputs)
+    model = one_node(SMALL, body=None)
+    for value in model.graph.input:
+        value.type.tensor_type.ClearField("shape")
+    inputs = feeds(Forward(SMALL).inputs)
+    made = open_session(model, bundle)
+    with refused(r"key must have shape \[1, 8, 9, 2, 8\] where query has \[1, 8, 9, 4, 8\], got \[1, 8, 8, 2, 8\]"):
+        made.run(None, {**inputs, "key": inputs["key"][:, :, :8]})
+    with refused(r"query must have 5 dimensions, got shape \[1, 8, 9, 4\]"):
+        made.run(None, {**inputs, "query": inputs["query"][..., 0]})
+    with refused("query's heads must be a multiple of key's, got 4 and 3"):
+        wide = {name: np.repeat(inputs[name], 2, 3)[..., :3, :] for name in ("key", "value")}
+        made.run(None, {**inputs, **wide})
+    made.run(None, inputs)  # It still works.
+
+
+def test_fuzzed_nodes_never_crash(bundle, session_seed):
+    script = Path(__file__).parent / "onnx_fuzz.py"
+    count = 150
+    result = subprocess.run(
+        [sys.executable, script, bundle, str(session_seed), str(count)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, f"{result.returncode}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
+    ran, refusals = map(int, result.stdout.split()[-2:])
+    assert ran + refusals == count
+    assert refusals > 0
+    assert ran > 0
+
+
+# ---- Building
+
+
+def test_the_library_is_small_and_needs_no_header(tmp_path):
+    library = build_library(tmp_path / "deployment")
+    assert library == tmp_path / "deployment" / build.LIBRARY
+    assert library.stat().st_size < 100_000
+    assert build_library() == build_library()
+    sources = "".join(path.read_text() for path in build.source_folder().glob("*.[ch]*"))
+    assert "#include <onnxruntime" not in sources
+
+
+def test_the_command_builds_it(tmp_path, capsys):
+    assert main(["ort-library", "-o", str(tmp_path / "made")]) == 0
+    assert (tmp_path / "made" / build.LIBRARY).is_file()
+    assert build.LIBRARY in capsys.readouterr().out
+
+
+def test_a_library_built_elsewhere(bundle, tmp_path, seed, monkeypatch):
+    library = build_library(tmp_path)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    options = onnxruntime.SessionOptions()
+    register(options, bundle, library=library)
+    example = Forward(SMALL)
+    example.check(*run(session(one_node(SMALL), options), feeds(example.inputs)))
+    with pytest.raises(FileNotFoundError, match="no operator library at .*na-compile ort-library"):
+        register(options, bundle, library=tmp_path / "other.so")
+
+
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with pytest.raises(RuntimeError, match="needs a C.. compiler, and none was found; install one, set CXX"):
+        build_library(tmp_path)
+
+
+HEADERS = [
+    Path(folder) / "onnxruntime_c_api.h"
+    for folder in (
+        *os.environ.get("NA_COMPILER_ORT_INCLUDE", "").split(":"),
+        "/usr/include/onnxruntime",
+        "/usr/local/include/onnxruntime",
+        "/usr/local/include",
+        "/usr/include/onnxruntime/core/session",
+    )
+    if folder
+]
+CHECK = """
+#include <cstddef>
+#include <type_traits>
+#include "onnxruntime_c_api.h"
+#include "ort_slots.h"
+template <typename T> struct Plain;
+template <typename R, typename... A> struct Plain<R (*)(A...)> { using type = R (*)(A...); };
+template <typename R, typename... A> struct Plain<R (*)(A...) noexcept> { using type = R (*)(A...); };
+#define SLOT(number, name, result, ...) \\
+  static_assert(offsetof(OrtApi, name) == number * sizeof(void*), #name); \\
+  static_assert(std::is_same_v<Plain<decltype(OrtApi::name)>::type, result (*)(__VA_ARGS__)>, #name);
+NA_ORT_SLOTS(SLOT)
+#define MEMBER(number, name, result, ...) \\
+  static_assert(offsetof(OrtCustomOp, name) == number * sizeof(void*), #name); \\
+  static_assert(std::is_same_v<Plain<decltype(OrtCustomOp::name)>::type, result (*)(__VA_ARGS__)>, #name);
+NA_ORT_CUSTOM_OP(MEMBER)
+"""
+
+
+def test_the_slots_are_those_of_the_header(tmp_path):
+    header = next((path for path in HEADERS if path.is_file()), None)
+    if header is None:
+        pytest.skip("no onnxruntime_c_api.h is installed here; NA_COMPILER_ORT_INCLUDE names the folder of one")
+    (tmp_path / "check.cc").write_text(CHECK)
+    command = [build.cxx_compiler(), "-std=c++17", "-fsyntax-only", "-w", f"-I{header.parent}"]
+    result = subprocess.run(
+        [*command, f"-I{build.source_folder()}", tmp_path / "check.cc"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[:2000]
+
+
+def test_an_onnx_runtime_that_is_too_old_is_refused():
+    library = ctypes.CDLL(str(build_library()))
+    said = []
+    create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(
+        lambda code, message: said.append(message.decode()) or 0x1234
+    )
+    table = (ctypes.c_void_p * 1)(ctypes.cast(create_status, ctypes.c_void_p))
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(
+        lambda version: ctypes.addressof(table) if version < 20 else None
+    )
+    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.cast(version_text, ctypes.c_void_p).value)
+    version_text = ctypes.create_string_buffer(b"1.19.2")
+    base = (ctypes.c_void_p * 2)(ctypes.cast(get_api, ctypes.c_void_p), ctypes.cast(get_version, ctypes.c_void_p))
+    library.RegisterCustomOps.restype = ctypes.c_void_p
+    assert library.RegisterCustomOps(None, base) == 0x1234
+    assert said == ["na_compiler: needs ONNX Runtime 1.21 or later, this is 1.19.2"]
