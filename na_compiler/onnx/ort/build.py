@@ -15,6 +15,7 @@ from pathlib import Path
 
 from na_compiler.runtime.bundle import FORMAT
 from na_compiler.runtime.folders import cache_folder, runtime_library
+from na_compiler.runtime.kernel import ABI
 
 __all__ = ["LIBRARY", "build_library", "cxx_compiler", "source_folder"]
 
@@ -109,6 +110,7 @@ def _definitions() -> list[str]:
     return [
         f"-I{_tvm_ffi_folder() / 'include'}",
         f"-DNA_BUNDLE_FORMAT={FORMAT}",
+        f"-DNA_KERNEL_ABI={ABI}",
         f'-DNA_TVM_FOLDERS="{":".join(folders)}"',
         "-pthread",
     ]

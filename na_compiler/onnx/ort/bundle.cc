@@ -11,7 +11,11 @@
 
 // The manifest's format that this reads: na_compiler.runtime.bundle.FORMAT, when this was built.
 #ifndef NA_BUNDLE_FORMAT
-#define NA_BUNDLE_FORMAT 1
+#define NA_BUNDLE_FORMAT 2
+#endif
+// How kernels are called: na_compiler.runtime.kernel.ABI.
+#ifndef NA_KERNEL_ABI
+#define NA_KERNEL_ABI 2
 #endif
 
 namespace na {
@@ -54,6 +58,7 @@ Kernel read_kernel(const Json& json) {
   kernel.problem = read_problem(json["problem"]);
   kernel.target = json["target"].string();
   kernel.library = json["library"].string();
+  kernel.name = json["function"].string();
   kernel.sha256 = json["sha256"].string();
   if (kernel.library.empty() || kernel.library[0] == '/' || kernel.library.find("..") != std::string::npos) {
     throw Error("it names a library outside of it, " + kernel.library);
@@ -150,17 +155,26 @@ void Problem::check() const {
 
 Bundle::Bundle(std::string folder, const std::string& manifest) : folder_(std::move(folder)) {
   try {
-    Json json = Json::parse(manifest);
-    int64_t format = json["format"].integer();
-    if (format != NA_BUNDLE_FORMAT) {
-      throw Error("its format is " + std::to_string(format) + ", this library reads " +
-                  std::to_string(NA_BUNDLE_FORMAT));
-    }
-    for (const Json& kernel : json["kernels"].array()) {
-      if (kernel["direction"].string() == "forward") kernels_.push_back(read_kernel(kernel));
-    }
+    read(manifest);
   } catch (const Error& error) {
-    throw Error("the bundle in " + folder_ + " cannot be used: " + error.what() + "; make it again");
+    throw Error("the bundle in " + folder_ + " cannot be used: " + error.what() + "; make it again with na-compile");
+  }
+}
+
+void Bundle::read(const std::string& manifest) {
+  Json json = Json::parse(manifest);
+  int64_t format = json["format"].integer();
+  if (format != NA_BUNDLE_FORMAT) {
+    throw Error("its format is " + std::to_string(format) + ", this library reads " + std::to_string(NA_BUNDLE_FORMAT));
+  }
+  const Json& versions = json["versions"];
+  if (versions["abi"].string() != std::to_string(NA_KERNEL_ABI)) {
+    throw Error("it is of na_compiler " + versions["na_compiler"].string() + ", whose kernels are called in another way");
+  }
+  if (sha256(json.canonical("digest")) != json["digest"].string()) throw Error("manifest.json was edited");
+  ffi_version_ = versions["apache-tvm-ffi"].string();
+  for (const Json& kernel : json["kernels"].array()) {
+    if (kernel["direction"].string() == "forward") kernels_.push_back(read_kernel(kernel));
   }
 }
 
@@ -183,8 +197,7 @@ const Bundle& Bundle::open(const std::string& folder) {
   return *bundle;
 }
 
-const Kernel& Bundle::find(const Problem& problem, bool is_cuda, int device) const {
-  int capability = is_cuda ? cuda_capability(device) : 0;
+const Kernel* Bundle::find(const Problem& problem, bool is_cuda, int capability, std::string& why) const {
   const Kernel* best = nullptr;
   int best_order = -1;
   std::string others;
@@ -197,15 +210,12 @@ const Kernel& Bundle::find(const Problem& problem, bool is_cuda, int device) con
       best = &kernel;
     }
   }
-  if (best != nullptr) return *best;
-  std::string device_name = is_cuda ? "CUDA device " + std::to_string(device) + " (compute capability " +
-                                          std::to_string(capability / 10) + "." + std::to_string(capability % 10) + ")"
-                                    : "this CPU";
-  std::string why = others.empty() ? "it has " + std::to_string(kernels_.size()) + " kernels for other problems"
-                                   : "it has the problem for " + others + " only";
-  throw Error("the bundle in " + folder_ + " has no kernel for " + problem.text() + " on " + device_name + ": " + why +
-              "; compile the problem into it (na-compile), or use a session without the operator library, which runs "
-              "the model's own function");
+  if (best == nullptr) {
+    why += (why.empty() ? "the bundle in " : ", and that in ") + folder_;
+    why += others.empty() ? " has " + std::to_string(kernels_.size()) + " kernels for other problems"
+                          : " has the problem for " + others + " only";
+  }
+  return best;
 }
 
 const Function& Bundle::function(const Kernel& kernel) const {
@@ -215,12 +225,30 @@ const Function& Bundle::function(const Kernel& kernel) const {
   std::string path = folder_ + "/" + kernel.library;
   try {
     if (sha256(read_file(path)) != kernel.sha256) throw Error(kernel.library + " is not the file that was put in");
-    Function loaded = load_function(path, kernel.is_cuda(), {folder_, folder_ + "/runtime", folder_ + "/lib"});
+    Function loaded = load_function(path, kernel.name, kernel.is_cuda(), {folder_}, ffi_version_);
     return functions_.emplace(&kernel, loaded).first->second;
   } catch (const Error& error) {
     throw Error("the kernel for " + kernel.problem.text() + " in the bundle in " + folder_ + " cannot be used: " +
                 error.what());
   }
+}
+
+Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bool is_cuda, int device) {
+  int capability = is_cuda ? cuda_capability(device) : 0;
+  std::string why;
+  for (const Bundle* bundle : bundles) {
+    if (const Kernel* kernel = bundle->find(problem, is_cuda, capability, why)) {
+      return {kernel, &bundle->function(*kernel)};
+    }
+  }
+  std::string place = "this CPU";
+  if (is_cuda) {
+    place = "CUDA device " + std::to_string(device) + ", compute capability " + std::to_string(capability / 10) + "." +
+            std::to_string(capability % 10);
+  }
+  throw Error("there is no kernel for " + problem.text() + " on " + place + ": " + why +
+              "; compile it with na-compile, or make the session without the operator library: then the model's own "
+              "function runs");
 }
 
 }  // namespace na

@@ -31,7 +31,7 @@ using Buffer = std::vector<int64_t>;
 
 struct Kernel {
   Problem problem;
-  std::string target, library, sha256;
+  std::string target, library, name, sha256;
   std::vector<Buffer> workspace;
   int64_t multiple = 1;
 
@@ -44,19 +44,33 @@ class Bundle {
   // process ends. Throws Error.
   static const Bundle& open(const std::string& folder);
 
-  // The kernel for a problem that runs best on the CPU, or on a CUDA device. Throws Error if there is none.
-  const Kernel& find(const Problem& problem, bool is_cuda, int device) const;
+  const std::string& folder() const { return folder_; }
+
+  // The kernel for a problem that runs best on the CPU, or on a CUDA device; null where there is none, and `why` says
+  // what there is instead.
+  const Kernel* find(const Problem& problem, bool is_cuda, int capability, std::string& why) const;
 
   // Its function, loaded when it is first asked for. Throws Error if its library is damaged.
   const Function& function(const Kernel& kernel) const;
 
  private:
   Bundle(std::string folder, const std::string& manifest);
+  void read(const std::string& manifest);
 
   std::string folder_;
+  std::string ffi_version_;
   std::vector<Kernel> kernels_;
   mutable std::mutex mutex_;
   mutable std::map<const Kernel*, Function> functions_;
 };
+
+// A kernel, ready to be called.
+struct Match {
+  const Kernel* kernel;
+  const Function* function;
+};
+
+// The kernel for a problem of the first bundle that has one. Throws Error if none has.
+Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bool is_cuda, int device);
 
 }  // namespace na

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 
 #include "error.h"
 
@@ -52,9 +53,7 @@ class JsonReader {
       case '[':
         return array(depth);
       case '"':
-        value.kind_ = Json::Kind::kString;
-        value.string_ = text();
-        return value;
+        return string();
       case 't':
       case 'f':
         value.kind_ = Json::Kind::kBoolean;
@@ -77,7 +76,7 @@ class JsonReader {
     do {
       skip();
       if (at_ >= end_ || *at_ != '"') fail();
-      std::string name = text();
+      Json name = string();
       if (!take(':')) fail();
       value.members_.emplace_back(std::move(name), read(depth + 1));
     } while (take(','));
@@ -103,7 +102,17 @@ class JsonReader {
     char* after = nullptr;
     value.number_ = std::strtod(at_, &after);  // The text ends in a 0.
     if (after == at_ || after > end_) fail();
+    value.written_.assign(at_, static_cast<const char*>(after));
     at_ = after;
+    return value;
+  }
+
+  Json string() {
+    Json value;
+    value.kind_ = Json::Kind::kString;
+    const char* start = at_;
+    value.string_ = text();
+    value.written_.assign(start, at_);
     return value;
   }
 
@@ -190,7 +199,7 @@ std::vector<int64_t> Json::integers() const {
 
 const Json* Json::find(const char* name) const {
   for (const auto& member : members_) {
-    if (member.first == name) return &member.second;
+    if (member.first.string_ == name) return &member.second;
   }
   return nullptr;
 }
@@ -199,6 +208,31 @@ const Json& Json::operator[](const char* name) const {
   const Json* found = find(name);
   if (found == nullptr) throw Error(std::string("it has no ") + name);
   return *found;
+}
+
+std::string Json::canonical(const char* without) const {
+  std::string text;
+  switch (kind_) {
+    case Kind::kNull:
+      return "null";
+    case Kind::kBoolean:
+      return boolean_ ? "true" : "false";
+    case Kind::kArray:
+      for (const Json& each : array_) text += (text.empty() ? "" : ", ") + each.canonical("");
+      return "[" + text + "]";
+    case Kind::kObject: {
+      std::map<std::string, std::string> sorted;
+      for (const auto& member : members_) {
+        if (member.first.string_ != without) {
+          sorted[member.first.string_] = member.first.written_ + ": " + member.second.canonical("");
+        }
+      }
+      for (const auto& member : sorted) text += (text.empty() ? "" : ", ") + member.second;
+      return "{" + text + "}";
+    }
+    default:
+      return written_;
+  }
 }
 
 }  // namespace na

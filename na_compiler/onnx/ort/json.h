@@ -24,6 +24,8 @@ class Json {
   // A member of an object. `find` returns null where there is none.
   const Json& operator[](const char* name) const;
   const Json* find(const char* name) const;
+  // The text that Python's json.dumps(sort_keys=True) makes of it, if json.dumps wrote it; without one member.
+  std::string canonical(const char* without) const;
 
  private:
   friend class JsonReader;
@@ -32,8 +34,11 @@ class Json {
   bool boolean_ = false;
   double number_ = 0;
   std::string string_;
+  // Of numbers and strings: as they are written.
+  std::string written_;
   std::vector<Json> array_;
-  std::vector<std::pair<std::string, Json>> members_;
+  // Of objects: the names, too, are values.
+  std::vector<std::pair<Json, Json>> members_;
 };
 
 }  // namespace na

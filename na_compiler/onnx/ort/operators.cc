@@ -14,6 +14,7 @@
 #include "bundle.h"
 #include "error.h"
 #include "ort_api.h"
+#include "paths.h"
 #include "tvm.h"
 
 namespace na {
@@ -32,7 +33,7 @@ using Shape = std::vector<int64_t>;
 
 struct Operator : OrtCustomOp {
   const Api* api;
-  const Bundle* bundle;
+  std::vector<const Bundle*> bundles;
   const char* name;
   size_t rank;
   bool is_cuda;
@@ -95,12 +96,13 @@ std::vector<int64_t> integers(const Api& api, const OrtKernelInfo* info, const c
   size_t size = 0;
   std::string wanted = std::string(name) + " must be " + std::to_string(rank) + " ints, one per axis";
   if (!succeeds(api, api.KernelInfoGetAttributeArray_int64(info, name, nullptr, &size))) {
-    if (has_attribute(api, info, name)) throw Error(wanted + ", and is of another type");
-    if (otherwise == nullptr) throw Error(wanted + ", and is missing");
+    if (otherwise == nullptr || has_attribute(api, info, name)) throw Error(wanted + ", and is missing or something else");
     return std::vector<int64_t>(rank, *otherwise);
   }
-  std::vector<int64_t> values(size);
+  // ONNX Runtime gives an attribute of another type as a list of no ints.
+  if (size == 0) throw Error(wanted + ", and is empty or something else");
   if (size != rank) throw Error(wanted + ", got " + std::to_string(size));
+  std::vector<int64_t> values(size);
   check(api, api.KernelInfoGetAttributeArray_int64(info, name, values.data(), &size));
   return values;
 }
@@ -128,8 +130,7 @@ struct Found {
   Shape query, key, value;
   int element;
   bool additional;
-  const Kernel* kernel;
-  const Function* function;
+  Match match;
 };
 
 class Node {
@@ -296,9 +297,8 @@ class Node {
     }
     int device = 0;
     if (op_.is_cuda && inputs[0].value != nullptr) device = device_of(inputs[0]);
-    const Kernel& kernel = op_.bundle->find(problem, op_.is_cuda, device);
-    auto found = std::make_unique<Found>(Found{query, key, value, inputs[0].element, problem.additional_kv, &kernel,
-                                               &op_.bundle->function(kernel)});
+    Match match = na::find(op_.bundles, problem, op_.is_cuda, device);
+    auto found = std::make_unique<Found>(Found{query, key, value, inputs[0].element, problem.additional_kv, match});
     std::lock_guard<std::mutex> lock(mutex_);
     last_.store(found.get(), std::memory_order_release);
     found_.push_back(std::move(found));  // Another thread may still read the one before.
@@ -333,11 +333,11 @@ class Node {
     };
     if (!lse.is_there) allocate(lse);
     int64_t additional = found.additional ? inputs[3].shape[1] : 0;
-    for (const Buffer& buffer : found.kernel->workspace) {
+    for (const Buffer& buffer : found.match.kernel->workspace) {
       Tensor space;
       space.element = kFloat;
       space.shape = {inputs[0].shape[0]};
-      int64_t padded = (additional + found.kernel->multiple - 1) / found.kernel->multiple * found.kernel->multiple;
+      int64_t padded = (additional + found.match.kernel->multiple - 1) / found.match.kernel->multiple * found.match.kernel->multiple;
       for (int64_t extent : buffer) space.shape.push_back(extent < 0 ? padded : extent);
       allocate(space);
       spaces.push_back(std::move(space));
@@ -389,7 +389,7 @@ class Node {
       check(api_, api_.KernelContext_GetGPUComputeStream(context, &stream));
       current = std::make_unique<CurrentStream>(device, stream);
     }
-    call(api_, *found.function, context, arguments.data(), static_cast<int>(arguments.size()));
+    call(api_, *found.match.function, context, arguments.data(), static_cast<int>(arguments.size()));
   }
 
   const Operator& op_;
@@ -467,12 +467,12 @@ OrtStatus* infer(const OrtCustomOp* custom_op, OrtShapeInferContext* context) {
   });
 }
 
-Operator make(const Api* api, const Bundle* bundle, size_t rank, bool is_cuda) {
+Operator make(const Api* api, const std::vector<const Bundle*>& bundles, size_t rank, bool is_cuda) {
   static const char* const kNames[] = {"NA1D", "NA2D", "NA3D"};
   Operator op;
   std::memset(static_cast<OrtCustomOp*>(&op), 0, sizeof(OrtCustomOp));
   op.api = api;
-  op.bundle = bundle;
+  op.bundles = bundles;
   op.name = kNames[rank - 1];
   op.rank = rank;
   op.is_cuda = is_cuda;
@@ -498,7 +498,8 @@ Operator make(const Api* api, const Bundle* bundle, size_t rank, bool is_cuda) {
   return op;
 }
 
-std::string bundle_folder(const Api& api, const OrtSessionOptions* options) {
+// The bundles of a session: the one that its options name, or those of the environment, colons between them.
+std::vector<const Bundle*> open_bundles(const Api& api, const OrtSessionOptions* options) {
   int is_there = 0;
   check(api, api.HasSessionConfigEntry(options, kBundleEntry, &is_there));
   if (is_there) {
@@ -506,14 +507,17 @@ std::string bundle_folder(const Api& api, const OrtSessionOptions* options) {
     check(api, api.GetSessionConfigEntry(options, kBundleEntry, nullptr, &size));
     std::string folder(size, '\0');
     check(api, api.GetSessionConfigEntry(options, kBundleEntry, &folder[0], &size));
-    return folder.c_str();  // Up to its 0.
+    return {&Bundle::open(folder.c_str())};  // Up to its 0.
   }
-  const char* named = std::getenv(kBundleVariable);
-  if (named == nullptr || named[0] == '\0') {
+  std::vector<const Bundle*> bundles;
+  if (const char* named = std::getenv(kBundleVariable)) {
+    for (const std::string& folder : split(named)) bundles.push_back(&Bundle::open(folder));
+  }
+  if (bundles.empty()) {
     throw Error(std::string("no bundle of kernels is named; add the session config entry ") + kBundleEntry +
                 " before registering the library, or set " + kBundleVariable);
   }
-  return named;
+  return bundles;
 }
 
 }  // namespace
@@ -535,12 +539,12 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   }
   auto api = new Api(table);
   return guarded(*api, "", [&] {
-    const Bundle& bundle = Bundle::open(bundle_folder(*api, options));
+    std::vector<const Bundle*> bundles = open_bundles(*api, options);
     OrtCustomOpDomain* domain = nullptr;
     check(*api, api->CreateCustomOpDomain(kDomain, &domain));
     for (size_t rank = 1; rank <= 3; ++rank) {
       for (bool is_cuda : {false, true}) {
-        check(*api, api->CustomOpDomain_Add(domain, new Operator(make(api, &bundle, rank, is_cuda))));
+        check(*api, api->CustomOpDomain_Add(domain, new Operator(make(api, bundles, rank, is_cuda))));
       }
     }
     check(*api, api->AddCustomOpDomain(options, domain));

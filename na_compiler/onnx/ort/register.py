@@ -32,7 +32,7 @@ def register(
         Changed.
     bundle
         Folder of compiled kernels, as `na_compiler.save_bundle` and ``na-compile`` write it; or one that is loaded.
-        Default: that of ``NA_COMPILER_BUNDLE``.
+        Default: those of ``NA_COMPILER_BUNDLE``, separated as in ``PATH``.
     library
         The operator library, if it was built elsewhere. Default: built now, or found in the cache.
 
@@ -46,8 +46,8 @@ def register(
     Kernels run on the session's own threads (``intra_op_num_threads``). A bundle is native code: to use one is to trust
     whoever made it.
 
-    A node whose problem has no kernel in the bundle is an error: when the session is made if the model fixes its layout,
-    else when it runs. The model's own function is not used in its place.
+    A node whose problem has no kernel in the bundle is an error: when the session is made if the model fixes its
+    layout, else when it runs. The model's own function is not used in its place.
 
     Examples
     --------

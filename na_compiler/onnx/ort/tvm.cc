@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "error.h"
+#include "paths.h"
 #include "ort_api.h"
 
 // Folders of TVM's libraries on the machine that this was built on, colons between them.
@@ -31,17 +32,8 @@ struct Ffi {
   decltype(&TVMFFIObjectDecRef) release;
   decltype(&TVMFFIErrorMoveFromRaised) take_error;
   decltype(&TVMFFIEnvSetStream) set_stream;
+  TVMFFIVersion version;
 };
-
-std::vector<std::string> split(const std::string& text) {
-  std::vector<std::string> parts;
-  for (size_t at = 0; at < text.size();) {
-    size_t next = std::min(text.find(':', at), text.size());
-    if (next > at) parts.push_back(text.substr(at, next - at));
-    at = next + 1;
-  }
-  return parts;
-}
 
 std::string own_folder() {
   Dl_info info;
@@ -100,6 +92,7 @@ const Ffi& load_ffi(const std::vector<std::string>& folders) {
     made->release = symbol<decltype(made->release)>(library, "TVMFFIObjectDecRef");
     made->take_error = symbol<decltype(made->take_error)>(library, "TVMFFIErrorMoveFromRaised");
     made->set_stream = symbol<decltype(made->set_stream)>(library, "TVMFFIEnvSetStream");
+    symbol<decltype(&TVMFFIGetVersion)>(library, "TVMFFIGetVersion")(&made->version);
     loaded = made;
   }
   return *loaded;
@@ -202,17 +195,24 @@ void take_over(void** slot) {
 
 }  // namespace
 
-Function load_function(const std::string& library, bool is_cuda, const std::vector<std::string>& folders) {
-  load_ffi(folders);
+Function load_function(const std::string& library, const std::string& name, bool is_cuda,
+                       const std::vector<std::string>& folders, const std::string& ffi_version) {
+  const TVMFFIVersion& version = load_ffi(folders).version;
+  // Compatible within a minor version.
+  std::string here = std::to_string(version.major) + "." + std::to_string(version.minor) + ".";
+  if (ffi_version.compare(0, here.size(), here) != 0) {
+    throw Error("it was made with apache-tvm-ffi " + ffi_version + ", and " + here + std::to_string(version.patch) +
+                " is here");
+  }
   if (is_cuda) load_global("libtvm_runtime_cuda.so", folders);
   TVMFFIAny path = make(kTVMFFIRawStr);
   path.v_c_str = library.c_str();
   TVMFFIAny module = call_global("ffi.ModuleLoadFromFile", &path, 1);
   TVMFFIAny arguments[3] = {module, make(kTVMFFIRawStr), make(kTVMFFIBool)};
-  arguments[1].v_c_str = "main";
+  arguments[1].v_c_str = name.c_str();
   arguments[2].v_int64 = 1;  // Look into imported modules as well.
   TVMFFIAny function = call_global("ffi.ModuleGetFunction", arguments, 3);
-  if (function.type_index < kTVMFFIStaticObjectBegin) throw Error("it has no function main");
+  if (function.type_index < kTVMFFIStaticObjectBegin) throw Error("it has no function " + name);
   Function result;
   // Module and function are kept for as long as the process lives: sessions come and go.
   result.handle = function.v_obj;

@@ -19,9 +19,10 @@ struct Function {
   void** parallel_launch = nullptr;
 };
 
-// Loads the function `main` of a library. `folders` are looked into for TVM's runtime, before the places that were
-// known when this was built. Throws Error.
-Function load_function(const std::string& library, bool is_cuda, const std::vector<std::string>& folders);
+// Loads a function of a library that was compiled with a version of apache-tvm-ffi. `folders` are looked into for TVM's
+// runtime, before the places that were known when this was built. Throws Error.
+Function load_function(const std::string& library, const std::string& name, bool is_cuda,
+                       const std::vector<std::string>& folders, const std::string& ffi_version);
 
 // Calls a function; its parallel loops run on the pool of the session that the context belongs to. Throws Error.
 void call(const Api& api, const Function& function, OrtKernelContext* context, const TVMFFIAny* arguments, int count);
