@@ -104,6 +104,9 @@ def main(bundle: str, seed: str, count: str) -> None:
             refused += 1
             continue
         ran += 1
+        known = [attribute for attribute in model.graph.node[0].attribute if attribute.name != "unknown"]
+        del model.graph.node[0].attribute[:]
+        model.graph.node[0].attribute.extend(known)  # onnx's evaluator refuses the other one.
         expected = ReferenceEvaluator(model, new_ops=reference_ops()).run(None, values)
         for result, reference in zip(results, expected, strict=True):
             assert np.allclose(result, reference, rtol=1e-2, atol=1e-2), f"wrong: {model}"
