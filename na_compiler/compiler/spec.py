@@ -93,7 +93,7 @@ def source_fingerprint() -> str:
     """Return a hash of the sources that decide what code is generated."""
     package = Path(__file__).parent.parent
     folders = [package / "tensorir", Path(schedules.__file__).parent]
-    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     compiler = package / "compiler"
     files += [package / "window.py", package / "target.py", compiler / "build.py", compiler / "cuda_worker.py"]
     digest = hashlib.sha256()

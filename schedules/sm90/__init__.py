@@ -1,0 +1,1 @@
+"""Forward for Hopper (sm_90a): tensor memory accelerator, warpgroup products, a softmax that hides behind them."""

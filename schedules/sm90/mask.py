@@ -1,0 +1,136 @@
+"""Which scores of a tile are those of a window: the others become minus infinity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from na_compiler.schedules.sm90.plan import Plan
+from na_compiler.schedules.sm90.products import Products
+from na_compiler.schedules.sm90.trace import I, T, both, let, put, when
+from na_compiler.schedules.sm90.work import KeyCursor, Work
+
+__all__ = ["Mask", "Rows"]
+
+Expr = Any
+_ROWS = 2
+
+
+class Rows:
+    """The two queries whose rows a thread has, and the box of queries that its warp has.
+
+    Parameters
+    ----------
+    plan
+        Of the kernel.
+    warpgroup, warp, lane
+        Which of the computing warpgroups, which warp in it, which lane.
+    """
+
+    def __init__(self, plan: Plan, warpgroup: Expr, warp: Expr, lane: Expr) -> None:
+        self.plan, self.warpgroup, self.warp, self.lane = plan, warpgroup, warp, lane
+        self.rows = [let(warp * 16 + T.shift_right(lane, 2) + 8 * row) for row in range(_ROWS)]
+
+    def position(self, row: Expr, first: list[Expr]) -> list[Expr]:
+        """Return the query of a row of the warpgroup, where the block's first one is at ``first``."""
+        found: list[Expr] = []
+        for extent in reversed(self.plan.query_box):
+            found.insert(0, row % extent)
+            row = row // extent
+        found[0] = found[0] + self.warpgroup * self.plan.query_box[0]
+        return [let(start + offset) for start, offset in zip(first, found, strict=True)]
+
+    def warp_queries(self, first: list[Expr]) -> tuple[list[Expr], list[Expr]]:
+        """Return the first and the last query of the warp's box; of the warpgroup's if its rows are no box."""
+        box = self.plan.warp_box
+        if box is None:
+            start, box = self.position(0, first), self.plan.query_box
+        else:
+            start = self.position(self.warp * 16, first)
+        return start, [low + extent - 1 for low, extent in zip(start, box, strict=True)]
+
+
+class Mask:
+    """Emits the mask for one tile of queries.
+
+    A tile of keys that lies in every window of the warp's queries needs none, which is found out for the whole warp.
+    """
+
+    def __init__(self, products: Products, rows: Rows, work: Work, additional: Expr | None) -> None:
+        self.plan, self.scores, self.rows, self.work = products.plan, products.scores, rows, work
+        self.additional = additional
+        self.queries = [rows.position(row, work.first) for row in rows.rows]
+        self.exist = [work.within(query, self.plan.query_tile) for query in self.queries]
+        pair = let(T.bitwise_and(rows.lane, 3) * 2)
+        self.pair = pair
+        self._windows: list[list[tuple[Expr, Expr]]] = []
+        for query in self.queries:
+            windows = []
+            for axis in range(self.plan.rank):
+                start, end = work.bounds(axis, work.clamp(axis, query[axis]))
+                extent = let(end - start) if self.plan.problem.is_causal[axis] else self.plan.problem.kernel_size[axis]
+                # The part of a key's place that a thread knows is taken off, so that a test is one comparison.
+                windows.append((let(start - pair) if axis == self.plan.rank - 1 else let(start), extent))
+            self._windows.append(windows)
+        first, last = rows.warp_queries(work.first)
+        self._common = []
+        for axis in range(self.plan.rank):
+            start, _ = work.bounds(axis, work.clamp(axis, last[axis]))
+            _, end = work.bounds(axis, work.clamp(axis, first[axis]))
+            self._common.append((let(start), let(end)))
+
+    def apply(self, cursor: KeyCursor, tile: Expr) -> None:
+        """Mask the scores of a tile."""
+        if self.additional is None:
+            self._window(cursor)
+            return
+        with I.If(tile < self.work.tiles):
+            with I.Then():
+                self._window(cursor)
+            with I.Else():
+                self._tail((tile - self.work.tiles) * self.plan.keys)
+
+    def _window(self, cursor: KeyCursor) -> None:
+        tile = self.plan.key_tile
+        whole = None
+        for axis, (start, end) in enumerate(self._common):
+            whole = both(whole, cursor[axis] >= start, cursor[axis] + tile[axis] <= end)
+        with when(T.Not(whole)):
+            for row, windows in enumerate(self._windows):
+                base = [let(cursor[axis] - windows[axis][0]) for axis in range(self.plan.rank)]
+                for group in range(self.plan.keys // 8):
+                    place = self._place(8 * group)
+                    *outer, last = (
+                        (base[axis] + place[axis], windows[axis][1]) for axis in range(self.plan.rank)
+                    )
+                    others = both(*(self._inside(key, extent) for key, extent in outer))
+                    for e in (0, 1):
+                        keep = both(others, self._inside(last[0] + e, last[1]))
+                        self._keep(4 * group + 2 * row + e, keep)
+
+    def _tail(self, first: Expr) -> None:
+        """Mask what lies beyond the last additional key."""
+        remaining = let(self.additional - first)
+        with when(remaining < self.plan.keys):
+            for group in range(self.plan.keys // 8):
+                for e in (0, 1):
+                    keep = self.pair + (8 * group + e) < remaining
+                    for row in range(_ROWS):
+                        self._keep(4 * group + 2 * row + e, keep)
+
+    def _keep(self, element: int, condition: Expr) -> None:
+        put(self.scores, element, T.Select(condition, self.scores[element], T.float32(float("-inf"))))
+
+    @staticmethod
+    def _inside(key: Expr, extent: Expr) -> Expr:
+        """Whether ``0 <= key < extent``, as one comparison without sign."""
+        limit = T.uint32(extent) if isinstance(extent, int) else T.Cast("uint32", extent)
+        return T.Cast("uint32", key) < limit
+
+    def _place(self, column: int) -> list[int]:
+        found: list[int] = []
+        for extent in reversed(self.plan.key_tile):
+            found.insert(0, column % extent)
+            column //= extent
+        return found
+
+

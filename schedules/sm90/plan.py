@@ -1,0 +1,182 @@
+"""What follows from a problem and a config: extents, layout of shared memory, limits. Pure Python."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from na_compiler.problem import Problem
+from na_compiler.window import group_length
+
+if TYPE_CHECKING:
+    from na_compiler.schedules.sm90.config import Sm90
+
+__all__ = ["MAX_ELEMENT_STRIDE", "ROWS", "Columns", "Plan"]
+
+# Rows of one warpgroup's product, fixed by the instruction.
+ROWS = 64
+# A box of TMA may step by at most 8 elements, and span at most 256 (CUDA driver API, cuTensorMapEncodeTiled).
+MAX_ELEMENT_STRIDE = 8
+MAX_BOX = 256
+MAX_RANK = 5
+SHARED_MEMORY = 227 * 1024
+_BARRIER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the columns of a tile (head_dim) lie in shared memory: boxes of ``width`` columns, each swizzled.
+
+    A row of a box is as long as the swizzle's span: 128, 64 or 32 bytes.
+
+    Parameters
+    ----------
+    extent
+        Columns that matter.
+    width
+        Columns of a box.
+    """
+
+    extent: int
+    width: int
+
+    @classmethod
+    def of(cls, extent: int) -> Columns:
+        """Choose the widest boxes that waste no columns, or else the widest."""
+        for width in (64, 32):
+            if extent % width == 0:
+                return cls(extent, width)
+        return cls(extent, 64 if extent > 32 else 32 if extent > 16 else 16)
+
+    @property
+    def boxes(self) -> int:
+        """Number of boxes."""
+        return -(-self.extent // self.width)
+
+    @property
+    def swizzle(self) -> int:
+        """TMA's and wgmma's number of the swizzle: 1, 2, 3 for 32, 64, 128 bytes."""
+        return {16: 1, 32: 2, 64: 3}[self.width]
+
+    def box_bytes(self, rows: int) -> int:
+        """Bytes of one box."""
+        return rows * self.width * 2
+
+    def bytes(self, rows: int) -> int:
+        """Bytes of all boxes."""
+        return self.boxes * self.box_bytes(rows)
+
+
+class Plan:
+    """Extents and layout of one kernel.
+
+    Parameters
+    ----------
+    problem
+        What to compute.
+    config
+        The choices.
+    """
+
+    def __init__(self, problem: Problem, config: Sm90) -> None:
+        self.problem, self.config = problem, config
+        self.rank = problem.rank
+        # One warpgroup's box of queries, and the thread block's.
+        self.query_box = tuple(config.query_tile)
+        self.query_tile = (self.query_box[0] * config.warpgroups, *self.query_box[1:])
+        self.key_tile = tuple(config.key_tile)
+        self.keys = math.prod(self.key_tile)
+        self.columns, self.columns_v = Columns.of(problem.head_dim), Columns.of(problem.head_dim_v)
+        # The longest dilation group of each axis.
+        self.lengths = tuple(group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True))
+        self.tiles = tuple(-(-length // tile) for length, tile in zip(self.lengths, self.query_tile, strict=True))
+        self.groups = math.prod(problem.dilation)
+        # Of one head of one batch entry.
+        self.items = math.prod(self.tiles) * self.groups
+
+    @property
+    def has_head_axis(self) -> bool:
+        """Whether tensor maps have an axis for heads: columns beyond head_dim are zeros then, and not the next head's.
+
+        TMA has five axes. Three axes of layout leave one for heads and head_dim.
+        """
+        return self.rank < 3
+
+    @property
+    def warp_box(self) -> tuple[int, ...] | None:
+        """The box of queries that one warp's 16 rows are, if they are one."""
+        extents, rows = [1] * self.rank, 16
+        for axis in reversed(range(self.rank)):
+            extents[axis] = min(self.query_box[axis], rows)
+            if rows % extents[axis] or self.query_box[axis] % extents[axis]:
+                return None
+            rows //= extents[axis]
+        return tuple(extents) if rows == 1 else None
+
+    @property
+    def stores_by_tma(self) -> bool:
+        """Whether outputs leave by TMA, which knows no dilation here, and must not touch the next head's columns."""
+        whole = self.has_head_axis or self.columns_v.extent % self.columns_v.width == 0
+        return whole and all(dilation == 1 for dilation in self.problem.dilation)
+
+    @property
+    def skips(self) -> bool:
+        """Whether warpgroups leave out tiles of keys that only others' windows need."""
+        return not self.problem.additional_kv
+
+    @cached_property
+    def query_bytes(self) -> int:
+        """Bytes of one warpgroup's queries, where its outputs are gathered later."""
+        return max(self.columns.bytes(ROWS), self.columns_v.bytes(ROWS))
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of a tile of keys."""
+        return self.columns.bytes(self.keys)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a tile of values."""
+        return self.columns_v.bytes(self.keys)
+
+    @property
+    def key_offset(self) -> int:
+        """Where keys begin in shared memory."""
+        return self.config.warpgroups * self.query_bytes
+
+    @property
+    def value_offset(self) -> int:
+        """Where values begin in shared memory."""
+        return self.key_offset + self.config.stages * self.key_bytes
+
+    @property
+    def barrier_offset(self) -> int:
+        """Where barriers begin in shared memory."""
+        return self.value_offset + self.config.stages * self.value_bytes
+
+    @property
+    def barriers(self) -> int:
+        """Number of barriers: two for queries, and for each stage full and empty, of keys and of values."""
+        return 2 + 4 * self.config.stages
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory."""
+        return self.barrier_offset + _BARRIER_BYTES * self.barriers
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (1 + self.config.warpgroups)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that loads, and of one that computes."""
+        return (24, 240) if self.config.warpgroups == 2 else (32, 160)
+
+    @property
+    def needed_registers(self) -> int:
+        """About how many registers a computing thread needs: accumulators, scores, weights, and what is beside them."""
+        return self.problem.head_dim_v // 2 + self.keys // 2 + self.keys // 4 + 40

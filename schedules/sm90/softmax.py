@@ -1,0 +1,124 @@
+"""The softmax of a warpgroup's rows, in registers, tile after tile.
+
+A thread has two rows. Scores are in units of ``log2(e) * scale``, so that the exponential is a power of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from na_compiler.schedules.sm90.products import Products
+from na_compiler.schedules.sm90.trace import T, emit, local, put, when
+
+__all__ = ["LN2", "Softmax"]
+
+Expr = Any
+_LOG2_E = 1.4426950408889634
+LN2 = 0.6931471805599453
+_ROWS = 2
+# Below every score, and finite: a row that has met no key yet must not make a NaN.
+_LOWEST = -1.0e30
+
+
+class Softmax:
+    """Emits the softmax.
+
+    Attributes
+    ----------
+    highest
+        Of each row, the highest score so far.
+    total
+        Of each row, this thread's part of the sum of weights so far.
+    """
+
+    def __init__(self, products: Products, scale: Expr) -> None:
+        self.products = products
+        self.scores = products.scores
+        self.elements = products.plan.keys // 2
+        self.highest, self.total = local(_ROWS), local(_ROWS)
+        self._factor, self._offset, self._other = local(_ROWS), local(_ROWS), local(_ROWS)
+        self._scale, self._unit = local(1), local(1)
+        put(self._scale, 0, scale * T.float32(_LOG2_E))
+        # With a scale that is not positive the highest product is not the highest score: scores are scaled first then.
+        self._in_order = self._scale[0] > T.float32(0)
+        put(self._unit, 0, T.Select(self._in_order, self._scale[0], T.float32(1)))
+
+    def start(self) -> None:
+        """Begin with no keys."""
+        for row in range(_ROWS):
+            put(self.highest, row, T.float32(_LOWEST))
+            put(self.total, row, T.float32(0))
+        for i in range(self.products.plan.problem.head_dim_v // 2):
+            put(self.products.output, i, T.float32(0))
+
+    def prescale(self) -> None:
+        """Scale the scores of a tile where that has to come first."""
+        with when(T.Not(self._in_order)):
+            for i in range(self.elements):
+                put(self.scores, i, self.scores[i] * self._scale[0])
+
+    def _of_row(self, row: int) -> list[int]:
+        return [4 * g + 2 * row + e for g in range(self.elements // 4) for e in (0, 1)]
+
+    def raise_highest(self) -> None:
+        """Take a tile's scores into the highest, and find what to rescale earlier sums by."""
+        for row in range(_ROWS):
+            first, second, *rest = self._of_row(row)
+            a, b = local(1), local(1)
+            put(a, 0, T.max(self.highest[row], self.scores[first]))
+            put(b, 0, self.scores[second])
+            for k, index in enumerate(rest):
+                chain = (a, b)[k % 2]
+                put(chain, 0, T.max(chain[0], self.scores[index]))
+            put(self._factor, row, self.highest[row])
+            put(self.highest, row, T.max(a[0], b[0]))
+        self._over_lanes(self.highest, T.max)
+        for row in range(_ROWS):
+            put(self._offset, row, self.highest[row] * self._unit[0])
+            # The difference first: while a row has met no key it is exactly 0, and the factor exactly 1.
+            put(self._factor, row, (self._factor[row] - self.highest[row]) * self._unit[0])
+            emit(T.ptx.ex2.approx.ftz.f32(self._factor[row], self._factor[row]))
+
+    def exponentiate(self) -> None:
+        """Turn a tile's scores into weights, and add them up."""
+        for row in range(_ROWS):
+            sums = (local(1), local(1))
+            for k, index in enumerate(self._of_row(row)):
+                put(self.scores, index, self.scores[index] * self._unit[0] - self._offset[row])
+                emit(T.ptx.ex2.approx.ftz.f32(self.scores[index], self.scores[index]))
+                chain = sums[k % 2]
+                put(chain, 0, self.scores[index] if k < 2 else chain[0] + self.scores[index])
+            put(self.total, row, self.total[row] * self._factor[row] + (sums[0][0] + sums[1][0]))
+
+    def pack(self) -> None:
+        """Round the weights to the operand of the second product."""
+        for i in range(self.elements // 2):
+            self.products.pack(self.products.weights, i, self.scores[2 * i + 1], self.scores[2 * i])
+
+    def rescale(self) -> None:
+        """Bring the weighted sums to the highest score so far."""
+        output = self.products.output
+        for i in range(self.products.plan.problem.head_dim_v // 2):
+            put(output, i, output[i] * self._factor[(i // 2) % 2])
+
+    def finish(self) -> tuple[Any, Any]:
+        """Add up the rows' totals; returns their inverses and the logarithms ``lse``."""
+        self._over_lanes(self.total, lambda a, b: a + b)
+        inverse, logarithm = local(_ROWS), local(_ROWS)
+        for row in range(_ROWS):
+            emit(T.ptx.rcp.approx.ftz.f32(inverse[row], self.total[row]))
+            emit(T.ptx.lg2.approx.ftz.f32(logarithm[row], self.total[row]))
+            put(logarithm, row, (logarithm[row] + self.highest[row] * self._unit[0]) * T.float32(LN2))
+        return inverse, logarithm
+
+    def _over_lanes(self, values: Any, combine: Callable[[Expr, Expr], Expr]) -> None:
+        """Combine over the four lanes that share a row."""
+        for row in range(_ROWS):
+            for distance in (1, 2):
+                emit(
+                    T.ptx.shfl_sync.bfly.b32(
+                        self._other[row], values[row], T.uint32(distance), T.uint32(0x1F), T.uint32(0xFFFFFFFF)
+                    )
+                )
+                put(values, row, combine(values[row], self._other[row]))

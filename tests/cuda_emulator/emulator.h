@@ -1,0 +1,550 @@
+// Runs the CUDA C++ that TVM generates on a CPU, one thread block after another.
+//
+// CUDA threads are cooperative fibers: a fiber runs until it meets something to wait for, so warps drift apart as far as
+// the program lets them. Asynchronous work happens as early or as late as the program allows:
+//   late_loads     TMA loads land only when no thread can go on without one (finds missing waits);
+//                  otherwise at issue (finds buffers that are overwritten too early)
+//   late_products  wgmma and TMA stores happen when they are waited for (finds operands that change too early, and
+//                  results that are read too early); otherwise when their group is committed
+//   descending     the last warp and lane run first
+// What a program must not do ends the process with a message: a deadlock, a barrier used wrongly, an address outside
+// shared memory or the tensors, a descriptor that is not aligned.
+#pragma once
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <string>
+#include <vector>
+
+#define CUDART_INF_F INFINITY
+#define CUDART_NAN_F NAN
+typedef unsigned int uint;
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+using std::max;
+using std::ptrdiff_t;
+using std::min;
+
+[[noreturn]] inline void die(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  fprintf(stderr, "emulator: ");
+  vfprintf(stderr, format, arguments);
+  fprintf(stderr, "\n");
+  fflush(stderr);
+  _exit(3);
+}
+
+// ------------------------------------------------------------------------------------------------ 16-bit numbers
+inline float bf16_to_float(uint16_t bits) {
+  uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+inline uint16_t float_to_bf16(float value) {
+  uint32_t wide;
+  memcpy(&wide, &value, 4);
+  if ((wide & 0x7fffffff) > 0x7f800000) return (wide >> 16) | 0x40;
+  return (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+}
+inline float f16_to_float(uint16_t bits) {
+  _Float16 value;
+  memcpy(&value, &bits, 2);
+  return (float)value;
+}
+inline uint16_t float_to_f16(float value) {
+  _Float16 narrow = (_Float16)value;
+  uint16_t bits;
+  memcpy(&bits, &narrow, 2);
+  return bits;
+}
+struct nv_bfloat16 {
+  uint16_t bits;
+  nv_bfloat16() = default;
+  explicit nv_bfloat16(float value) : bits(float_to_bf16(value)) {}
+  operator float() const { return bf16_to_float(bits); }
+};
+struct half {
+  uint16_t bits;
+  half() = default;
+  explicit half(float value) : bits(float_to_f16(value)) {}
+  operator float() const { return f16_to_float(bits); }
+};
+inline float __bfloat162float(nv_bfloat16 value) { return value; }
+inline nv_bfloat16 __float2bfloat16_rn(float value) { return nv_bfloat16(value); }
+inline float __half2float(half value) { return value; }
+inline half __float2half_rn(float value) { return half(value); }
+struct uint2 { uint x, y; };
+struct uint4 { uint x, y, z, w; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct Index { int x = 0, y = 0, z = 0; };
+
+// ------------------------------------------------------------------------------------------------ fibers
+constexpr size_t STACK = 256 << 10, SHARED = 227 << 10;
+constexpr int THREADS = 1024;
+inline bool late_loads = true, late_products = true, descending = false;
+inline Index threadIdx, blockIdx;
+inline Index blockDim, gridDim;
+alignas(1024) inline uchar shared_memory[SHARED];
+
+enum class Wait { none, warp, warpgroup, named, mbarrier, done };
+struct Product {
+  int columns, kind, transposed_a, transposed_b;
+  bool from_registers, accumulates;
+  float* accumulator[128];
+  uint32_t* registers[4];
+  uint64_t a, b;
+};
+struct CUtensorMap {
+  int rank;
+  uchar* base;
+  int64_t extent[5], stride[5];
+  int box[5], step[5], swizzle;
+};
+struct Store { const CUtensorMap* map; int at[5]; uint32_t source; };
+struct Fiber {
+  ucontext_t context;
+  uchar* stack = nullptr;
+  Wait wait = Wait::none;
+  uint32_t address = 0;
+  int parity = 0, barrier = 0;
+  long generation = 0;
+  size_t pending = 0;
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> groups;
+  std::vector<Store> stores;
+};
+inline Fiber fibers[THREADS];
+inline ucontext_t scheduler_context;
+inline int thread_count;
+inline void (*kernel_body)();
+
+inline Fiber& self() { return fibers[threadIdx.x]; }
+inline void block_on(Wait wait) {
+  Fiber& fiber = self();
+  fiber.wait = wait;
+  swapcontext(&fiber.context, &scheduler_context);
+}
+inline void warp_point() { block_on(Wait::warp); }
+inline void fiber_main() {
+  kernel_body();
+  Fiber& fiber = self();
+  if (!fiber.open.empty()) die("thread %d ends with products that were never committed", threadIdx.x);
+  for (auto& group : fiber.groups)
+    if (!group.empty()) die("thread %d ends with products that were never waited for", threadIdx.x);
+  if (!fiber.stores.empty()) die("thread %d ends with TMA stores that were never waited for", threadIdx.x);
+  block_on(Wait::done);
+}
+
+// ------------------------------------------------------------------------------------------------ barriers
+struct NamedBarrier { int count = 0, expected = 0; long generation = 0; };
+inline NamedBarrier named[16];
+inline void named_add(uint id, uint count) {
+  if (id > 15 || count % 32) die("named barrier %u for %u threads", id, count);
+  NamedBarrier& barrier = named[id];
+  if (barrier.count && barrier.expected != (int)count) die("named barrier %u is given %u threads and %d", id, count, barrier.expected);
+  barrier.expected = count;
+  if (++barrier.count == (int)count) barrier.count = 0, barrier.generation++;
+}
+inline void bar_sync(uint id, uint count) {
+  self().barrier = id;
+  self().generation = named[id & 15].generation;
+  named_add(id, count);
+  if (named[id].generation == self().generation) block_on(Wait::named);
+}
+inline void __syncthreads() { bar_sync(0, thread_count); }
+
+struct MBarrier { int count, pending; long bytes; int phase; };
+inline std::map<uint32_t, MBarrier> mbarriers;
+inline MBarrier& mbarrier(uint32_t address) {
+  auto found = mbarriers.find(address);
+  if (found == mbarriers.end()) die("no mbarrier was initialised at %u", address);
+  return found->second;
+}
+inline void mbarrier_check(uint32_t address, MBarrier& barrier) {
+  if (barrier.pending < 0) die("more arrivals at mbarrier %u than it counts", address);
+  if (barrier.pending == 0 && barrier.bytes == 0) barrier.phase ^= 1, barrier.pending = barrier.count;
+}
+inline void mbarrier_bytes(uint32_t address, long count) {
+  MBarrier& barrier = mbarrier(address);
+  barrier.bytes -= count;
+  mbarrier_check(address, barrier);
+}
+
+// ------------------------------------------------------------------------------------------------ memory
+struct Tensor { uchar* begin; size_t bytes; };
+inline std::vector<Tensor> tensors;
+inline void check_global(const uchar* address, size_t count) {
+  for (auto& tensor : tensors)
+    if (address >= tensor.begin && address + count <= tensor.begin + tensor.bytes) return;
+  die("TMA reaches outside the tensors");
+}
+// A tensor ends where a page begins that may not be touched.
+inline uchar* guarded(size_t bytes, int fill) {
+  size_t page = 4096, body = (bytes + page - 1) / page * page + page;
+  uchar* memory = (uchar*)mmap(nullptr, body + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) die("no memory for %zu bytes", bytes);
+  mprotect(memory + body, page, PROT_NONE);
+  uchar* begin = memory + body - (bytes + 15) / 16 * 16;
+  memset(begin, fill, bytes);
+  tensors.push_back({begin, bytes});
+  return begin;
+}
+inline uint32_t shared_address(const void* pointer) {
+  ptrdiff_t place = (const uchar*)pointer - shared_memory;
+  if (place < 0 || place >= (ptrdiff_t)SHARED) die("an address outside shared memory");
+  return (uint32_t)place;
+}
+// Swizzles exchange 16-byte chunks by the number of the 128-byte line: spans of 32, 64, 128 bytes are 1, 2, 3.
+inline uint32_t swizzled(uint32_t address, int swizzle) {
+  return address ^ (((address >> 7) & ((1 << swizzle) - 1)) << 4);
+}
+
+// ------------------------------------------------------------------------------------------------ TMA
+template <class F>
+inline void tma_walk(const CUtensorMap* map, const int* at, F visit) {
+  int count[5] = {1, 1, 1, 1, 1};
+  for (int i = 0; i < map->rank; i++) count[i] = (map->box[i] + map->step[i] - 1) / map->step[i];
+  int row = 0, place[5];
+  for (place[4] = 0; place[4] < count[4]; place[4]++)
+    for (place[3] = 0; place[3] < count[3]; place[3]++)
+      for (place[2] = 0; place[2] < count[2]; place[2]++)
+        for (place[1] = 0; place[1] < count[1]; place[1]++, row++) {
+          bool inside = true;
+          int64_t offset = 0;
+          for (int i = 1; i < map->rank; i++) {
+            int64_t x = (int64_t)at[i] + (int64_t)place[i] * map->step[i];
+            inside &= x >= 0 && x < map->extent[i];
+            offset += x * map->stride[i];
+          }
+          for (int column = 0; column < count[0]; column++) {
+            int64_t x = (int64_t)at[0] + column;
+            bool there = inside && x >= 0 && x < map->extent[0];
+            visit((row * count[0] + column) * 2, there ? map->base + offset + x * 2 : nullptr);
+          }
+        }
+}
+struct Load { const CUtensorMap* map; int at[5]; uint32_t target, barrier; };
+inline std::deque<Load> loads;
+inline void tma_land(const Load& load) {
+  long bytes = 0;
+  tma_walk(load.map, load.at, [&](uint32_t place, uchar* source) {
+    uint16_t value = 0;
+    if (source) check_global(source, 2), memcpy(&value, source, 2);
+    uint32_t target = swizzled(load.target + place, load.map->swizzle);
+    if (target + 2 > SHARED) die("a TMA load beyond shared memory");
+    memcpy(shared_memory + target, &value, 2);
+    bytes += 2;
+  });
+  mbarrier_bytes(load.barrier, bytes);
+}
+inline void tma_check(const CUtensorMap* map, uint32_t place) {
+  if (!map->base) die("TMA with a tensor map that was not encoded");
+  if (place % (128 << (map->swizzle < 1 ? 0 : map->swizzle))) die("TMA at %u of shared memory, which is not aligned", place);
+  if (map->box[0] * 2 != 16 << map->swizzle) die("a box as wide as its swizzle is expected");
+}
+inline void tma_load(uint32_t target, const void* map, std::vector<int> at, uint32_t barrier) {
+  Load load{(const CUtensorMap*)map, {}, target, barrier};
+  if ((int)at.size() != load.map->rank) die("%zu coordinates for a map of rank %d", at.size(), load.map->rank);
+  tma_check(load.map, target);
+  std::copy(at.begin(), at.end(), load.at);
+  if (late_loads) loads.push_back(load);
+  else tma_land(load);
+}
+inline void tma_store_now(const Store& store) {
+  tma_walk(store.map, store.at, [&](uint32_t place, uchar* target) {
+    if (target) check_global(target, 2), memcpy(target, shared_memory + swizzled(store.source + place, store.map->swizzle), 2);
+  });
+}
+inline void tma_store(const void* map, std::vector<int> at, uint32_t source) {
+  Store store{(const CUtensorMap*)map, {}, source};
+  if ((int)at.size() != store.map->rank) die("%zu coordinates for a map of rank %d", at.size(), store.map->rank);
+  tma_check(store.map, source);
+  std::copy(at.begin(), at.end(), store.at);
+  self().stores.push_back(store);
+  if (!late_products) tma_store_now(store);
+}
+inline void tma_store_wait() {
+  if (late_products)
+    for (auto& store : self().stores) tma_store_now(store);
+  self().stores.clear();
+}
+
+// ------------------------------------------------------------------------------------------------ wgmma
+inline float element(int kind, uint16_t bits) { return kind ? f16_to_float(bits) : bf16_to_float(bits); }
+// Element of an operand in shared memory: `along` the columns of the product (or its rows), `depth` in the sum.
+inline float operand(uint64_t descriptor, int depth, int along, int transposed, int kind) {
+  uint32_t start = (descriptor & 0x3fff) << 4, leading = ((descriptor >> 16) & 0x3fff) << 4;
+  uint32_t stride = ((descriptor >> 32) & 0x3fff) << 4;
+  int layout = descriptor >> 62;
+  if (!layout || ((descriptor >> 49) & 7)) die("a descriptor with no swizzle, or with a base offset");
+  int swizzle = 4 - layout, span = 16 << swizzle, width = span / 2;
+  uint32_t address = transposed ? start + (along / width) * leading + (depth / 8) * stride + (depth % 8) * span + (along % width) * 2
+                                : start + (along / 8) * stride + (along % 8) * span + depth * 2;
+  if (address + 2 > SHARED) die("a product reads beyond shared memory");
+  uint16_t bits;
+  memcpy(&bits, shared_memory + swizzled(address, swizzle), 2);
+  return element(kind, bits);
+}
+inline void run_product(int warpgroup, size_t number) {
+  static float a[64][16], b[16][256], sum[64][256];
+  auto product = [&](int thread) -> Product& { return fibers[warpgroup * 128 + thread].groups.front()[number]; };
+  Product& first = product(0);
+  int columns = first.columns;
+  for (int t = 0; t < 128; t++) {
+    Product& other = product(t);
+    if (other.b != first.b || other.columns != columns || other.accumulates != first.accumulates || (!first.from_registers && other.a != first.a))
+      die("threads of a warpgroup issue different products");
+    if (!first.from_registers) continue;
+    int row = (t / 32) * 16 + (t % 32) / 4;
+    for (int i = 0; i < 4; i++) {
+      uint32_t pair = *other.registers[i];
+      float* target = &a[row + (i & 1) * 8][(t % 4) * 2 + (i >> 1) * 8];
+      target[0] = element(first.kind, pair & 0xffff), target[1] = element(first.kind, pair >> 16);
+    }
+  }
+  if (!first.from_registers)
+    for (int r = 0; r < 64; r++)
+      for (int k = 0; k < 16; k++) a[r][k] = operand(first.a, k, r, first.transposed_a, first.kind);
+  for (int k = 0; k < 16; k++)
+    for (int n = 0; n < columns; n++) b[k][n] = operand(first.b, k, n, first.transposed_b, first.kind);
+  for (int r = 0; r < 64; r++) {
+    for (int n = 0; n < columns; n++) sum[r][n] = 0;
+    for (int k = 0; k < 16; k++)
+      for (int n = 0; n < columns; n++) sum[r][n] += a[r][k] * b[k][n];
+  }
+  for (int t = 0; t < 128; t++) {
+    Product& other = product(t);
+    for (int i = 0; i < columns / 2; i++) {
+      float value = sum[(t / 32) * 16 + (t % 32) / 4 + ((i >> 1) & 1) * 8][(i >> 2) * 8 + (t % 4) * 2 + (i & 1)];
+      *other.accumulator[i] = other.accumulates ? *other.accumulator[i] + value : value;
+    }
+  }
+}
+// All threads of a warpgroup are at a wait: run the groups that it waits for.
+inline void run_groups(int warpgroup) {
+  Fiber* threads = fibers + warpgroup * 128;
+  for (int t = 1; t < 128; t++)
+    if (threads[t].pending != threads[0].pending || threads[t].groups.size() != threads[0].groups.size()) die("threads of a warpgroup wait for different groups");
+  while (threads[0].groups.size() > threads[0].pending) {
+    for (size_t i = 0; i < threads[0].groups.front().size(); i++) run_product(warpgroup, i);
+    for (int t = 0; t < 128; t++) threads[t].groups.pop_front();
+  }
+  for (int t = 0; t < 128; t++) threads[t].wait = Wait::none;
+}
+inline void wgmma_push(Product&& product) {
+  // What the accumulators held is gone once a product that does not add to it may have begun.
+  if (late_products && !product.accumulates)
+    for (int i = 0; i < product.columns / 2; i++) *product.accumulator[i] = NAN;
+  self().open.push_back(product);
+}
+inline void wgmma_wait(size_t pending) {
+  self().pending = pending;
+  block_on(Wait::warpgroup);
+}
+inline void wgmma_commit() {
+  self().groups.push_back(std::move(self().open));
+  self().open.clear();
+  if (!late_products) wgmma_wait(0);
+}
+
+// ------------------------------------------------------------------------------------------------ one thread block
+inline const char* names[] = {"nothing", "its warp", "its warpgroup", "a named barrier", "an mbarrier", "nothing, it ended"};
+inline bool ready(Fiber& fiber) {
+  switch (fiber.wait) {
+    case Wait::none: return true;
+    case Wait::named: return named[fiber.barrier].generation != fiber.generation;
+    case Wait::mbarrier: return mbarrier(fiber.address).phase != fiber.parity;
+    default: return false;
+  }
+}
+inline bool all_wait(int first, int count, Wait wait) {
+  for (int t = first; t < first + count; t++)
+    if (fibers[t].wait != wait) return false;
+  return true;
+}
+inline void run_block(int threads, void (*body)()) {
+  thread_count = threads;
+  kernel_body = body;
+  memset(shared_memory, 0xff, sizeof shared_memory);
+  for (auto& barrier : named) barrier = NamedBarrier();
+  mbarriers.clear();
+  loads.clear();
+  for (int t = 0; t < threads; t++) {
+    Fiber& fiber = fibers[t];
+    fiber.wait = Wait::none;
+    fiber.groups.clear(), fiber.open.clear(), fiber.stores.clear();
+    if (!fiber.stack) fiber.stack = (uchar*)malloc(STACK);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = &scheduler_context;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  for (;;) {
+    bool progress = false;
+    int ended = 0;
+    for (int n = 0; n < threads; n++) {
+      int t = descending ? threads - 1 - n : n;
+      if (fibers[t].wait == Wait::done) { ended++; continue; }
+      if (!ready(fibers[t])) continue;
+      fibers[t].wait = Wait::none;
+      threadIdx.x = t;
+      swapcontext(&scheduler_context, &fibers[t].context);
+      progress = true;
+    }
+    if (ended == threads) break;
+    for (int warp = 0; warp < threads / 32; warp++)
+      if (all_wait(warp * 32, 32, Wait::warp)) {
+        for (int t = warp * 32; t < warp * 32 + 32; t++) fibers[t].wait = Wait::none;
+        progress = true;
+      }
+    for (int group = 0; group < threads / 128; group++)
+      if (all_wait(group * 128, 128, Wait::warpgroup)) run_groups(group), progress = true;
+    if (!progress && !loads.empty()) {
+      tma_land(loads.front());
+      loads.pop_front();
+      progress = true;
+    }
+    if (!progress) {
+      std::string text;
+      for (int t = 0; t < threads; t += 32) {
+        Fiber& fiber = fibers[t];
+        text += "\n  warp " + std::to_string(t / 32) + " waits for " + names[(int)fiber.wait];
+        if (fiber.wait == Wait::named) text += " " + std::to_string(fiber.barrier);
+        if (fiber.wait == Wait::mbarrier) text += " " + std::to_string(fiber.address) + ", parity " + std::to_string(fiber.parity);
+      }
+      die("deadlock in block %d,%d,%d%s", blockIdx.x, blockIdx.y, blockIdx.z, text.c_str());
+    }
+  }
+  if (!loads.empty()) die("the block ended with TMA loads that nothing waited for");
+}
+
+// ------------------------------------------------------------------------------------------------ what kernels call
+inline uint32_t exchange[THREADS];
+inline uint32_t from_lane(uint32_t value, int lane) {
+  int thread = threadIdx.x;
+  exchange[thread] = value;
+  warp_point();
+  uint32_t found = exchange[thread / 32 * 32 + lane];
+  warp_point();
+  return found;
+}
+inline int __shfl_sync(uint, int value, int lane, int = 32) { return (int)from_lane((uint32_t)value, lane); }
+inline float __shfl_xor_sync(uint, float value, int distance, int = 32) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits = from_lane(bits, (threadIdx.x & 31) ^ distance);
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline void tvm_builtin_ptx_shfl_sync_bfly_b32_f32_f32_u32_u32_u32(float& target, float value, uint32_t distance, uint32_t, uint32_t) {
+  target = __shfl_xor_sync(0xffffffffu, value, distance);
+}
+inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(const void* pointer) { return shared_address(pointer); }
+inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
+inline void tvm_builtin_cuda_warp_sync() { warp_point(); }
+inline uint tvm_builtin_elect_one_sync_op() { return (threadIdx.x & 31) == 0; }
+inline void tvm_builtin_ptx_bar_sync_count_sync(uint id, uint count) { bar_sync(id, count); }
+inline void tvm_builtin_ptx_bar_arrive_arrive(uint id, uint count) { named_add(id, count); }
+inline void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t address, uint32_t count) {
+  if (address % 8) die("an mbarrier at %u", address);
+  mbarriers[address] = MBarrier{(int)count, (int)count, 0, 0};
+}
+inline void tvm_builtin_ptx_mbarrier_arrive_arrive_shared_b64(uint32_t address, uint32_t count) {
+  MBarrier& barrier = mbarrier(address);
+  barrier.pending -= count;
+  mbarrier_check(address, barrier);
+}
+inline void tvm_builtin_ptx_mbarrier_arrive_expect_tx_arrive_expect_tx_shared_b64(uint32_t address, uint32_t bytes) {
+  MBarrier& barrier = mbarrier(address);
+  barrier.bytes += bytes, barrier.pending -= 1;
+  mbarrier_check(address, barrier);
+}
+inline void tvm_builtin_cuda_mbarrier_wait(void* pointer, int parity) {
+  Fiber& fiber = self();
+  fiber.address = shared_address(pointer), fiber.parity = parity;
+  while (mbarrier(fiber.address).phase == parity) block_on(Wait::mbarrier);
+}
+inline void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() {}
+inline void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() {}
+inline void tvm_builtin_ptx_ex2_approx_ftz_f32(float& target, float value) { target = exp2f(value); }
+inline void tvm_builtin_ptx_rcp_approx_ftz_f32(float& target, float value) { target = 1.f / value; }
+inline void tvm_builtin_ptx_lg2_approx_ftz_f32(float& target, float value) { target = log2f(value); }
+inline void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& target, float high, float low) {
+  target = ((uint32_t)float_to_bf16(high) << 16) | float_to_bf16(low);
+}
+inline void tvm_builtin_ptx_cvt_f16x2_f32_rn_f16x2_f32(uint32_t& target, float high, float low) {
+  target = ((uint32_t)float_to_f16(high) << 16) | float_to_f16(low);
+}
+template <int N>
+inline void store_matrices(uint32_t address, const uint32_t (&values)[N]) {
+  int thread = threadIdx.x, warp = thread / 32 * 32, lane = thread % 32;
+  exchange[thread] = address;
+  warp_point();
+  for (int matrix = 0; matrix < N; matrix++) {
+    uint32_t row = exchange[warp + 8 * matrix + lane / 4];
+    if (row % 16) die("stmatrix at %u", row);
+    memcpy(shared_memory + row + lane % 4 * 4, &values[matrix], 4);
+  }
+  warp_point();
+}
+inline void tvm_builtin_ptx_stmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  store_matrices<4>(address, {a, b, c, d});
+}
+inline void tvm_builtin_ptx_stmatrix_sync_aligned_m8n8_x2_shared_b16(uint32_t address, uint32_t a, uint32_t b) {
+  store_matrices<2>(address, {a, b});
+}
+#define TMA_LOAD(n) tvm_builtin_ptx_cp_async_bulk_tensor_g2s_cluster_async_bulk_tensor_##n##d_shared__cluster_global_mbarrier__complete_tx__bytes
+#define TMA_STORE(n) tvm_builtin_ptx_cp_async_bulk_tensor_s2g_async_bulk_tensor_##n##d_global_shared__cta_tile_bulk_group
+inline void TMA_LOAD(3)(uint32_t to, const void* map, int a, int b, int c, uint32_t barrier) { tma_load(to, map, {a, b, c}, barrier); }
+inline void TMA_LOAD(4)(uint32_t to, const void* map, int a, int b, int c, int d, uint32_t barrier) { tma_load(to, map, {a, b, c, d}, barrier); }
+inline void TMA_LOAD(5)(uint32_t to, const void* map, int a, int b, int c, int d, int e, uint32_t barrier) { tma_load(to, map, {a, b, c, d, e}, barrier); }
+inline void TMA_STORE(3)(const void* map, int a, int b, int c, uint32_t from) { tma_store(map, {a, b, c}, from); }
+inline void TMA_STORE(4)(const void* map, int a, int b, int c, int d, uint32_t from) { tma_store(map, {a, b, c, d}, from); }
+inline void TMA_STORE(5)(const void* map, int a, int b, int c, int d, int e, uint32_t from) { tma_store(map, {a, b, c, d, e}, from); }
+inline void tvm_builtin_ptx_cp_async_bulk_commit_group_async_bulk_commit_group() {}
+inline void tvm_builtin_ptx_cp_async_bulk_wait_group_async_bulk_wait_group_read_0() { tma_store_wait(); }
+inline void ptx_wgmma_encode_matrix_descriptor(uint64_t* target, void* address, int leading, int stride, int swizzle) {
+  uint64_t layout = swizzle == 3 ? 1 : swizzle == 2 ? 2 : swizzle == 1 ? 3 : 0;
+  *target = ((uint64_t)(shared_address(address) >> 4) & 0x3fff) | ((uint64_t)leading << 16) | ((uint64_t)stride << 32) | (layout << 62);
+}
+template <class E, int N>
+inline void na_pin(E (&)[N]) {}
+inline void tvm_builtin_ptx_wgmma_fence_fence_sync_aligned() {}
+inline void tvm_builtin_ptx_wgmma_commit_group_commit_group_sync_aligned() { wgmma_commit(); }
+inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() { wgmma_wait(0); }
+inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_1() { wgmma_wait(1); }
+
+// ------------------------------------------------------------------------------------------------ files
+inline uchar* read_tensor(const char* path, size_t bytes) {
+  uchar* memory = guarded(bytes, 0xff);
+  FILE* file = fopen(path, "rb");
+  if (!file || fread(memory, 1, bytes, file) != bytes) die("cannot read %s", path);
+  fclose(file);
+  return memory;
+}
+inline void write_tensor(const char* path, const uchar* memory, size_t bytes) {
+  FILE* file = fopen(path, "wb");
+  if (!file || fwrite(memory, 1, bytes, file) != bytes) die("cannot write %s", path);
+  fclose(file);
+}
+inline void on_fault(int) { die("an access outside the tensors, by thread %d of block %d", threadIdx.x, blockIdx.x); }
+inline void catch_faults() {
+  signal(SIGSEGV, on_fault);
+  signal(SIGBUS, on_fault);
+}
