@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from na_compiler.problem import Problem
 from na_compiler.schedules import planner, simt_planner
 from na_compiler.schedules.config import Config
+from na_compiler.schedules.sm90 import planner as sm90_planner
 from na_compiler.target import CpuTarget, CudaTarget, Target
 
 __all__ = ["Choice", "choose"]
 
 # The families of schedules for CUDA, the fastest first. Each has ``choose(problem, target, direction)``, which returns
 # a config, or in a sentence why it does not take the problem. The last one takes everything.
-_CUDA = (simt_planner,)
+_CUDA = (sm90_planner, simt_planner)
 
 
 @dataclass(frozen=True)

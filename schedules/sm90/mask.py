@@ -6,7 +6,7 @@ from typing import Any
 
 from na_compiler.schedules.sm90.plan import Plan
 from na_compiler.schedules.sm90.products import Products
-from na_compiler.schedules.sm90.trace import I, T, both, let, put, when
+from na_compiler.schedules.sm90.trace import I, T, both, let, put, register, when
 from na_compiler.schedules.sm90.work import KeyCursor, Work
 
 __all__ = ["Mask", "Rows"]
@@ -67,7 +67,7 @@ class Mask:
             windows = []
             for axis in range(self.plan.rank):
                 start, end = work.bounds(axis, work.clamp(axis, query[axis]))
-                extent = let(end - start) if self.plan.problem.is_causal[axis] else self.plan.problem.kernel_size[axis]
+                extent = register(end - start) if self.plan.problem.is_causal[axis] else self.plan.problem.kernel_size[axis]
                 # The part of a key's place that a thread knows is taken off, so that a test is one comparison.
                 windows.append((let(start - pair) if axis == self.plan.rank - 1 else let(start), extent))
             self._windows.append(windows)
@@ -96,7 +96,7 @@ class Mask:
             whole = both(whole, cursor[axis] >= start, cursor[axis] + tile[axis] <= end)
         with when(T.Not(whole)):
             for row, windows in enumerate(self._windows):
-                base = [let(cursor[axis] - windows[axis][0]) for axis in range(self.plan.rank)]
+                base = [register(cursor[axis] - windows[axis][0]) for axis in range(self.plan.rank)]
                 for group in range(self.plan.keys // 8):
                     place = self._place(8 * group)
                     *outer, last = (

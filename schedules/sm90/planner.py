@@ -1,0 +1,200 @@
+"""Chooses tiles for the schedule for Hopper by counting what they would do. Pure Python: no TVM, no GPU, milliseconds.
+
+A tile of queries visits tiles of keys that cover the union of its windows. What it visits beyond the windows is
+computed and masked, for nothing: small tiles waste less, and cost more apiece. The counts become cycles with four
+constants fitted to an H100; they need not be right, only in the right order.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.config import Config
+from na_compiler.schedules.sm90.config import Sm90
+from na_compiler.schedules.sm90.plan import MAX_BOX, MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY
+from na_compiler.target import CudaTarget
+from na_compiler.window import group_length, window_bounds
+
+__all__ = ["Candidate", "candidates", "choose", "refusal"]
+
+_ARCHITECTURE = "sm_90a"
+_PROCESSORS = 132
+# Products of 16-bit numbers, in operations a cycle of one multiprocessor, by the datasheet.
+_RATE = 4096.0
+# Cycles: of products over what the datasheet says, of a tile of keys beside its products, of masking a key of it, and
+# of a tile of queries beside its keys.
+_PRODUCTS, _TILE, _MASK, _BLOCK = 1.40, 210.0, 1.6, 3000.0
+# Exponentials are the other unit's work that grows with the keys, whatever head_dim is: cycles a key.
+_EXPONENTIALS = 7.0
+_KEYS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176)
+_STAGES = (4, 2)
+# Registers that the compiler makes do with, found by compiling.
+_REGISTERS = {2: 240, 3: 152}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A config, and what it would do for one batch entry.
+
+    Parameters
+    ----------
+    config
+        The choices.
+    cycles
+        Estimated time.
+    waste
+        Scores computed for each one that is needed.
+    masked
+        Share of the tiles of keys that need a mask.
+    blocks
+        Thread blocks.
+    shared_bytes
+        Shared memory of one.
+    """
+
+    config: Sm90
+    cycles: float
+    waste: float
+    masked: float
+    blocks: int
+    shared_bytes: int
+
+    @property
+    def waves(self) -> float:
+        """Thread blocks for each multiprocessor, which has one at a time."""
+        return self.blocks / _PROCESSORS
+
+    def __str__(self) -> str:
+        queries = "x".join(map(str, self.config.query_tile))
+        keys = "x".join(map(str, self.config.key_tile))
+        return (
+            f"{self.config.warpgroups} warpgroups of {queries} queries, keys by {keys} in {self.config.stages} stages: "
+            f"{self.waste:.2f} scores computed for each one needed, {self.masked:.0%} of the tiles masked, "
+            f"{self.waves:.1f} waves of thread blocks with {self.shared_bytes / 1024:.0f} KB"
+        )
+
+
+def choose(problem: Problem, target: CudaTarget, direction: str) -> Config | str:
+    """Return the config to compile a problem with, or in a sentence why this schedule does not take it."""
+    reason = refusal(problem, target, direction)
+    if reason:
+        return reason
+    return candidates(problem)[0].config
+
+
+def refusal(problem: Problem, target: CudaTarget, direction: str) -> str | None:
+    """Return in a sentence why the schedule does not take a problem; ``None`` if it does."""
+    dims = (problem.head_dim, problem.head_dim_v)
+    if target.architecture != _ARCHITECTURE:
+        return f"The schedule for Hopper is for cuda:{_ARCHITECTURE} alone."
+    if direction != "forward":
+        return "The schedule for Hopper has no backward yet."
+    if problem.dtype == "float32":
+        return "The schedule for Hopper takes float16 and bfloat16, not float32."
+    if any(dim % 8 or dim > 256 for dim in dims):
+        return f"The schedule for Hopper takes multiples of 8 up to 256 as head_dim, not {' and '.join(map(str, dims))}."
+    if problem.rank == 3 and any(dim % 16 for dim in dims):
+        return "In 3-D the schedule for Hopper takes multiples of 16 as head_dim: TMA has no axis left to pad it."
+    if max(problem.dilation) > MAX_ELEMENT_STRIDE:
+        return f"The schedule for Hopper takes dilations up to {MAX_ELEMENT_STRIDE}, TMA's largest step."
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def candidates(problem: Problem, count: int = 8) -> tuple[Candidate, ...]:
+    """Return the best configs of a problem that the schedule takes, the best first."""
+    found = [_measure(problem, config) for config in _configs(problem)]
+    return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
+
+
+def _configs(problem: Problem) -> Iterator[Sm90]:
+    lengths = [group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True)]
+    keys = [
+        tile
+        for extent in _KEYS
+        for tile in _boxes(extent, problem.rank)
+        if tile[-1] % 8 == 0 and _fits(problem, tile, lengths)
+    ]
+    for warpgroups in (2, 3):
+        queries = [
+            tile
+            for tile in _boxes(ROWS, problem.rank)
+            if _fits(problem, tile, [-(-lengths[0] // warpgroups), *lengths[1:]])
+        ]
+        for query_tile, key_tile in itertools.product(queries, keys):
+            for stages in _STAGES:
+                config = Sm90(query_tile, key_tile, warpgroups, stages)
+                plan = config.plan(problem)
+                if plan.shared_bytes <= SHARED_MEMORY and plan.needed_registers <= _REGISTERS[warpgroups]:
+                    yield config
+                    break
+
+
+def _fits(problem: Problem, tile: tuple[int, ...], lengths: list[int]) -> bool:
+    """Whether a box is within TMA's limit, and not twice as long as the axis it lies on."""
+    spans = [extent * dilation for extent, dilation in zip(tile, problem.dilation, strict=True)]
+    return max(spans) <= MAX_BOX and all(
+        extent < 2 * max(length, 8) for extent, length in zip(tile, lengths, strict=True)
+    )
+
+
+@functools.cache
+def _boxes(volume: int, rank: int) -> list[tuple[int, ...]]:
+    if rank == 1:
+        return [(volume,)]
+    return [
+        (extent, *rest) for extent in range(1, volume + 1) if volume % extent == 0
+        for rest in _boxes(volume // extent, rank - 1)
+    ]  # fmt: skip
+
+
+def _measure(problem: Problem, config: Sm90) -> Candidate:
+    plan = config.plan(problem)
+    visited = whole = longest = 1
+    blocks = math.prod(plan.tiles) * plan.groups
+    for axis in range(problem.rank):
+        parts = config.warpgroups if axis == 0 else 1
+        counts = _axis(problem, axis, config.query_tile[axis], parts, config.key_tile[axis], plan.skips)
+        visited, whole, longest = visited * counts[0], whole * counts[1], longest * counts[2]
+    score = ROWS * plan.keys
+    products = 2 * score * (16 * -(-problem.head_dim // 16) + problem.head_dim_v) / _RATE * _PRODUCTS
+    tile = max(products, plan.keys * _EXPONENTIALS) + _TILE
+    masked = visited - whole
+    block = (visited * tile + masked * plan.keys * _MASK) / blocks + _BLOCK
+    waves = blocks * problem.heads / _PROCESSORS
+    # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
+    cycles = block * (math.ceil(waves) if waves < 4 else waves + 0.5)
+    needed = problem.pairs()
+    return Candidate(config, cycles, visited * score / needed, masked / visited, blocks * problem.heads, plan.shared_bytes)
+
+
+@functools.lru_cache(maxsize=65536)
+def _axis(problem: Problem, axis: int, box: int, parts: int, keys: int, skips: bool) -> tuple[int, int, int]:
+    """Count along one axis, over all tiles of queries: tiles of keys visited, those in every window, the most of one."""
+    dilation, kernel = problem.dilation[axis], problem.kernel_size[axis]
+    rule = (kernel, problem.stride[axis], problem.is_causal[axis])
+    tile = box * parts
+    visited = whole = longest = 0
+    for group in range(dilation):
+        length = group_length(problem.layout[axis], dilation, group)
+        bounds = functools.partial(window_bounds, length=length, kernel_size=rule[0], stride=rule[1], is_causal=rule[2])
+        for first in range(0, length, tile):
+            low = bounds(first)[0]
+            total = 0
+            for part in range(parts):
+                begin = min(first + part * box, length - 1)
+                last = min(begin + box, length) - 1
+                last_start, first_end = bounds(last)[0], bounds(begin)[1]
+                start, end = (bounds(begin)[0], bounds(last)[1]) if skips else (low, bounds(min(first + tile, length) - 1)[1])
+                from_tile, to_tile = (start - low) // keys, -(-(end - low) // keys)
+                total += to_tile - from_tile
+                # Tiles that lie in every window of the part.
+                whole += max((first_end - low) // keys - max(-(-(last_start - low) // keys), from_tile), 0)
+            visited += total
+            longest = max(longest, total)
+    return visited, whole, longest
