@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tvm import tirx
+
 from na_compiler.schedules.sm90.maps import TensorMap
 from na_compiler.schedules.sm90.plan import Plan
 from na_compiler.schedules.sm90.trace import I, T, emit, when
-from tvm import tirx
 
 __all__ = ["Arguments", "Block"]
 
@@ -26,7 +27,7 @@ class Arguments:
     def __init__(self, plan: Plan) -> None:
         problem = plan.problem
         self.batch = tirx.Var("batch", "int64")
-        self.additional = tirx.Var("additional", "int64") if problem.additional_kv else None
+        self.additional: Expr = tirx.Var("additional", "int64") if problem.additional_kv else None
         tokens = (self.batch, *problem.layout)
         self.query = self._input("query", (*tokens, problem.heads, problem.head_dim), plan)
         self.key = self._input("key", (*tokens, problem.heads_kv, problem.head_dim), plan)
@@ -41,8 +42,8 @@ class Arguments:
         self.lse = I.arg("lse", I.buffer(_wide(shape[:-1]), "float32", align=4))
 
     @property
-    def count(self) -> Expr | None:
-        """Number of additional keys, as the device counts."""
+    def count(self) -> Expr:
+        """Number of additional keys, as the device counts; ``None`` without them."""
         return None if self.additional is None else T.Cast("int32", self.additional)
 
     @staticmethod

@@ -15,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+
 from na_compiler.schedules.sm90.block import Arguments, Block
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.consumer import Consumer
@@ -22,8 +25,6 @@ from na_compiler.schedules.sm90.plan import Plan
 from na_compiler.schedules.sm90.producer import Producer
 from na_compiler.schedules.sm90.trace import I, T, emit, hold, let, local, put, when
 from na_compiler.schedules.sm90.work import Work
-from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 
 __all__ = ["schedule_forward"]
 
@@ -68,9 +69,8 @@ class _Kernel:
         with I.If(block.warp < 4):
             with I.Then():
                 emit(T.ptx.setmaxnreg.dec.sync.aligned.u32(loading))
-                with when(block.warp == 0):
-                    with when(T.cuda.elect_sync() != T.uint32(0)):
-                        self._work(Producer(block).load, extra)
+                with when(block.warp == 0), when(T.cuda.elect_sync() != T.uint32(0)):
+                    self._work(Producer(block).load, extra)
             with I.Else():
                 emit(T.ptx.setmaxnreg.inc.sync.aligned.u32(computing))
                 self._work(Consumer(block).compute, extra)

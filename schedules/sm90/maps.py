@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.sm90.plan import Columns, Plan
-from na_compiler.schedules.sm90.trace import I, T, emit, maximum, when
-from tvm import tirx
+from na_compiler.schedules.sm90.trace import I, T, emit
 
 __all__ = ["TensorMap"]
 
@@ -50,8 +49,6 @@ class TensorMap:
         self.has_head_axis = axes < 3
         self.rank = axes + (3 if self.has_head_axis else 2)
         self.handle = I.Bind(T.tvm_stack_alloca("tensormap", 1))
-        *_, heads, _ = buffer.shape
-        self._heads_apart = columns.extent
 
     def encode(self) -> None:
         """Emit the call that fills the map in, where the tensor is not empty."""
@@ -61,7 +58,12 @@ class TensorMap:
         box, step = self.box, self.dilation
         span = [extent * stride for extent, stride in zip(box, step, strict=True)]
         if self.has_head_axis:
-            extents, pitches, boxes, steps = [self.columns.extent, heads], [head_stride], [self.columns.width, 1], [1, 1]
+            extents, pitches, boxes, steps = (
+                [self.columns.extent, heads],
+                [head_stride],
+                [self.columns.width, 1],
+                [1, 1],
+            )
         else:
             extents, pitches, boxes, steps = [heads * self.columns.extent], [], [self.columns.width], [1]
         extents += [*reversed(tokens), batch]

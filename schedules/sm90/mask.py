@@ -67,7 +67,9 @@ class Mask:
             windows = []
             for axis in range(self.plan.rank):
                 start, end = work.bounds(axis, work.clamp(axis, query[axis]))
-                extent = register(end - start) if self.plan.problem.is_causal[axis] else self.plan.problem.kernel_size[axis]
+                extent = (
+                    register(end - start) if self.plan.problem.is_causal[axis] else self.plan.problem.kernel_size[axis]
+                )
                 # The part of a key's place that a thread knows is taken off, so that a test is one comparison.
                 windows.append((let(start - pair) if axis == self.plan.rank - 1 else let(start), extent))
             self._windows.append(windows)
@@ -99,9 +101,7 @@ class Mask:
                 base = [register(cursor[axis] - windows[axis][0]) for axis in range(self.plan.rank)]
                 for group in range(self.plan.keys // 8):
                     place = self._place(8 * group)
-                    *outer, last = (
-                        (base[axis] + place[axis], windows[axis][1]) for axis in range(self.plan.rank)
-                    )
+                    *outer, last = ((base[axis] + place[axis], windows[axis][1]) for axis in range(self.plan.rank))
                     others = both(*(self._inside(key, extent) for key, extent in outer))
                     for e in (0, 1):
                         keep = both(others, self._inside(last[0] + e, last[1]))
@@ -132,5 +132,3 @@ class Mask:
             found.insert(0, column % extent)
             column //= extent
         return found
-
-

@@ -90,19 +90,18 @@ def choose(problem: Problem, target: CudaTarget, direction: str) -> Config | str
 def refusal(problem: Problem, target: CudaTarget, direction: str) -> str | None:
     """Return in a sentence why the schedule does not take a problem; ``None`` if it does."""
     dims = (problem.head_dim, problem.head_dim_v)
-    if target.architecture != _ARCHITECTURE:
-        return f"The schedule for Hopper is for cuda:{_ARCHITECTURE} alone."
-    if direction != "forward":
-        return "The schedule for Hopper has no backward yet."
-    if problem.dtype == "float32":
-        return "The schedule for Hopper takes float16 and bfloat16, not float32."
-    if any(dim % 8 or dim > 256 for dim in dims):
-        return f"The schedule for Hopper takes multiples of 8 up to 256 as head_dim, not {' and '.join(map(str, dims))}."
-    if problem.rank == 3 and any(dim % 16 for dim in dims):
-        return "In 3-D the schedule for Hopper takes multiples of 16 as head_dim: TMA has no axis left to pad it."
-    if max(problem.dilation) > MAX_ELEMENT_STRIDE:
-        return f"The schedule for Hopper takes dilations up to {MAX_ELEMENT_STRIDE}, TMA's largest step."
-    return None
+    given = " and ".join(map(str, dims))
+    reasons = {
+        f"is for cuda:{_ARCHITECTURE} alone": target.architecture != _ARCHITECTURE,
+        "has no backward yet": direction != "forward",
+        "takes float16 and bfloat16, not float32": problem.dtype == "float32",
+        f"takes multiples of 8 up to 256 as head_dim, not {given}": any(dim % 8 or dim > 256 for dim in dims),
+        "takes multiples of 16 as head_dim in 3-D, because TMA has no axis left to pad it": (
+            problem.rank == 3 and any(dim % 16 for dim in dims)
+        ),
+        f"takes dilations up to {MAX_ELEMENT_STRIDE}, TMA's largest step": max(problem.dilation) > MAX_ELEMENT_STRIDE,
+    }
+    return next((f"The schedule for Hopper {reason}." for reason, holds in reasons.items() if holds), None)
 
 
 @functools.lru_cache(maxsize=256)
@@ -170,12 +169,14 @@ def _measure(problem: Problem, config: Sm90) -> Candidate:
     # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
     cycles = block * (math.ceil(waves) if waves < 4 else waves + 0.5)
     needed = problem.pairs()
-    return Candidate(config, cycles, visited * score / needed, masked / visited, blocks * problem.heads, plan.shared_bytes)
+    return Candidate(
+        config, cycles, visited * score / needed, masked / visited, blocks * problem.heads, plan.shared_bytes
+    )
 
 
 @functools.lru_cache(maxsize=65536)
 def _axis(problem: Problem, axis: int, box: int, parts: int, keys: int, skips: bool) -> tuple[int, int, int]:
-    """Count along one axis, over all tiles of queries: tiles of keys visited, those in every window, the most of one."""
+    """Count along one axis, over all tiles of queries: tiles of keys visited, those in every window, most of one."""
     dilation, kernel = problem.dilation[axis], problem.kernel_size[axis]
     rule = (kernel, problem.stride[axis], problem.is_causal[axis])
     tile = box * parts
@@ -190,7 +191,9 @@ def _axis(problem: Problem, axis: int, box: int, parts: int, keys: int, skips: b
                 begin = min(first + part * box, length - 1)
                 last = min(begin + box, length) - 1
                 last_start, first_end = bounds(last)[0], bounds(begin)[1]
-                start, end = (bounds(begin)[0], bounds(last)[1]) if skips else (low, bounds(min(first + tile, length) - 1)[1])
+                start, end = (
+                    (bounds(begin)[0], bounds(last)[1]) if skips else (low, bounds(min(first + tile, length) - 1)[1])
+                )
                 from_tile, to_tile = (start - low) // keys, -(-(end - low) // keys)
                 total += to_tile - from_tile
                 # Tiles that lie in every window of the part.

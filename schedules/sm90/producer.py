@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from na_compiler.schedules.sm90.block import Block
-from na_compiler.schedules.sm90.plan import Plan
 from na_compiler.schedules.sm90.trace import I, T, emit, let, local, put, when
 from na_compiler.schedules.sm90.work import KeyCursor, Work
 

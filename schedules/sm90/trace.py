@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
-from tvm.tirx.script.builder import ir as I  # noqa: N812
+from tvm.tirx.script.builder import ir as I
 
 __all__ = ["I", "T", "both", "emit", "hold", "index64", "let", "local", "maximum", "minimum", "put", "register", "when"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.sm90.plan import Plan
-from na_compiler.schedules.sm90.trace import T, both, let, maximum, minimum, put, local, when
+from na_compiler.schedules.sm90.trace import both, let, local, maximum, minimum, put, when
 from na_compiler.window import window_bounds
 
 __all__ = ["KeyCursor", "Work"]
@@ -30,7 +30,8 @@ class Work:
     def __init__(self, plan: Plan, item: Expr) -> None:
         self.plan = plan
         problem = plan.problem
-        tile, rest = [], item
+        tile: list[Expr] = []
+        rest = item
         for extent in reversed(plan.tiles):
             tile.insert(0, rest % extent)
             rest = rest // extent

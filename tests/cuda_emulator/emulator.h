@@ -2,8 +2,8 @@
 //
 // CUDA threads are cooperative fibers: a fiber runs until it meets something to wait for, so warps drift apart as far as
 // the program lets them. Asynchronous work happens as early or as late as the program allows:
-//   late_loads     TMA loads land only when no thread can go on without one (finds missing waits);
-//                  otherwise at issue (finds buffers that are overwritten too early)
+//   late_loads     TMA loads land only when no thread can go on, and only where one waits for them (finds missing
+//                  waits); otherwise at issue (finds buffers that are overwritten too early)
 //   late_products  wgmma and TMA stores happen when they are waited for (finds operands that change too early, and
 //                  results that are read too early); otherwise when their group is committed
 //   descending     the last warp and lane run first
@@ -415,11 +415,14 @@ inline void run_block(int threads, void (*body)()) {
       }
     for (int group = 0; group < threads / 128; group++)
       if (all_wait(group * 128, 128, Wait::warpgroup)) run_groups(group), progress = true;
-    if (!progress && !loads.empty()) {
-      tma_land(loads.front());
-      loads.pop_front();
-      progress = true;
-    }
+    for (size_t i = 0; !progress && i < loads.size(); i++)
+      for (int t = 0; t < threads && !progress; t++)
+        if (fibers[t].wait == Wait::mbarrier && fibers[t].address == loads[i].barrier) {
+          Load load = loads[i];
+          loads.erase(loads.begin() + i);
+          tma_land(load);
+          progress = true;
+        }
     if (!progress) {
       std::string text;
       for (int t = 0; t < threads; t += 32) {

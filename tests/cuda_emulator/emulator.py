@@ -32,8 +32,11 @@ class Order:
     descending: bool
 
 
-# The two extremes: between them a program that depends on either is found.
-ORDERS = (Order(late_loads=True, late_products=True, descending=False), Order(False, False, True))
+# Data as late as it may come and used at once, and data that comes at once and is used as late as it may be.
+ORDERS = (
+    Order(late_loads=True, late_products=False, descending=False),
+    Order(late_loads=False, late_products=True, descending=True),
+)
 
 
 class Emulator:
@@ -68,7 +71,8 @@ class Emulator:
         assert compiler, "the emulator needs a C++ compiler"
         (self.folder / "kernel.cpp").write_text(_program(text), encoding="utf-8")
         # Multiplications and additions are contracted, as nvcc does.
-        options = ["-O1", "-std=c++17", "-w", "-march=native", "-ffp-contract=fast", f"-I{_HEADER.parent}"]
+        options = ["-O1", "-fexpensive-optimizations", "-march=native", "-ffp-contract=fast"]
+        options += ["-std=c++17", "-w", f"-I{_HEADER.parent}"]
         command = [compiler, *options, "-o", str(self.folder / "kernel"), str(self.folder / "kernel.cpp")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert not result.returncode, result.stderr[:4000]
@@ -94,8 +98,7 @@ class Emulator:
             count = _span(tensor)
             (self.folder / f"{number}.bin").write_bytes(ctypes.string_at(tensor.data_ptr(), count) if count else b"")
             lines.append(f"tensor {count}")
-        for launch in self.host.run(described):
-            lines.append(self._launch(launch, numbers))
+        lines += [self._launch(launch, numbers) for launch in self.host.run(described)]
         (self.folder / "call.txt").write_text("\n".join(lines) + "\n", encoding="ascii")
         flags = "".join(str(int(flag)) for flag in (order.late_loads, order.late_products, order.descending))
         try:
@@ -144,9 +147,7 @@ def _program(text: str) -> str:
     text = text.replace("__shared__", "static").replace("__restrict__", "").replace("__grid_constant__", "")
     text = re.sub(r"alignas\(64\) |__align__\(\d+\)", "", text)
     parts = ['#include "emulator.h"', *_products(text)]
-    parts += [
-        f"inline void {name}() {{}}" for name in sorted(set(re.findall(r"tvm_builtin_ptx_setmaxnreg_\w+", text)))
-    ]
+    parts += [f"inline void {name}() {{}}" for name in sorted(set(re.findall(r"tvm_builtin_ptx_setmaxnreg_\w+", text)))]
     return "\n".join([*parts, text, _MAIN, *_launchers(kernels)])
 
 

@@ -1,4 +1,4 @@
-"""The host's part of a TensorIR function for CUDA, interpreted: tensor maps that it encodes, kernels that it launches."""
+"""The host's part of a function for CUDA, interpreted: tensor maps that it encodes, kernels that it launches."""
 
 from __future__ import annotations
 
