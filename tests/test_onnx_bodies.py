@@ -1,6 +1,7 @@
 """The portable bodies, in ONNX Runtime without our library and in onnx's own evaluator."""
 
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 import pytest
 from onnx import helper
@@ -10,6 +11,7 @@ from onnx_models import run as run_session
 
 from na_compiler.onnx import DOMAIN, add_bodies, reference_ops
 from na_compiler.problem import Problem
+from na_compiler.reference import neighborhood_attention
 
 # Elements of gathered keys up to which a case is run through the generic body: 1 GiB.
 LARGEST = 2**28
@@ -30,12 +32,34 @@ def test_generic_body(problem, run, seed):
     example.check(*run(one_node(problem), feeds(example.inputs)))
 
 
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_blocked_body(problem, seed):
+    model = one_node(problem, body="blocked", dynamic_layout=False)
+    onnx.checker.check_model(model, full_check=True)
+    made = session(model)
+    for batch, additional in ((2, 5), (1, 0)):
+        example = Forward(problem, batch=batch, additional=additional)
+        example.check(*run_session(made, feeds(example.inputs)))
+        example.check(*run_evaluator(model, feeds(example.inputs)))
+
+
+def test_blocked_functions_are_right_by_themselves(seed):
+    # The evaluator above took the generic one: it knows no overloads.
+    for problem in PROBLEMS:
+        example = Forward(problem)
+        model = one_node(problem, body="blocked", dynamic_layout=False)
+        inlined = onnx.inliner.inline_local_functions(model)
+        assert not inlined.functions
+        example.check(*run_evaluator(inlined, feeds(example.inputs)))
+
+
+@pytest.mark.parametrize("body", ["generic", "blocked"])
 @pytest.mark.parametrize("run", [run_ort, run_evaluator])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(dtype, run, seed):
+def test_half_precision(dtype, run, body, seed):
     problem = Problem((6, 7, 8), 2, 20, 3, additional_kv=True, dtype=dtype)
     example = Forward(problem)
-    example.check(*run(one_node(problem), feeds(example.inputs)))
+    example.check(*run(one_node(problem, body=body, dynamic_layout=False), feeds(example.inputs)))
 
 
 def test_case_file(seed, request):
@@ -47,6 +71,9 @@ def test_case_file(seed, request):
         model = one_node(problem)
         for run in (run_ort, run_evaluator):
             example.check(*run(model, feeds(example.inputs)))
+        model = one_node(problem, body="blocked", dynamic_layout=False)
+        assert model.ByteSize() < 200_000
+        example.check(*run_ort(model, feeds(example.inputs)))
 
 
 @pytest.mark.parametrize("run", [run_ort, run_evaluator])
@@ -101,7 +128,7 @@ def two_nodes(problem, attributes, body, *, additional):
 
 
 @pytest.mark.parametrize("run", [run_ort, run_evaluator])
-@pytest.mark.parametrize("body", ["generic"])
+@pytest.mark.parametrize("body", ["generic", "blocked"])
 def test_nodes_with_and_without_additional_keys_in_one_model(body, run, seed):
     problem = Problem((8, 9), 2, 8, 3, additional_kv=True)
     model = two_nodes(problem, {"kernel_size": [5, 4]}, body, additional=False)
@@ -111,11 +138,31 @@ def test_nodes_with_and_without_additional_keys_in_one_model(body, run, seed):
     second = Forward(Problem((8, 9), 2, 8, (5, 4)), batch=2)
     second.inputs = [first.output.float(), *first.inputs[1:3]]
     exact = [tensor.double() for tensor in second.inputs]
-    from na_compiler.reference import neighborhood_attention
-
     second.output, _ = neighborhood_attention(first.output, *exact[1:], (5, 4))
     second.lse = first.lse
     second.check(results[0], results[1])
+
+
+@pytest.mark.parametrize("run", [run_ort, run_evaluator])
+@pytest.mark.parametrize("body", ["generic", "blocked"])
+def test_nodes_of_several_windows_in_one_model(body, run, seed):
+    problem = Problem((8, 9), 2, 8, 3)
+    model = two_nodes(problem, {"kernel_size": [5, 4], "is_causal": [1, 0]}, body, additional=True)
+    assert len(model.functions) == (1 if body == "generic" else 3)
+    example = Forward(problem)
+    query, key, value = (tensor.double() for tensor in example.inputs)
+    between, example.lse = neighborhood_attention(query, key, value, 3)
+    example.output, _ = neighborhood_attention(between, key, value, (5, 4), is_causal=(True, False))
+    example.check(*run(model, feeds(example.inputs)))
+
+
+def test_the_blocked_body_of_a_dynamic_layout_is_the_generic_one(caplog, seed):
+    problem = PROBLEMS[4]
+    model = one_node(problem, body="blocked")
+    assert [function.overload for function in model.functions] == [""]
+    assert "node attend has no fixed layout: it gets the generic body" in caplog.text
+    example = Forward(problem)
+    example.check(*run_ort(model, feeds(example.inputs)))
 
 
 def test_bodies_need_an_opset_and_a_known_name():

@@ -59,7 +59,7 @@ CPU_SUITE = (
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser("bench", help="time this package against torch's attention")
-    parser.add_argument("--suite", choices=["cpu"], default="cpu", help="which problems (default: cpu)")
+    parser.add_argument("--suite", choices=["cpu", "onnx"], default="cpu", help="which problems (default: cpu)")
     parser.add_argument("--threads", type=int, default=2, help="threads of everything that is timed (default: 2)")
     parser.add_argument(
         "--seconds", type=float, default=_SECONDS, help=f"time for each table row (default: {_SECONDS})"
@@ -70,6 +70,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.suite == "onnx":
+        from na_compiler.cli import bench_onnx  # noqa: PLC0415
+
+        bench_onnx.run(options)
+        return
     import torch  # noqa: PLC0415
 
     from na_compiler.target import Target  # noqa: PLC0415

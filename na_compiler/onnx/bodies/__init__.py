@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from na_compiler.onnx.bodies.attach import BODIES, add_bodies
+from na_compiler.onnx.bodies.blocked import blocked_body
 from na_compiler.onnx.bodies.generic import generic_body
 
-__all__ = ["BODIES", "add_bodies", "generic_body"]
+__all__ = ["BODIES", "add_bodies", "blocked_body", "generic_body"]

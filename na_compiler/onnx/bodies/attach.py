@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from onnx_ir.tape import Tape
 
+from na_compiler.onnx.bodies.blocked import blocked_body
 from na_compiler.onnx.bodies.generic import generic_body
 from na_compiler.onnx.nodes import attention_nodes, node_signature
 from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, VERSION, default_attribute
+from na_compiler.problem import Problem
 
 __all__ = ["BODIES", "add_bodies"]
+
+_LOG = logging.getLogger("na_compiler")
 
 BODIES = ("generic", "blocked")
 _MINIMUM_OPSET = 18
@@ -41,11 +48,11 @@ def add_bodies(model: ir.Model, body: str = "generic") -> None:
     if opset < _MINIMUM_OPSET:
         raise ValueError(f"bodies need opset {_MINIMUM_OPSET} or later, the model has {opset}; export with a later one")
     _prepare(model, nodes)
-    if body == "blocked":
-        _specialise(model, nodes, opset)
     for operator in dict.fromkeys(node.op_type for node in nodes):
         own = [node for node in nodes if node.op_type == operator]
         additional = _agree_on_additional(own)
+        if body == "blocked":
+            _specialise(model, own, opset, additional)
         # After the specialised ones: onnx's evaluator, which ignores overloads, takes the last of a name.
         function = generic_body(operator, opset, additional)
         model.functions[function.identifier()] = function
@@ -59,12 +66,27 @@ def _prepare(model: ir.Model, nodes: list[ir.Node]) -> None:
     if any(value is not None and value.shape is None for node in nodes for value in node.inputs):
         ShapeInferencePass(strict_mode=False, data_prop=True)(model)
     for node in nodes:
+        node.overload = ""
         _complete(node)
         _name_lse(node)
 
 
-def _specialise(model: ir.Model, nodes: list[ir.Node], opset: int) -> None:
-    raise NotImplementedError
+def _specialise(model: ir.Model, nodes: list[ir.Node], opset: int, additional: bool) -> None:
+    """Give each node with a fixed layout a function for its problem, by an overload of the operator."""
+    for node in nodes:
+        problem = node_signature(node).problem()
+        if problem is None:
+            _LOG.warning("node %s has no fixed layout: it gets the generic body", node.name)
+            continue
+        node.overload = _overload(problem)
+        function = blocked_body(node.op_type, opset, problem, node.overload, additional)
+        model.functions[function.identifier()] = function
+
+
+def _overload(problem: Problem) -> str:
+    """Return a name for a problem: readable, and with the rest of it as a hash."""
+    rest = hashlib.sha256(repr(problem.replace(dtype="float32")).encode()).hexdigest()[:8]
+    return f"{'x'.join(map(str, problem.layout))}_k{'x'.join(map(str, problem.kernel_size))}_{rest}"
 
 
 def _complete(node: ir.Node) -> None:
