@@ -30,7 +30,7 @@ _ROW_BLOCK = 32
 _GRAD_BLOCK = 4
 _L1_BYTES = 20 * 1024
 # Cycles, fitted to measurements: of the softmax a vector of scores, of staging a vector, of a tile beside its loops.
-_SOFTMAX, _STAGE, _TILE = 8.0, 2.5, 900.0
+_SOFTMAX, _STAGE, _TILE = 18.0, 6.0, 900.0
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,19 @@ class Machine:
     registers: int
 
     @property
-    def lanes(self) -> int:
-        """Queries of a tile: two vectors where vectors are short, so that a broadcast key element is used twice."""
-        return max(2 * self.vector, 8) if self.vector < 16 else self.vector
+    def lanes(self) -> tuple[int, ...]:
+        """Queries that a tile may have: two vectors use a broadcast key element twice, one has a tighter box."""
+        return (self.vector, 2 * self.vector) if self.vector == 16 else (max(2 * self.vector, 8),)
 
     @property
     def scores(self) -> int:
-        """Vectors of accumulators of the products that make scores: beside them, two operands.
-
-        TVM keeps local arrays of 1024 bytes and more in memory, which bounds them as well.
-        """
-        return min(12 if self.registers == 16 else 24, (1024 - 1) // (4 * self.vector))
+        """Vectors of accumulators of the products that make scores: beside them, two operands."""
+        return 12 if self.registers == 16 else 24
 
     @property
     def accumulators(self) -> int:
         """Vectors of accumulators of the other products, where there are as many operands beside them as columns."""
-        return 8 if self.registers == 16 else min(16, (1024 - 1) // (4 * self.vector))
+        return 8 if self.registers == 16 else 16
 
 
 def choose(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes:
@@ -76,7 +73,7 @@ def choose(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes
 
 def _candidates(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:
     extents = (1,) * (AXES - problem.rank) + problem.layout
-    tiles = list(_factorizations(machine.lanes))
+    tiles = [tile for lanes in machine.lanes for tile in _factorizations(lanes)]
 
     def wasted(tile: Extents) -> int:
         return sum(queries >= 2 * extent for queries, extent in zip(tile, extents, strict=True) if queries > 1)
@@ -107,8 +104,9 @@ def _complete(problem: Problem, machine: Machine, direction: str, tile: Extents,
     """Choose the rest of a config, given tile and patch."""
     bare = Tiling(tile=tile, patch=patch, vector=machine.vector)
     box = TilingPlan.make(problem, bare).axes[-1].tile_box
-    rows = machine.scores * machine.vector // machine.lanes
-    key_block = _block(box, rows)
+    vectors = math.prod(tile) // machine.vector
+    # Eight accumulators cover the latency of an addition.
+    key_block = _block(box, max(8 // vectors, 1), machine.scores // vectors)
     tiling = replace(bare, key_block=(1, 1, key_block), additional_block=round_up(64, key_block))
     tiling = _with_strip(problem, tiling)
     if direction == "backward":
@@ -173,10 +171,9 @@ def _chunk(plan: TilingPlan) -> Extents:
     return extents[0], extents[1], extents[2]
 
 
-def _block(extent: int, most: int) -> int:
+def _block(extent: int, least: int, most: int) -> int:
     """Return the block size that wastes least of an extent, of those that keep the units busy."""
-    sizes = range(max(most // 2, min(4, most)), most + 1)
-    return min(sizes, key=lambda size: (round_up(extent, size), -size))
+    return min(range(least, most + 1), key=lambda size: (round_up(extent, size), -size))
 
 
 def _divisor(value: int, most: int) -> int:
@@ -186,27 +183,37 @@ def _divisor(value: int, most: int) -> int:
 def _cycles(problem: Problem, machine: Machine, config: QueriesInLanes, direction: str) -> float:
     """Estimate the cycles of one head of one batch entry."""
     plan = TilingPlan.make(problem, config.tiling)
-    vectors = machine.lanes // machine.vector
+    lanes = math.prod(config.tiling.tile)
+    vectors = lanes // machine.vector
     depth, depth_v = plan.head_dim / machine.vector, plan.head_dim_v / machine.vector
     visited = plan.size("visited") * plan.size("chunks")
     patch_visited = plan.size("patch_visited") * plan.size("chunks")
     rows = config.tiling.key_block[-1]
-    score = max(rows * vectors, rows + vectors) / (2 * rows)  # cycles a key and an element of it
+    score = _product(rows, vectors) / rows  # a key and an element of it
     queries = math.prod(config.tiling.patch)
     columns = _divisor(max(int(depth_v), 1), max(config.accumulators // queries, 1))
-    # A chain of additions is four cycles long: fewer than eight accumulators wait for it.
-    weighted = max(queries * columns, queries + columns, 8) / (2 * queries * columns)
+    weighted = _product(queries, columns) / (queries * columns)
     if config.row_block is None and plan.size("visited") * columns * machine.vector * 4 > _L1_BYTES:
         weighted *= 1.3  # The values that the patches share do not stay in the innermost cache.
-    patches = machine.lanes // queries
+    patches = lanes // queries
     overhead = patches * plan.extents("patch_visited")[0] * plan.extents("patch_visited")[1] * 12.0
-    tile = visited * vectors * _SOFTMAX + _TILE + overhead
+    tile = visited * vectors * _SOFTMAX + _TILE * vectors + overhead
     if direction == "forward":
-        tile += visited * problem.head_dim * score + machine.lanes * patch_visited * depth_v * weighted
+        tile += visited * problem.head_dim * score + lanes * patch_visited * depth_v * weighted
     else:
         tile += visited * (problem.head_dim + problem.head_dim_v) * score
-        tile += machine.lanes * patch_visited * depth * weighted
-        tile += visited * machine.lanes * (depth + depth_v) * 0.6
+        tile += lanes * patch_visited * depth * weighted
+        tile += visited * lanes * (depth + depth_v) * 0.6
     tiles = plan.size("tiles") * plan.size("strips") * plan.size("dilation")
     staged = plan.size("strip_box") * (depth + depth_v) * _STAGE * plan.size("strips") * plan.size("dilation")
     return tiles * tile + staged
+
+
+def _product(broadcast: int, vectors: int) -> float:
+    """Estimate the cycles of adding the products of some broadcast elements with some vectors to accumulators.
+
+    Two multiply-adds a cycle; loads are slower than that where there is one for each (measured on an Intel CPU with
+    AVX-512: 15 x 1 ran at 0.63 of the rate of the units, 12 x 2 at 0.85, 4 x 2 at 0.77, 8 x 2 at 0.86). A chain of
+    additions is four cycles long: fewer than eight accumulators wait for it.
+    """
+    return 1.17 * max(broadcast * vectors / 2, 0.63 * (broadcast + vectors), 4.0)

@@ -9,6 +9,7 @@ back. Every product keeps a block of accumulators in registers.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from tvm import s_tir, tirx
 
@@ -89,7 +90,7 @@ class _Steps:
         """Return the innermost loops around a block."""
         return self.schedule.get_loops(self.schedule.get_sblock(name))[-count:]
 
-    def vectorize(self, loop, extent: int):
+    def vectorize(self, loop: Any, extent: int) -> Any:
         """Vectorize a loop by the widest vector that divides its extent; returns the loop outside."""
         outer, inner = self.schedule.split(loop, [None, math.gcd(extent, self.vector)])
         self.schedule.vectorize(inner)
@@ -149,7 +150,7 @@ class _Steps:
 
     def over_keys(self, name: str) -> None:
         """Reduce over the keys of a tile, lane by lane."""
-        lane, *u = self.loops(name, 4)
+        _, *u = self.loops(name, 4)
         extent = math.prod(self.schedule.get(loop).extent.value for loop in u)
         self._reduce(name, self.schedule.fuse(*u), extent)
 
@@ -157,7 +158,7 @@ class _Steps:
         """Reduce over head_dim, lane by lane."""
         self._reduce(name, self.loops(name, 2)[1], depth)
 
-    def _reduce(self, name: str, loop, extent: int) -> None:
+    def _reduce(self, name: str, loop: Any, extent: int) -> None:
         """Reduce in a few independent chains, then over the chains."""
         schedule, block = self.schedule, self.schedule.get_sblock(name)
         chains = max(count for count in range(1, _CHAINS + 1) if extent % count == 0)

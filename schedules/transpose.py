@@ -22,7 +22,7 @@ def transpose_intrin(size: int) -> str:
     vector = f"float32x{size}"
 
     @T.prim_func(s_tir=True)
-    def description(source: T.handle, target: T.handle):
+    def description(source: T.handle, target: T.handle):  # noqa: ANN202
         source_stride = T.int32()
         target_stride = T.int32()
         A = T.match_buffer(source, (size, size), "float32", offset_factor=1, strides=[source_stride, 1])
@@ -40,7 +40,7 @@ def transpose_intrin(size: int) -> str:
             T.buffer_store(B, row, [i, T.ramp(0, 1, size)])
 
     @T.prim_func(s_tir=True)
-    def implementation(source: T.handle, target: T.handle):
+    def implementation(source: T.handle, target: T.handle):  # noqa: ANN202
         source_stride = T.int32()
         target_stride = T.int32()
         A = T.match_buffer(source, (size, size), "float32", offset_factor=1, strides=[source_stride, 1])

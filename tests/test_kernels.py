@@ -298,9 +298,11 @@ def test_the_compiled_function_checks_its_arguments():
         "batch": (query, query.repeat(2, 1, 1, 1, 1), query, 1.0, query, lse),
     }
     for name, arguments in wrong.items():
-        with pytest.raises((ValueError, TypeError, RuntimeError)):
+        try:
             function(*arguments)
-            pytest.fail(f"a wrong {name} was accepted")
+        except (ValueError, TypeError, RuntimeError):
+            continue
+        pytest.fail(f"a wrong {name} was accepted")
 
 
 @pytest.mark.full
@@ -319,7 +321,8 @@ def test_many_random_problems(seed):
         run(
             Problem(
                 layout, heads_kv * random.choice([1, 3]), random.randint(1, 70), kernel, stride, dilation, causal,
-                heads_kv, random.randint(1, 70), random.random() < 0.3, random.choice(["float32", "bfloat16", "float16"]),
+                heads_kv, random.randint(1, 70), random.random() < 0.3,
+                random.choice(["float32", "bfloat16", "float16"]),
             ),
             additional=random.randint(0, 100),
         )  # fmt: skip

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from na_compiler.compiler import cuda
+from na_compiler.compiler import cuda, pipeline
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.runtime import threads
 from na_compiler.target import CpuTarget, CudaTarget
@@ -82,4 +82,4 @@ def _compile(spec: KernelSpec) -> Any:
     import tvm  # noqa: PLC0415
 
     with _LOCK, tvm.transform.PassContext(disabled_pass=_SKIPPED_PASSES):
-        return tvm.compile(scheduled(spec), target=spec.target.to_tvm())
+        return tvm.compile(scheduled(spec), target=spec.target.to_tvm(), tir_pipeline=pipeline.register())

@@ -3,7 +3,9 @@
 With ``P = exp(scale * query . key - lse)`` and ``delta = grad_output . output - grad_lse`` a query::
 
     dS = P * (grad_output . value - delta)
-    grad_query = scale * sum_key dS key      grad_key = scale * sum_query dS query      grad_value = sum_query P grad_output
+    grad_query = scale * sum_key dS key
+    grad_key = scale * sum_query dS query
+    grad_value = sum_query P grad_output
 
 One pass over the queries does the five products. A task has its strip's gradients of keys and values to itself, in
 a workspace, and a second loop adds up what the strips left, in a fixed order: no atomics, the same bits every time.
@@ -46,8 +48,8 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
     PrimFunc
         ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
         grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] key_space, value_space,
-        [additional_key_space, additional_value_space])``. The first ones and ``grad_output`` may have any strides but the last one, which
-        is 1; all others are contiguous. The spaces are workspace, see `Frame.space`.
+        [additional_key_space, additional_value_space])``. The first ones and ``grad_output`` may have any strides but
+        the last one, which is 1; all others are contiguous. The spaces are workspace, see `Frame.space`.
     """
     f = Frame(plan)
     extra = plan.problem.additional_kv
@@ -92,7 +94,8 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
         tensors = dict(zip(parameters, arguments, strict=True))
         written = [name for name in parameters if name == "grad_query" or name.endswith("_space")]
         read = [name for name in parameters if name in _READ]
-        with block("task", (f.batch, f.heads_kv, *f.strips)) as (batch, head, *strip):
+        # Heads innermost: those of one token lie side by side in memory, and the prefetchers bring them all.
+        with block("task", (f.batch, *f.strips, f.heads_kv)) as (batch, *strip, head):
             reads, writes = ([f.whole(tensors[name]) for name in names] for names in (read, written))
             T.reads(*reads)
             T.writes(*writes)

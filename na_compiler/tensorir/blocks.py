@@ -45,8 +45,8 @@ def reduction(name: str, spatial: tuple[Any, ...], reduced: tuple[Any, ...]) -> 
 def _nest(
     name: str, kinds: str, extents: tuple[Any, ...], where: Callable[..., Any] | None
 ) -> Iterator[tuple[Any, ...]]:
-    with T.grid(*extents) as loops, T.sblock(name):
-        loops = loops if len(extents) > 1 else (loops,)
+    with T.grid(*extents) as variables, T.sblock(name):
+        loops = variables if len(extents) > 1 else (variables,)
         iterators = T.axis.remap(kinds, list(loops))
         condition = None if where is None else where(*loops)
         if condition is not None:

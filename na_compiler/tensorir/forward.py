@@ -59,7 +59,8 @@ def forward(plan: TilingPlan) -> tirx.PrimFunc:
 
     def body(*arguments: Any) -> None:
         *tensors, scale, output, lse = arguments
-        with block("task", (f.batch, f.heads_kv, *f.strips)) as (batch, head, *strip):
+        # Heads innermost: those of one token lie side by side in memory, and the prefetchers bring them all.
+        with block("task", (f.batch, *f.strips, f.heads_kv)) as (batch, *strip, head):
             T.reads(*map(f.whole, tensors))
             T.writes(f.whole(output), f.whole(lse))
             task = _Task(f, tensors, scale, output, lse, batch, head, strip)

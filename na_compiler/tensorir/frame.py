@@ -174,7 +174,7 @@ class Additional:
         self.box = self.visited = self.patch_visited = (1, 1, frame.additional_block)
         self.masks = (False, False, True)
 
-    def at(self, batch: Expr, strip: Place, chunk: Place, head: Expr) -> Callable[[Place, Expr], Index]:
+    def at(self, batch: Expr, strip: Place, chunk: Place, head: Expr) -> Callable[..., Index]:  # noqa: ARG002
         """Return ``index(position, d)`` of a chunk; a position beyond the end gives the last key again."""
 
         def index(position: Place, d: Expr) -> Index:
@@ -183,15 +183,15 @@ class Additional:
 
         return index
 
-    def offset(self, strip: Place, tile: Place) -> Place:
+    def offset(self, strip: Place, tile: Place) -> Place:  # noqa: ARG002
         """Return where a tile's box begins in the staged one."""
         return 0, 0, 0
 
-    def patch_offset(self, strip: Place, tile: Place, patch: Place) -> Place:
+    def patch_offset(self, strip: Place, tile: Place, patch: Place) -> Place:  # noqa: ARG002
         """Return where a patch's box begins in its tile's."""
         return 0, 0, 0
 
-    def start(self, axis: int, strip: Place, tile: Place, chunk: Place) -> Expr:
+    def start(self, axis: int, strip: Place, tile: Place, chunk: Place) -> Expr:  # noqa: ARG002
         """Return the number of a chunk's first key."""
         return chunk[axis] * self.box[axis]
 
@@ -199,7 +199,7 @@ class Additional:
         """Return the place in a task's workspace of a key, given its number."""
         return [position[-1]]
 
-    def meets(self, strip: Place, tile: Place, chunk: Place) -> Expr:
+    def meets(self, strip: Place, tile: Place, chunk: Place) -> Expr:  # noqa: ARG002
         """Return whether a tile has queries."""
         return self.frame.exists(strip, tile, (0, 0, 0))
 

@@ -136,7 +136,7 @@ class AxisPlaces:
         return tirx.all(position >= self.low(strip, tile, self.axis.tile - 1), position <= self.high(strip, tile, 0))
 
     def covering(self, token: Expr, number: Expr) -> tuple[Expr, Expr, Expr]:
-        """Return, for a token and the ``number``-th strip of its group, the strip, the position, and if it is in the box."""
+        """Return the ``number``-th strip of a token's group, the token's position there, and if it is in the box."""
         axis = self.axis
         group, index = (0, token) if axis.dilation == 1 else (token % axis.dilation, token // axis.dilation)
         strip = group * axis.strips + number
