@@ -23,6 +23,10 @@ _STAGED_BYTES = 512 * 1024
 # Keys whose scores a tile may keep at once, and keys of a chunk where that is too few.
 _KEYS_AT_ONCE = 4096
 _CHUNK_KEYS = 1024
+# Tiles whose sums a task may keep from one chunk to the next.
+_KEPT_TILES = {"forward": 64, "backward": 256}
+# Most that the workspace of a backward may be, over its inputs.
+_WORKSPACE = 6.0
 # Tasks of one batch entry, below which a strip is cut smaller.
 _TASKS = 24
 _ROW_BLOCK = 32
@@ -108,7 +112,7 @@ def _complete(problem: Problem, machine: Machine, direction: str, tile: Extents,
     # Eight accumulators cover the latency of an addition.
     key_block = _block(box, max(8 // vectors, 1), machine.scores // vectors)
     tiling = replace(bare, key_block=(1, 1, key_block), additional_block=round_up(64, key_block))
-    tiling = _with_strip(problem, tiling)
+    tiling = _with_strip(problem, tiling, direction)
     if direction == "backward":
         grad_block = _divisor(TilingPlan.make(problem, tiling).axes[-1].visited, _GRAD_BLOCK)
         additional_block = round_up(64, math.lcm(key_block, grad_block))
@@ -121,14 +125,14 @@ def _complete(problem: Problem, machine: Machine, direction: str, tile: Extents,
     return QueriesInLanes(tiling, machine.accumulators, row_block)
 
 
-def _with_strip(problem: Problem, tiling: Tiling) -> Tiling:
+def _with_strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
     """Choose how many tiles share staged keys, and whether these come in chunks."""
-    chosen = _strip(problem, replace(tiling, patch=(1, 1, 1)))
+    chosen = _strip(problem, replace(tiling, patch=(1, 1, 1)), direction)
     return replace(tiling, strip=chosen.strip, chunk=chosen.chunk)
 
 
 @functools.lru_cache(maxsize=256)
-def _strip(problem: Problem, tiling: Tiling) -> Tiling:
+def _strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
     best: tuple[float, Tiling] | None = None
     counts = [_counts(axis.longest, axis.tile) for axis in TilingPlan.make(problem, tiling)]
     for strip in itertools.product(*counts):
@@ -137,7 +141,7 @@ def _strip(problem: Problem, tiling: Tiling) -> Tiling:
         staged = plan.size("strip_box") * 4 * (plan.head_dim + plan.head_dim_v)
         keys = plan.size("tile_box")
         if keys > _KEYS_AT_ONCE or staged > _STAGED_BYTES * 4:
-            if math.prod(strip) > 8:
+            if math.prod(strip) > _KEPT_TILES[direction]:
                 continue
             candidate = replace(candidate, chunk=_chunk(plan))
             plan = TilingPlan.make(problem, candidate)
@@ -151,10 +155,20 @@ def _strip(problem: Problem, tiling: Tiling) -> Tiling:
         if plan.is_chunked:
             cost *= plan.size("strip_box") / keys * 10
         cost *= plan.size("strips") * plan.size("strip") / math.prod(axis.longest for axis in plan)
+        if direction == "backward" and _workspace(problem, plan) > _WORKSPACE:
+            cost *= 1000 * _workspace(problem, plan)
         if best is None or cost < best[0]:
             best = cost, candidate
     assert best is not None
     return best[1]
+
+
+def _workspace(problem: Problem, plan: TilingPlan) -> float:
+    """Return the workspace of a backward over query, key and value in float32."""
+    box = math.prod(axis.chunk * axis.chunks for axis in plan)
+    space = problem.heads_kv * plan.size("strips") * plan.size("dilation") * box * (plan.head_dim + plan.head_dim_v)
+    inputs = problem.heads * problem.head_dim + problem.heads_kv * (problem.head_dim + problem.head_dim_v)
+    return space / (problem.tokens * inputs)
 
 
 def _counts(queries: int, tile: int) -> list[int]:
