@@ -35,7 +35,7 @@ def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt | str: 
 
 
 def _lanes(width: int) -> int:
-    """Return how many threads share a row: more for longer ones, and at least four, so that neighbours read together."""
+    """Return how many threads share a row: more for longer ones, at least four, so that neighbours read together."""
     lanes = 4
     while lanes < _WARP and width > lanes * _ELEMENTS:
         lanes *= 2

@@ -46,6 +46,7 @@ def draw(
     additional: int = 5,
     scale: float | None = None,
     tokens: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> Example:
     """Draw inputs in the problem's dtype; the reference sees them as they are rounded to it.
 
@@ -64,12 +65,12 @@ def draw(
             (batch, additional, problem.heads_kv, problem.head_dim),
             (batch, additional, problem.heads_kv, problem.head_dim_v),
         ]
-    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
-    grad_output = torch.randn(*layout, problem.heads, problem.head_dim_v).to(dtype)
-    grad_lse = torch.randn(*layout, problem.heads)
+    inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    grad_output = torch.randn(*layout, problem.heads, problem.head_dim_v, device=device).to(dtype)
+    grad_lse = torch.randn(*layout, problem.heads, device=device)
     some_output, some_lse = grad_output, grad_lse
     if tokens is not None:
-        others = torch.ones(problem.tokens, dtype=torch.bool).index_fill(0, tokens, value=False)
+        others = torch.ones(problem.tokens, dtype=torch.bool, device=device).index_fill(0, tokens, value=False)
         grad_output.flatten(1, -3)[:, others] = 0
         grad_lse.flatten(1, -2)[:, others] = 0
         some_output, some_lse = grad_output.flatten(1, -3)[:, tokens], grad_lse.flatten(1, -2)[:, tokens]
@@ -98,32 +99,41 @@ def _magnitudes(problem: Problem, exact: list[torch.Tensor], grad_output: torch.
     return [(steep * key).norm().item(), by_key.norm().item(), 0.0, 0.0, 0.0]
 
 
-def check(name: str, result: torch.Tensor, reference: torch.Tensor, dtype: str, *, floor: float = 0.0) -> None:
-    """Assert that a result is as near to the reference as its dtype allows."""
+def check(name: str, result: torch.Tensor, reference: torch.Tensor, dtype: str, *, floor: float = 0.0) -> float:
+    """Assert that a result is as near to the reference as its dtype allows; returns the relative error."""
     assert result.shape == reference.shape, f"{name}: shape {tuple(result.shape)}, not {tuple(reference.shape)}"
     if reference.numel() == 0:
-        return
+        return 0.0
     norm = max(reference.norm().item(), floor)
     error = (result.double() - reference).norm().item()
     relative = error / norm if norm else error
     assert math.isfinite(relative), f"{name}: not finite: an output was not written, or overflowed"
     assert relative < TOLERANCE[dtype], f"{name}: relative error {relative:.2e}"
+    return relative
 
 
-def check_forward(example: Example, output: torch.Tensor, lse: torch.Tensor) -> None:
+def check_forward(example: Example, output: torch.Tensor, lse: torch.Tensor) -> dict[str, float]:
+    """Check output and lse; returns their errors."""
     assert torch.isfinite(output).all(), "output: not finite: not written, or overflowed"
     assert torch.isfinite(lse).all(), "lse: not finite: not written, or overflowed"
     if example.tokens is not None:
         output, lse = output.flatten(1, -3)[:, example.tokens], lse.flatten(1, -2)[:, example.tokens]
-    check("output", output, example.output, example.problem.dtype)
+    error = check("output", output, example.output, example.problem.dtype)
     # lse is float32 whatever the inputs are; it may pass through 0, so its scale is at least 1 an element.
-    check("lse", lse, example.lse, "float32", floor=math.sqrt(max(example.lse.numel(), 1)))
+    return {
+        "output": error,
+        "lse": check("lse", lse, example.lse, "float32", floor=math.sqrt(max(example.lse.numel(), 1))),
+    }
 
 
-def check_backward(example: Example, grads) -> None:
+def check_backward(example: Example, grads) -> dict[str, float]:
+    """Check gradients; returns their errors."""
     names = ("grad_query", "grad_key", "grad_value", "grad_additional_keys", "grad_additional_values")
-    for name, grad, reference, magnitude in zip(names, grads, example.grads, example.magnitudes, strict=False):
-        check(name, grad, reference, example.problem.dtype, floor=magnitude)
+    each = zip(names, grads, example.grads, example.magnitudes, strict=False)
+    return {
+        name: check(name, grad, reference, example.problem.dtype, floor=magnitude)
+        for name, grad, reference, magnitude in each
+    }
 
 
 _GUARD = 1 << 14
@@ -146,4 +156,4 @@ def guards_are_whole(*tensors: torch.Tensor) -> bool:
 
 def poisoned(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Return contiguous tensors of these shapes and dtypes, full of NaN."""
-    return [torch.full(tensor.shape, math.nan, dtype=tensor.dtype) for tensor in tensors]
+    return [torch.full(tensor.shape, math.nan, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]

@@ -7,7 +7,7 @@ or key, so that a schedule can keep it in the registers of the threads that have
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import ir, tirx
@@ -20,6 +20,7 @@ from na_compiler.window import group_length, query_bounds, window_bounds
 
 __all__ = [
     "AdditionalChunks",
+    "At",
     "Buffer",
     "Chunks",
     "DirectFrame",
@@ -32,7 +33,7 @@ __all__ = [
 
 Buffer = Any
 Expr = Any
-Place = tuple[Expr, Expr, Expr]
+Place = Sequence[Any]
 # From the place in a row to the indices of its tensor.
 At = Callable[[Expr], list[Expr]]
 # The same for each row of a chunk.
@@ -249,12 +250,16 @@ class Chunks:
     """
 
     prefix: str
-    counts: tuple[Expr, Expr, Expr]
+    counts: tuple[Any, Any, Any]
     size: Extents
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
         """Return where in its tensor a row of a chunk is, between the batch and the head."""
         raise NotImplementedError
+
+    def rows(self, chunk: Place, batch: Expr, head: Expr) -> Rows:
+        """Return the indices of the elements of the rows of a chunk."""
+        return lambda place: lambda d: [batch, *self.token(chunk, place), head, d]
 
     def exists(self, chunk: Place, place: Place) -> Expr | None:
         """Return whether a row of a chunk is to be visited; ``None`` if all are."""
@@ -282,6 +287,7 @@ class _Interval(Chunks):
         self.f, self.base, self.count = f, base, count
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
+        """Return where in its tensor a row of a chunk is, between the batch and the head."""
         token = [
             base[0] + (part * size + at) * axis.dilation
             for base, part, size, at, axis in zip(self.base, chunk, self.size, place, self.f.plan.axes, strict=True)
@@ -289,12 +295,14 @@ class _Interval(Chunks):
         return token[AXES - self.f.problem.rank :]
 
     def number(self, chunk: Place, place: Place) -> Expr:
+        """Return the number of the token that a row of a chunk is."""
         number: Expr = 0
         for x, extent in zip(self.token(chunk, place), self.f.problem.layout, strict=True):
             number = number * extent + x
         return number
 
     def exists(self, chunk: Place, place: Place) -> Expr | None:
+        """Return whether a row of a chunk is to be visited; ``None`` if all are."""
         conditions = [
             part * size + at < count[0]
             for count, part, size, at in zip(self.count, chunk, self.size, place, strict=True)
@@ -354,12 +362,15 @@ class AdditionalChunks(Chunks):
         self.counts = (1, 1, tirx.ceildiv(f.additional, tirx.IntImm("int64", f.plan.key_count)))
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
+        """Return where in its tensor a row of a chunk is, between the batch and the head."""
         return [chunk[-1] * self.size[-1] + place[-1]]
 
     def exists(self, chunk: Place, place: Place) -> Expr | None:
+        """Return whether a row of a chunk is to be visited; ``None`` if all are."""
         return None if self.size[-1] == 1 else chunk[-1] * self.size[-1] + place[-1] < self.f.additional
 
-    def meets(self, chunk: Place) -> Expr | None:
+    def meets(self, chunk: Place) -> Expr | None:  # noqa: ARG002
+        """Return whether any row of a chunk is to be visited; ``None`` if always."""
         return None
 
 
@@ -374,12 +385,15 @@ class StripChunks(Chunks):
         self.counts = (1, 1, -(-f.plan.strip // f.plan.query_count))
 
     def number(self, chunk: Place, place: Place) -> Expr:
+        """Return the number of the token that a row of a chunk is."""
         return self.strip * self.f.plan.strip + chunk[-1] * self.size[-1] + place[-1]
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
+        """Return where in its tensor a row of a chunk is, between the batch and the head."""
         return self.f.token(self.number(chunk, place))
 
     def exists(self, chunk: Place, place: Place) -> Expr | None:
+        """Return whether a row of a chunk is to be visited; ``None`` if all are."""
         inside = self.number(chunk, place) < self.f.problem.tokens
         if self.f.plan.strip % self.size[-1] == 0:
             return inside

@@ -17,6 +17,7 @@ from na_compiler.tensorir.arithmetic import LOG2_E
 from na_compiler.tensorir.blocks import block, prim_func, reduction
 from na_compiler.tensorir.direct import (
     AdditionalChunks,
+    At,
     Buffer,
     Chunks,
     DirectFrame,
@@ -103,9 +104,11 @@ class _Query:
         f, p, tensors = self.f, self.f.problem, self.tensors
         self.Q = f.load("query", tensors["query"], self.at, p.head_dim, tensors["scale"] * T.float32(LOG2_E))
         self.G = f.load("grad", tensors["grad_output"], self.at, p.head_dim_v)
-        dot = f.dot(
-            "dot", p.head_dim_v, lambda d: self.G[d] * f.element(tensors["output"], self.at, d, p.head_dim_v)
-        )  # fmt: skip
+
+        def product(d: Any) -> Any:
+            return self.G[d] * f.element(tensors["output"], self.at, d, p.head_dim_v)
+
+        dot = f.dot("dot", p.head_dim_v, product)
         at = [self.batch, *self.token, self.head]
         self.delta = scalar("delta", dot[0] - tensors["grad_lse"][at])
         self.exponent = scalar("exponent", tensors["lse"][at] * T.float32(LOG2_E))
@@ -123,11 +126,10 @@ class _Query:
         """Add what every chunk of keys gives."""
         f, p, prefix = self.f, self.f.problem, chunks.prefix
         keys, values = self.tensors[key], self.tensors[value]
-        head_kv = self.head // p.group_size
         with block(f"{prefix}chunk", chunks.counts, where=lambda *chunk: chunks.meets(chunk)) as chunk:
             T.reads(*map(f.whole, (self.Q, self.G, self.D, keys, values)))
             T.writes(f.whole(self.D))
-            at = lambda place: lambda d: [self.batch, *chunks.token(chunk, place), head_kv, d]  # noqa: E731
+            at = chunks.rows(chunk, self.batch, self.head // p.group_size)
             S = f.products(f"{prefix}score", chunks, chunk, self.Q, keys, at, p.head_dim)
             dP = f.products(f"{prefix}grad_weight", chunks, chunk, self.G, values, at, p.head_dim_v)
             slope = registers(chunks.size)
@@ -145,7 +147,7 @@ def _key_task(f: DirectFrame, tensors: dict[str, Buffer]) -> None:
         T.reads(*(f.whole(tensors[name]) for name in names))
         T.writes(f.whole(tensors["grad_key"]), f.whole(tensors["grad_value"]))
         token, is_row = f.token(f.row(part, place)), f.is_row(part, place)
-        at = lambda d: [batch, *token, head, d]  # noqa: E731
+        at = _row(batch, token, head)
         key = _Key(f, tensors, batch, head, tensors["key"], tensors["value"], at)
         key.collect(QueryChunks(f, token))
         for name, gradient, width, factor, target in (
@@ -154,6 +156,10 @@ def _key_task(f: DirectFrame, tensors: dict[str, Buffer]) -> None:
         ):
             with block(name, (f.padded(width),), where=_inside(is_row, width)) as (d,):
                 T.buffer_store(target, T.Cast(f.dtype, gradient[d] * factor), at(d))
+
+
+def _row(batch: Any, token: list[Any], head: Any) -> At:
+    return lambda d: [batch, *token, head, d]
 
 
 def _inside(is_row: Any, width: int) -> Callable[[Any], Any]:
@@ -169,7 +175,7 @@ def _additional_task(f: DirectFrame, tensors: dict[str, Buffer]) -> None:
         T.reads(*(f.whole(tensors[name]) for name in names))
         T.writes(*map(f.whole, spaces.values()))
         number, is_row = f.additional_row(part, place)
-        at = lambda d: [batch, number, head, d]  # noqa: E731
+        at = _row(batch, [number], head)
         key = _Key(f, tensors, batch, head, tensors["additional_keys"], tensors["additional_values"], at)
         key.collect(StripChunks(f, strip))
         for (name, space), gradient in zip(spaces.items(), (key.DK, key.DV), strict=True):
@@ -198,7 +204,7 @@ class _Key:
             T.reads(*map(f.whole, (self.K, self.V, self.DK, self.DV, *read)))
             T.writes(f.whole(self.DK), f.whole(self.DV))
             head = self.head * p.group_size + member
-            at = lambda place: lambda d: [self.batch, *chunks.token(chunk, place), head, d]  # noqa: E731
+            at = chunks.rows(chunk, self.batch, head)
             queries, grads = tensors["query"], tensors["grad_output"]
             S = f.products(f"{prefix}score", chunks, chunk, self.K, queries, at, p.head_dim)
             dP = f.products(f"{prefix}grad_weight", chunks, chunk, self.V, grads, at, p.head_dim_v)

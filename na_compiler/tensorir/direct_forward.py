@@ -54,12 +54,15 @@ class _Query:
         self.batch, self.head, self.token = batch, head, token
         self.head_kv = head // f.problem.group_size
 
+    def at(self, d: Any) -> list[Any]:
+        """Return the indices of an element of the query."""
+        return [self.batch, *self.token, self.head, d]
+
     def attend(self, is_row: Any) -> None:
         """Compute output and lse of the query, and store them if it is one."""
         f, width = self.f, self.f.problem.head_dim_v
         factor = self.tensors["scale"] * T.float32(LOG2_E)
-        at = lambda d: [self.batch, *self.token, self.head, d]  # noqa: E731
-        self.Q = f.load("query", self.tensors["query"], at, f.problem.head_dim, factor)
+        self.Q = f.load("query", self.tensors["query"], self.at, f.problem.head_dim, factor)
         self.highest, self.total = registers((1,)), registers((1,))
         for name, buffer, value in (("highest", self.highest, LOWEST), ("total", self.total, 0.0)):
             with block(f"start_{name}", (1,)) as (zero,):
@@ -71,7 +74,7 @@ class _Query:
         inverse = scalar("inverse", T.float32(1) / self.total[0])
         natural = scalar("natural", (self.highest[0] + T.log2(self.total[0])) * T.float32(LN2))
         with block("output", (f.padded(width),), where=lambda d: tirx.all(is_row, d < width)) as (d,):
-            T.buffer_store(self.tensors["output"], T.Cast(f.dtype, self.O[d] * inverse[0]), at(d))
+            T.buffer_store(self.tensors["output"], T.Cast(f.dtype, self.O[d] * inverse[0]), self.at(d))
         with block("lse", (1,), where=lambda _: is_row) as (zero,):
             T.buffer_store(self.tensors["lse"], natural[zero], [self.batch, *self.token, self.head])
 
@@ -82,7 +85,7 @@ class _Query:
         with block(f"{chunks.prefix}chunk", chunks.counts, where=lambda *chunk: chunks.meets(chunk)) as chunk:
             T.reads(f.whole(self.Q), f.whole(self.tensors[key]), f.whole(self.tensors[value]), *kept)
             T.writes(*kept)
-            at = lambda place: lambda d: [self.batch, *chunks.token(chunk, place), self.head_kv, d]  # noqa: E731
+            at = chunks.rows(chunk, self.batch, self.head_kv)
             scores = self.scores(chunks, chunk, self.tensors[key], at)
             self.merge(chunks, chunk, scores, self.tensors[value], at)
 
