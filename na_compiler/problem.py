@@ -131,6 +131,11 @@ class Problem:
         return len(self.layout)
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of query, key, value and output."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def tokens(self) -> int:
         """Tokens of one batch entry."""
         return math.prod(self.layout)

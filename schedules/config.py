@@ -44,6 +44,10 @@ class Config(ABC):
     def workspace(self, problem: Problem, direction: str) -> Workspace:
         """Return what kernels of this config need beside inputs and outputs."""
 
+    def alignment(self, problem: Problem) -> int:
+        """Return the bytes that addresses and strides of query, key, value and the like have to be multiples of."""
+        return problem.element_bytes
+
 
 @dataclass(frozen=True)
 class QueriesInLanes(Config):
@@ -96,6 +100,8 @@ class Simt(Config):
         Queries, or keys, of a thread block.
     keys, queries
         Keys of a window, and queries that see a key, whose scores are computed together, per axis.
+    vector
+        Elements of a row that are read together; divides head_dim and head_dim_v.
     strip
         Tokens whose part of the gradients of additional keys is summed by one group of threads.
     """
@@ -104,6 +110,7 @@ class Simt(Config):
     rows: int
     keys: Extents
     queries: Extents
+    vector: int
     strip: int
 
     module = "na_compiler.schedules.simt"
@@ -115,7 +122,13 @@ class Simt(Config):
 
     def plan(self, problem: Problem) -> DirectPlan:
         """Return how the direct description is cut."""
-        return DirectPlan(problem, self.lanes, self.rows, self.keys, self.queries, self.strip, "threadIdx.x")
+        return DirectPlan(
+            problem, self.lanes, self.rows, self.keys, self.queries, self.vector, self.strip, "threadIdx.x"
+        )
+
+    def alignment(self, problem: Problem) -> int:
+        """Return the size of a vector."""
+        return self.vector * problem.element_bytes
 
     def workspace(self, problem: Problem, direction: str) -> Workspace:
         """Return, for a backward, a number for each query, and the strips' parts of the additional keys' gradients."""

@@ -70,18 +70,22 @@ def _inside(schedule: s_tir.Schedule, config: Simt, outer: Any) -> None:
             continue
         name = schedule.get(step).name_hint.removeprefix("additional_").removeprefix("strip_")
         loops = schedule.get_loops(step)
-        if name in _LAST:
-            loops[-1:] = [_spread(schedule, config, loops[-1])]
+        if name.endswith("_rows"):
+            vectors, elements = _spread(schedule, config, loops[-1])
+            schedule.vectorize(elements)
+            loops[-1:] = [vectors]
+        elif name in _LAST:
+            loops[-1:] = _spread(schedule, config, loops[-1])
         elif name in _FIRST:
-            loops[:1] = [_spread(schedule, config, loops[0])]
+            loops[:1] = _spread(schedule, config, loops[0])
         for loop in loops[:1] if name in _LONG else loops:
             # Loops over lanes, which blocks that change a row in place have from the start, stay as they are.
             if schedule.get(loop).thread_binding is None:
                 schedule.unroll(loop)
 
 
-def _spread(schedule: s_tir.Schedule, config: Simt, loop: Any) -> Any:
-    """Spread a loop over the lanes; returns the loop over what is left for each."""
-    rest, lanes = schedule.split(loop, [None, config.lanes])
+def _spread(schedule: s_tir.Schedule, config: Simt, loop: Any) -> tuple[Any, Any]:
+    """Spread a loop over the lanes; returns the loops over vectors, and over the elements of one, of each lane."""
+    vectors, lanes, elements = schedule.split(loop, [None, config.lanes, config.vector])
     schedule.bind(lanes, "threadIdx.x")
-    return rest
+    return vectors, elements

@@ -10,16 +10,21 @@ from na_compiler.problem import Problem
 from na_compiler.schedules.config import Simt
 from na_compiler.target import CudaTarget
 from na_compiler.tensorir.direct_plan import DirectPlan
-from na_compiler.tensorir.tiling import AXES, Extents
+from na_compiler.tensorir.tiling import AXES, Extents, round_up
 
 __all__ = ["choose"]
 
 _THREADS = 128  # Of a block.
 _WARP = 32
-# Elements of a row that one thread keeps. A thread holds a few rows: query, sums, and those that are being read.
+_VECTOR_BYTES = 16  # What one thread reads at once.
+# Elements of a row that one thread keeps, in float32: of a query and of its sums.
 _ELEMENTS = 16
+# Registers of a thread for rows of a chunk.
+_STAGED = 64
 # Scores that are computed together: their loads and additions overlap.
 _AT_ONCE = 8
+# Threads of one batch entry, below which a row is shared by more of them.
+_MANY = 1 << 17
 _STRIP = 128
 # What a chunk costs beside its rows, in rows: the sums so far are scaled, and loops turn.
 _CHUNK = 1.5
@@ -27,33 +32,51 @@ _CHUNK = 1.5
 
 def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt | str:  # noqa: ARG001
     """Return the config to compile a problem with: this schedule takes all problems, on every target."""
-    lanes = _lanes(max(problem.head_dim, problem.head_dim_v))
+    vector = _vector(problem)
+    lanes = _lanes(problem, vector)
+    elements = round_up(max(problem.head_dim, problem.head_dim_v), lanes * vector) // lanes
+    staged = elements * problem.element_bytes // 4 * (1 if direction == "forward" else 2)
+    at_once = max(1, min(_AT_ONCE, _STAGED // max(staged, 1)))
     axes = DirectPlan(problem).axes
-    keys = _chunk([axis.kernel_size for axis in axes])
-    queries = _chunk([axis.most_queries for axis in axes])
-    return Simt(lanes=lanes, rows=_THREADS // lanes, keys=keys, queries=queries, strip=_STRIP)
+    return Simt(
+        lanes=lanes,
+        rows=_THREADS // lanes,
+        keys=_chunk([axis.kernel_size for axis in axes], at_once),
+        queries=_chunk([axis.most_queries for axis in axes], at_once),
+        vector=vector,
+        strip=_STRIP,
+    )
 
 
-def _lanes(width: int) -> int:
-    """Return how many threads share a row: more for longer ones, at least four, so that neighbours read together."""
-    lanes = 4
-    while lanes < _WARP and width > lanes * _ELEMENTS:
+def _vector(problem: Problem) -> int:
+    """Return the elements that a thread reads at once: a power of two that divides both head_dims."""
+    most = _VECTOR_BYTES // problem.element_bytes
+    return math.gcd(problem.head_dim, problem.head_dim_v, most)
+
+
+def _lanes(problem: Problem, vector: int) -> int:
+    """Return how many threads share a row: as few as can keep it, or more where there are few rows."""
+    width = max(problem.head_dim, problem.head_dim_v)
+    lanes = 1
+    while lanes < _WARP and round_up(width, lanes * vector) > lanes * max(_ELEMENTS, vector):
+        lanes *= 2
+    while lanes < _WARP and problem.tokens * problem.heads * lanes < _MANY and width % (2 * lanes * vector) == 0:
         lanes *= 2
     return lanes
 
 
-def _chunk(extents: list[int]) -> Extents:
+def _chunk(extents: list[int], at_once: int) -> Extents:
     """Return the chunk that visits least rows beyond the extents, and not too few at once."""
 
     def cost(chunk: Extents) -> float:
         counts = [-(-extent // size) for extent, size in zip(extents, chunk, strict=True)]
         return math.prod(counts) * (math.prod(chunk) + _CHUNK)
 
-    return min(_chunks(extents), key=cost)
+    return min(_chunks(extents, at_once), key=cost)
 
 
-def _chunks(extents: list[int]) -> Iterator[Extents]:
-    for chunk in itertools.product(*(range(1, min(extent, _AT_ONCE) + 1) for extent in extents)):
-        if math.prod(chunk) <= _AT_ONCE:
+def _chunks(extents: list[int], at_once: int) -> Iterator[Extents]:
+    for chunk in itertools.product(*(range(1, min(extent, at_once) + 1) for extent in extents)):
+        if math.prod(chunk) <= at_once:
             assert len(chunk) == AXES
             yield chunk[0], chunk[1], chunk[2]

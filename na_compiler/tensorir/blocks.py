@@ -55,18 +55,18 @@ def _nest(
 
 
 @contextlib.contextmanager
-def update(name: str, extents: tuple[int, ...], vector: int, thread: str = "") -> Iterator[tuple[Any, ...]]:
-    """Open a loop nest and a block that changes a buffer in place; yields its iterators.
+def update(name: str, extents: tuple[int, ...], vector: int) -> Iterator[tuple[Any, ...]]:
+    """Open a loop nest, vectorised over its last axis, and a block that changes a buffer in place.
 
-    TensorIR's schedule refuses to vectorise or bind a block that reads what it writes, so these loops are written as
-    they are to run: the last axis in parts of ``vector``, vectorised, or on the threads of that name.
+    Yields the block's iterators. TensorIR's schedule refuses to vectorise a block that reads what it writes, so these
+    loops are written as they are to run.
     """
     *outer, width = extents
     if width % vector:
         vector = 1
     with contextlib.ExitStack() as stack:
         loops = stack.enter_context(T.grid(*outer, width // vector))
-        lane = stack.enter_context(T.thread_binding(vector, thread=thread) if thread else T.vectorized(vector))
+        lane = stack.enter_context(T.vectorized(vector))
         stack.enter_context(T.sblock(name))
         *places, part = loops if outer else (loops,)
         iterators = [T.axis.spatial(extent, place) for extent, place in zip(outer, places, strict=True)]

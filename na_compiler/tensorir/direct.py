@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import ir, tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from na_compiler.tensorir.blocks import block, reduction, update
+from na_compiler.tensorir.blocks import block, reduction
 from na_compiler.tensorir.direct_plan import DirectAxis, DirectPlan
-from na_compiler.tensorir.tiling import AXES, Extents, round_up
+from na_compiler.tensorir.tiling import AXES, Extents
 from na_compiler.window import group_length, query_bounds, window_bounds
 
 __all__ = [
@@ -141,23 +142,37 @@ class DirectFrame:
 
     def padded(self, width: int) -> int:
         """Return a row's width, rounded up so that lanes have equal parts."""
-        return round_up(width, self.plan.lanes)
+        return self.plan.padded(width)
 
-    def element(self, source: Buffer, at: At, d: Expr, width: int, exists: Expr | None = None) -> Expr:
-        """Return an element of a row in float32; 0 beyond the row's width, and where the row does not exist."""
-        conditions = [] if exists is None else [exists]
-        if self.padded(width) != width:
-            conditions.append(d < width)
-        value = T.Cast("float32", source[at(d)])
-        # A branch, not a choice: what is not there is not read.
-        return T.if_then_else(tirx.all(*conditions), value, T.float32(0)) if conditions else value
+    def views(self, tensors: dict[str, Buffer]) -> dict[str, Buffer]:
+        """Return the same tensors, of whose strides it can be seen that they are multiples of the vector.
+
+        Vectors are read and written as a whole only where their places are known to be multiples of their length.
+        That strides and addresses are is for the caller to see to; `Simt.alignment` says so.
+        """
+        vector = self.plan.vector
+        return {name: _multiples(name, tensor, vector) for name, tensor in tensors.items()} if vector > 1 else tensors
+
+    def stage(self, name: str, source: Buffer, at: Rows, size: tuple[int, ...], width: int) -> Buffer:
+        """Copy some rows as they are; beyond a row's width are some of its elements again."""
+        padded, vector = self.padded(width), self.plan.vector
+        raw = registers((*size, padded), self.dtype)
+        with block(f"{name}_rows", (*size, padded)) as index:
+            *place, d = index if size else (*index,)
+            if padded != width:
+                d = tirx.min(d // vector, width // vector - 1) * vector + d % vector
+            T.buffer_store(raw, source[at(place)(d)], list(index))
+        return raw
 
     def load(self, name: str, source: Buffer, at: At, width: int, factor: Expr | None = None) -> Buffer:
         """Copy a row to float32, times a factor, padded with zeros."""
-        row = registers((self.padded(width),))
-        with block(name, (self.padded(width),)) as (d,):
-            value = self.element(source, at, d, width)
-            T.buffer_store(row, value if factor is None else value * factor, [d])
+        padded = self.padded(width)
+        raw = self.stage(name, source, lambda _: at, (), width)
+        row = registers((padded,))
+        with block(name, (padded,)) as (d,):
+            value = T.Cast("float32", raw[d])
+            value = value if factor is None else value * factor
+            T.buffer_store(row, value if padded == width else T.Select(d < width, value, T.float32(0)), [d])
         return row
 
     def clear(self, name: str, width: int) -> Buffer:
@@ -169,9 +184,19 @@ class DirectFrame:
 
     @contextlib.contextmanager
     def spread(self, name: str, width: int) -> Iterator[Expr]:
-        """Open a block that changes a row in place, its elements spread over the lanes."""
-        with update(name, (width,), self.plan.lanes, self.plan.thread) as (d,):
-            yield d
+        """Open a block that changes a row in place, its elements spread over the lanes as schedules spread others.
+
+        TensorIR's schedule refuses to bind a block that reads what it writes, so these loops are written as they are
+        to run.
+        """
+        lanes, vector = self.plan.lanes, self.plan.vector
+        with contextlib.ExitStack() as stack:
+            part = stack.enter_context(T.serial(width // (lanes * vector)))
+            thread = self.plan.thread
+            lane = stack.enter_context(T.thread_binding(lanes, thread=thread) if thread else T.serial(lanes))
+            element = stack.enter_context(T.serial(vector))
+            stack.enter_context(T.sblock(name))
+            yield T.axis.spatial(width, (part * lanes + lane) * vector + element)
 
     def dot(self, name: str, width: int, product: Callable[[Expr], Expr]) -> Buffer:
         """Return the sum of ``product(d)`` over a row, in a buffer of one number."""
@@ -182,41 +207,37 @@ class DirectFrame:
             T.buffer_store(result, result[zero] + product(d), [zero])
         return result
 
-    def products(
-        self, name: str, chunks: Chunks, chunk: Place, row: Buffer, source: Buffer, at: Rows, width: int
-    ) -> Buffer:
-        """Return the products of a row with each row of a chunk; something where a row does not exist."""
-        result = registers(chunks.size)
-        with reduction(name, chunks.size, (self.padded(width),)) as (*place, d):
+    def products(self, name: str, row: Buffer, rows: Buffer) -> Buffer:
+        """Return the products of a row with each of some staged rows."""
+        *size, padded = map(int, rows.shape)
+        result = registers(tuple(size))
+        with reduction(name, tuple(size), (padded,)) as (*place, d):
             with T.init():
                 T.buffer_store(result, T.float32(0), place)
-            other = self.element(source, at(place), d, width, chunks.exists(chunk, place))
+            other = T.Cast("float32", rows[[*place, d]])
             T.buffer_store(result, result[place] + row[d] * other, place)
         return result
 
-    def accumulate(
-        self,
-        name: str,
-        chunks: Chunks,
-        chunk: Place,
-        weights: Buffer,
-        source: Buffer,
-        at: Rows,
-        width: int,
-        kept: Buffer,
-        factor: Expr | None = None,
-    ) -> None:
-        """Add the weighted rows of a chunk to a row, which is multiplied by a factor first."""
-        padded = self.padded(width)
+    def accumulate(self, name: str, weights: Buffer, rows: Buffer, kept: Buffer, factor: Expr | None = None) -> None:
+        """Add some staged rows, weighted, to a row, which is multiplied by a factor first."""
+        *size, padded = map(int, rows.shape)
         part = registers((padded,))
-        with reduction(name, (padded,), chunks.size) as (d, *place):
+        with reduction(name, (padded,), tuple(size)) as (d, *place):
             with T.init():
                 T.buffer_store(part, T.float32(0), [d])
-            row = self.element(source, at(place), d, width, chunks.exists(chunk, place))
+            row = T.Cast("float32", rows[[*place, d]])
             T.buffer_store(part, part[d] + weights[place] * row, [d])
         with self.spread(f"{name}_add", padded) as d:
             before = kept[d] if factor is None else kept[d] * factor
             T.buffer_store(kept, before + part[d], [d])
+
+
+def _multiples(name: str, tensor: Buffer, vector: int) -> Buffer:
+    strides = [stride // vector * vector for stride in tensor.strides[:-1]]
+    view = T.decl_buffer(
+        tensor.shape, tensor.dtype, data=tensor.data, strides=[*strides, tensor.strides[-1]], align=tensor.data_alignment
+    )
+    return IRBuilder.name(f"{name}_view", view)
 
 
 def registers(shape: tuple[int, ...], dtype: str = "float32") -> Buffer:
@@ -254,7 +275,9 @@ class Chunks:
     size: Extents
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
-        """Return where in its tensor a row of a chunk is, between the batch and the head."""
+        """Return where in its tensor a row of a chunk is, between the batch and the head; the last one in place of
+        those that are not to be visited, so that it is never looked at what a query does not see.
+        """
         raise NotImplementedError
 
     def rows(self, chunk: Place, batch: Expr, head: Expr) -> Rows:
@@ -288,10 +311,12 @@ class _Interval(Chunks):
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
         """Return where in its tensor a row of a chunk is, between the batch and the head."""
-        token = [
-            base[0] + (part * size + at) * axis.dilation
-            for base, part, size, at, axis in zip(self.base, chunk, self.size, place, self.f.plan.axes, strict=True)
-        ]
+        token: list[Expr] = []
+        for number, axis in enumerate(self.f.plan.axes):
+            index, count = chunk[number] * self.size[number] + place[number], self.count[number]
+            if count is not None:
+                index = tirx.min(index, count[0] - 1)
+            token.append(self.base[number][0] + index * axis.dilation)
         return token[AXES - self.f.problem.rank :]
 
     def number(self, chunk: Place, place: Place) -> Expr:
@@ -363,7 +388,7 @@ class AdditionalChunks(Chunks):
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
         """Return where in its tensor a row of a chunk is, between the batch and the head."""
-        return [chunk[-1] * self.size[-1] + place[-1]]
+        return [tirx.min(chunk[-1] * self.size[-1] + place[-1], self.f.additional - 1)]
 
     def exists(self, chunk: Place, place: Place) -> Expr | None:
         """Return whether a row of a chunk is to be visited; ``None`` if all are."""
@@ -386,6 +411,9 @@ class StripChunks(Chunks):
 
     def number(self, chunk: Place, place: Place) -> Expr:
         """Return the number of the token that a row of a chunk is."""
+        return tirx.min(self._number(chunk, place), self.f.problem.tokens - 1)
+
+    def _number(self, chunk: Place, place: Place) -> Expr:
         return self.strip * self.f.plan.strip + chunk[-1] * self.size[-1] + place[-1]
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
@@ -394,7 +422,7 @@ class StripChunks(Chunks):
 
     def exists(self, chunk: Place, place: Place) -> Expr | None:
         """Return whether a row of a chunk is to be visited; ``None`` if all are."""
-        inside = self.number(chunk, place) < self.f.problem.tokens
+        inside = self._number(chunk, place) < self.f.problem.tokens
         if self.f.plan.strip % self.size[-1] == 0:
             return inside
         return tirx.all(inside, chunk[-1] * self.size[-1] + place[-1] < self.f.plan.strip)

@@ -47,6 +47,7 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
     f = DirectFrame(plan)
     p = plan.problem
     parameters = f.inputs()
+    strided = list(parameters)
     parameters |= {
         "output": f.tensor(f.tokens(p.heads, p.head_dim_v)),
         "grad_output": f.strided("grad_output", f.tokens(p.heads, p.head_dim_v)),
@@ -70,6 +71,7 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))
+        tensors |= f.views({name: tensors[name] for name in (*strided, "grad_output")})
         _query_task(f, tensors)
         _key_task(f, tensors)
         if p.additional_kv:
@@ -105,10 +107,8 @@ class _Query:
         self.Q = f.load("query", tensors["query"], self.at, p.head_dim, tensors["scale"] * T.float32(LOG2_E))
         self.G = f.load("grad", tensors["grad_output"], self.at, p.head_dim_v)
 
-        def product(d: Any) -> Any:
-            return self.G[d] * f.element(tensors["output"], self.at, d, p.head_dim_v)
-
-        dot = f.dot("dot", p.head_dim_v, product)
+        output = f.load("output", tensors["output"], self.at, p.head_dim_v)
+        dot = f.dot("dot", p.head_dim_v, lambda d: self.G[d] * output[d])
         at = [self.batch, *self.token, self.head]
         self.delta = scalar("delta", dot[0] - tensors["grad_lse"][at])
         self.exponent = scalar("exponent", tensors["lse"][at] * T.float32(LOG2_E))
@@ -130,14 +130,15 @@ class _Query:
             T.reads(*map(f.whole, (self.Q, self.G, self.D, keys, values)))
             T.writes(f.whole(self.D))
             at = chunks.rows(chunk, self.batch, self.head // p.group_size)
-            S = f.products(f"{prefix}score", chunks, chunk, self.Q, keys, at, p.head_dim)
-            dP = f.products(f"{prefix}grad_weight", chunks, chunk, self.G, values, at, p.head_dim_v)
+            K = f.stage(f"{prefix}key", keys, at, chunks.size, p.head_dim)
+            V = f.stage(f"{prefix}value", values, at, chunks.size, p.head_dim_v)
+            S, dP = f.products(f"{prefix}score", self.Q, K), f.products(f"{prefix}grad_weight", self.G, V)
             slope = registers(chunks.size)
             with block(f"{prefix}slope", chunks.size) as place:
                 weight = T.exp2(S[list(place)] - self.exponent[0])
                 result = chunks.only(chunk, place, weight * (dP[list(place)] - self.delta[0]))
                 T.buffer_store(slope, result, list(place))
-            f.accumulate(f"{prefix}query_part", chunks, chunk, slope, keys, at, p.head_dim, self.D)
+            f.accumulate(f"{prefix}query_part", slope, K, self.D)
 
 
 def _key_task(f: DirectFrame, tensors: dict[str, Buffer]) -> None:
@@ -205,9 +206,9 @@ class _Key:
             T.writes(f.whole(self.DK), f.whole(self.DV))
             head = self.head * p.group_size + member
             at = chunks.rows(chunk, self.batch, head)
-            queries, grads = tensors["query"], tensors["grad_output"]
-            S = f.products(f"{prefix}score", chunks, chunk, self.K, queries, at, p.head_dim)
-            dP = f.products(f"{prefix}grad_weight", chunks, chunk, self.V, grads, at, p.head_dim_v)
+            Q = f.stage(f"{prefix}query", tensors["query"], at, chunks.size, p.head_dim)
+            G = f.stage(f"{prefix}grad", tensors["grad_output"], at, chunks.size, p.head_dim_v)
+            S, dP = f.products(f"{prefix}score", self.K, Q), f.products(f"{prefix}grad_weight", self.V, G)
             P, slope = registers(chunks.size), registers(chunks.size)
             with block(f"{prefix}weight", chunks.size) as place:
                 lse = tensors["lse"][[self.batch, *chunks.token(chunk, place), head]]
@@ -217,8 +218,8 @@ class _Key:
                 delta = tensors["delta"][[self.batch, head, chunks.number(chunk, place)]]
                 result = P[list(place)] * (dP[list(place)] - delta)
                 T.buffer_store(slope, chunks.only(chunk, place, result), list(place))
-            f.accumulate(f"{prefix}value_part", chunks, chunk, P, grads, at, p.head_dim_v, self.DV)
-            f.accumulate(f"{prefix}key_part", chunks, chunk, slope, queries, at, p.head_dim, self.DK)
+            f.accumulate(f"{prefix}value_part", P, G, self.DV)
+            f.accumulate(f"{prefix}key_part", slope, Q, self.DK)
 
 
 def _gather(f: DirectFrame, name: str, space: Buffer, gradient: Buffer, factor: Any) -> None:

@@ -38,6 +38,7 @@ def direct_forward(plan: DirectPlan) -> tirx.PrimFunc:
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))
+        tensors |= f.views({name: tensors[name] for name in read})
         with f.rows("query_task", problem.heads) as (batch, head, part, place):
             T.reads(*(f.whole(tensors[name]) for name in read))
             T.writes(f.whole(tensors["output"]), f.whole(tensors["lse"]))
@@ -86,20 +87,22 @@ class _Query:
             T.reads(f.whole(self.Q), f.whole(self.tensors[key]), f.whole(self.tensors[value]), *kept)
             T.writes(*kept)
             at = chunks.rows(chunk, self.batch, self.head_kv)
-            scores = self.scores(chunks, chunk, self.tensors[key], at)
-            self.merge(chunks, chunk, scores, self.tensors[value], at)
+            keys = f.stage(f"{chunks.prefix}key", self.tensors[key], at, chunks.size, f.problem.head_dim)
+            scores = self.scores(chunks, chunk, keys)
+            values = f.stage(f"{chunks.prefix}value", self.tensors[value], at, chunks.size, f.problem.head_dim_v)
+            self.merge(chunks, chunk, scores, values)
 
-    def scores(self, chunks: Chunks, chunk: Any, keys: Buffer, at: Any) -> Buffer:
+    def scores(self, chunks: Chunks, chunk: Any, keys: Buffer) -> Buffer:
         """Return the scores of a chunk, the lowest where there is no key."""
-        S = self.f.products(f"{chunks.prefix}score", chunks, chunk, self.Q, keys, at, self.f.problem.head_dim)
+        S = self.f.products(f"{chunks.prefix}score", self.Q, keys)
         seen = registers(chunks.size)
         with block(f"{chunks.prefix}seen", chunks.size) as place:
             T.buffer_store(seen, chunks.only(chunk, place, S[list(place)], LOWEST), list(place))
         return seen
 
-    def merge(self, chunks: Chunks, chunk: Any, scores: Buffer, values: Buffer, at: Any) -> None:
+    def merge(self, chunks: Chunks, chunk: Any, scores: Buffer, values: Buffer) -> None:
         """Add a chunk's weights and weighted values, all relative to the highest score so far."""
-        f, width, prefix = self.f, self.f.problem.head_dim_v, chunks.prefix
+        f, prefix = self.f, chunks.prefix
         highest = registers((1,))
         with reduction(f"{prefix}highest", (1,), chunks.size) as (zero, *place):
             with T.init():
@@ -120,7 +123,7 @@ class _Query:
             with T.init():
                 T.buffer_store(total, T.float32(0), [zero])
             T.buffer_store(total, total[zero] + P[place], [zero])
-        f.accumulate(f"{prefix}weighted", chunks, chunk, P, values, at, width, self.O, factor[0])
+        f.accumulate(f"{prefix}weighted", P, values, self.O, factor[0])
         with block(f"{prefix}merge_total", (1,)) as (zero,):
             T.buffer_store(self.total, self.total[zero] * factor[zero] + total[zero], [zero])
         with block(f"{prefix}merge_highest", (1,)) as (zero,):

@@ -87,6 +87,8 @@ class DirectPlan:
         Queries, or keys, of a block.
     keys, queries
         Keys of the window, and queries that see a key, of a chunk, per axis.
+    vector
+        Elements of a row that are read together, and lie together in a lane; divides head_dim and head_dim_v.
     strip
         Tokens whose part of the gradients of additional keys is summed first.
     thread
@@ -105,6 +107,7 @@ class DirectPlan:
     rows: int = 1
     keys: Extents = (1, 1, 1)
     queries: Extents = (1, 1, 1)
+    vector: int = 1
     strip: int = 1
     thread: str = ""
 
@@ -149,9 +152,13 @@ class DirectPlan:
     @property
     def head_dim(self) -> int:
         """head_dim, rounded up so that lanes have equal parts."""
-        return round_up(self.problem.head_dim, self.lanes)
+        return self.padded(self.problem.head_dim)
 
     @property
     def head_dim_v(self) -> int:
         """head_dim_v, rounded up so that lanes have equal parts."""
-        return round_up(self.problem.head_dim_v, self.lanes)
+        return self.padded(self.problem.head_dim_v)
+
+    def padded(self, width: int) -> int:
+        """Return a row's width, rounded up so that lanes have equal parts."""
+        return round_up(width, self.lanes * self.vector)
