@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from na_compiler.problem import Problem
+from na_compiler.runtime.kernel import MisalignedError
 from na_compiler.target import CudaTarget, Target
 
 __all__ = ["OPERATORS", "call"]
@@ -38,6 +39,7 @@ _library = torch.library.Library("na_compiler", "DEF")
 # tensors like these is the quickest way to make them. A look-up takes a microsecond, and making a Problem thirty.
 _kernels: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] = {}
 _KERNELS = 4096
+_said: set[str] = set()
 
 
 def _keys(*names: str) -> int:
@@ -194,12 +196,24 @@ def _forward(
     )
     output = torch.empty_like(like_output, memory_format=torch.contiguous_format)
     lse = torch.empty_like(like_lse, memory_format=torch.contiguous_format)
+    spaces = kernel.spaces(query, additional_keys)
     if additional_keys is None or additional_values is None:
-        kernel.function(_prepare(query), _prepare(key), _prepare(value), scale, output, lse)
+        tensors = [_prepare(query), _prepare(key), _prepare(value)]
     else:
-        tensors = map(_prepare, (query, key, value, additional_keys, additional_values))
-        kernel.function(*tensors, scale, output, lse)
+        tensors = [_prepare(t) for t in (query, key, value, additional_keys, additional_values)]
+    try:
+        kernel.function(*tensors, scale, output, lse, *spaces)
+    except MisalignedError as error:
+        kernel.function(*_copies(tensors, error), scale, output, lse, *spaces)
     return output, lse
+
+
+def _copies(tensors: Iterable[Tensor], error: MisalignedError) -> list[Tensor]:
+    """Copy tensors that a GPU cannot read where they are, and say so."""
+    if str(error) not in _said:
+        _said.add(str(error))
+        _LOG.warning("copying what the operator was given: %s", error)
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
 
 def _backward(
@@ -232,23 +246,21 @@ def _backward(
         additional_keys,
         additional_values,
     )
-    query, key, value, grad_output = (_prepare(tensor) for tensor in (query, key, value, grad_output))
-    extra = (
-        ()
-        if additional_keys is None or additional_values is None
-        else map(_prepare, (additional_keys, additional_values))
-    )
-    gradients: tuple[Tensor, ...] = kernel(
-        query,
-        key,
-        value,
-        _compact(output),
-        _compact(lse),
-        grad_output,
-        _compact(grad_lse),
-        *extra,
-        scale=scale,
-    )
+    tensors = [_prepare(tensor) for tensor in (query, key, value, grad_output)]
+    if additional_keys is not None and additional_values is not None:
+        tensors += [_prepare(additional_keys), _prepare(additional_values)]
+    kept = (_compact(output), _compact(lse), _compact(grad_lse))
+
+    def differentiate(
+        query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, *extra: Tensor
+    ) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = kernel(query, key, value, *kept[:2], grad_output, kept[2], *extra, scale=scale)
+        return found
+
+    try:
+        gradients = differentiate(*tensors)
+    except MisalignedError as error:
+        gradients = differentiate(*_copies(tensors, error))
     if additional_keys is None:
         gradients += (query.new_empty(0), query.new_empty(0))
     grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values = gradients

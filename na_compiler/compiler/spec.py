@@ -82,7 +82,8 @@ class KernelSpec:
     def info(self) -> KernelInfo:
         """What goes into the manifest."""
         workspace = self.config.workspace(self.problem, self.direction)
-        return KernelInfo(self.problem, self.direction, self.target.name, workspace)
+        alignment = 1 if self.target.device_type == "cpu" else self.config.alignment(self.problem)
+        return KernelInfo(self.problem, self.direction, self.target.name, workspace, alignment)
 
     def __str__(self) -> str:
         return f"{self.problem} {self.direction} for {self.target}"

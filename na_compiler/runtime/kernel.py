@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from na_compiler.problem import Problem
 from na_compiler.workspace import Workspace
 
-__all__ = ["ABI", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "make_kernel"]
+__all__ = ["ABI", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "MisalignedError", "make_kernel"]
 
 # Changed whenever the compiled functions' arguments do.
 ABI = 2
@@ -30,12 +31,15 @@ class KernelInfo:
         Name of the target that it was compiled for.
     workspace
         What it needs beside its inputs and outputs.
+    alignment
+        Bytes that the addresses and strides of query, key, value and the like are multiples of, on a GPU.
     """
 
     problem: Problem
     direction: str
     target: str
     workspace: Workspace = field(default_factory=Workspace)
+    alignment: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, fit for JSON."""
@@ -44,6 +48,7 @@ class KernelInfo:
             "direction": self.direction,
             "target": self.target,
             "workspace": self.workspace.to_dict(),
+            "alignment": self.alignment,
         }
 
     @classmethod
@@ -56,7 +61,12 @@ class KernelInfo:
             If the data is none.
         """
         workspace = Workspace.from_dict(data["workspace"])
-        return cls(Problem.from_dict(data["problem"]), data["direction"], data["target"], workspace)
+        problem = Problem.from_dict(data["problem"])
+        return cls(problem, data["direction"], data["target"], workspace, data.get("alignment", 1))
+
+
+class MisalignedError(ValueError):
+    """A tensor does not lie as a GPU has to read it."""
 
 
 class Kernel:
@@ -74,7 +84,7 @@ class Kernel:
 
     def __init__(self, info: KernelInfo, function: Callable[..., None] | None, keep: Any = None) -> None:
         self.info = info
-        self._function = function
+        self._function = _checking_alignment(info, function) if function and info.alignment > 1 else function
         self._keep = keep
 
     @property
@@ -232,8 +242,32 @@ class BackwardKernel(Kernel):
         gradients = tuple(_empty(tensor, tuple(tensor.shape)) for tensor in (query, key, value, *extra))
         spaces = self.spaces(query, *extra[:1])
         scaled = _scale(problem, scale)
-        function(query, key, value, *extra, output, grad_output, lse, grad_lse, scaled, *gradients, *spaces)
+        written = map(_compact, (*gradients, *spaces))
+        function(query, key, value, *extra, output, grad_output, lse, grad_lse, scaled, *written)
         return gradients
+
+
+def _checking_alignment(info: KernelInfo, function: Callable[..., None]) -> Callable[..., None]:
+    """Refuse tensors that a GPU would fault on; TVM does not check addresses."""
+    names = ["query", "key", "value", *(["additional_keys", "additional_values"] if info.problem.additional_kv else [])]
+    places = list(enumerate(names))
+    if info.direction == "backward":
+        places.append((len(names) + 1, "grad_output"))
+    alignment = info.alignment
+    elements = max(alignment // info.problem.element_bytes, 1)
+
+    def run(*arguments: Any) -> None:
+        for place, name in places:
+            tensor = arguments[place]
+            if tensor.data_ptr() % alignment or any(stride % elements for stride in tensor.stride()[:-1]):
+                raise MisalignedError(
+                    f"{name} must lie at a multiple of {alignment} bytes, and have strides that are multiples of "
+                    f"{elements}; its address modulo {alignment} is {tensor.data_ptr() % alignment}, its strides are "
+                    f"{tensor.stride()}; {name}.clone(memory_format=torch.contiguous_format) would work"
+                )
+        function(*arguments)
+
+    return run
 
 
 def make_kernel(info: KernelInfo, function: Callable[..., None] | None, keep: Any = None) -> Kernel:
@@ -281,6 +315,14 @@ def _check(problem: Problem, query: Any, key: Any, value: Any, *extra: Any) -> i
 
 def _is_torch(tensor: Any) -> bool:
     return type(tensor).__module__.partition(".")[0] == "torch"
+
+
+def _compact(tensor: Any) -> Any:
+    """Return a tensor without elements with the strides that compiled functions expect; others as they are."""
+    if not _is_torch(tensor) or tensor.numel():
+        return tensor
+    strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.dim())]
+    return tensor.as_strided(tensor.shape, strides)
 
 
 def _empty(like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:

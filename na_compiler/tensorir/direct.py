@@ -235,7 +235,11 @@ class DirectFrame:
 def _multiples(name: str, tensor: Buffer, vector: int) -> Buffer:
     strides = [stride // vector * vector for stride in tensor.strides[:-1]]
     view = T.decl_buffer(
-        tensor.shape, tensor.dtype, data=tensor.data, strides=[*strides, tensor.strides[-1]], align=tensor.data_alignment
+        tensor.shape,
+        tensor.dtype,
+        data=tensor.data,
+        strides=[*strides, tensor.strides[-1]],
+        align=tensor.data_alignment,
     )
     return IRBuilder.name(f"{name}_view", view)
 
@@ -275,8 +279,9 @@ class Chunks:
     size: Extents
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
-        """Return where in its tensor a row of a chunk is, between the batch and the head; the last one in place of
-        those that are not to be visited, so that it is never looked at what a query does not see.
+        """Return where in its tensor a row of a chunk is, between the batch and the head.
+
+        In place of one that is not to be visited, this is another one that is: what a query does not see is never read.
         """
         raise NotImplementedError
 

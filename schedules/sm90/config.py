@@ -53,3 +53,7 @@ class Sm90(Config):
     def workspace(self, problem: Problem, direction: str) -> Workspace:  # noqa: ARG002
         """Return none: everything is in registers and shared memory."""
         return Workspace()
+
+    def alignment(self, problem: Problem) -> int:  # noqa: ARG002
+        """Return what TMA wants of addresses and strides."""
+        return 16
