@@ -1,6 +1,6 @@
 """``na-compile bench``: times this package against what else there is, all in one interleaved run.
 
-Machines are noisy: what counts are ratios of medians over rounds in which everything runs once. Each result is
+Machines are noisy: what counts are ratios of medians over rounds in which everything runs in turn. Each result is
 compared with the float64 reference before anything is timed.
 """
 
@@ -10,8 +10,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +19,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from na_compiler.cli.overheads import measure_overheads
+from na_compiler.cli.timing import Run, interleave
 from na_compiler.problem import Problem
 
 __all__ = ["add_parser"]
-
-Run = Callable[[], Any]
 
 # Relative error, ``|x - reference| / |reference|``, up to which a float32 result counts as right.
 _TOLERANCE = 1e-5
@@ -103,7 +101,7 @@ def _run(options: argparse.Namespace) -> None:
                     rows.append(_row(case, direction, wanted, options.seconds, seed, progress.console))
                     progress.advance(task)
         progress.update(task, description="overheads")
-        overheads = _overheads(options.seconds)
+        overheads = measure_overheads(options.seconds)
     console.print(_table(rows))
     console.print(_overhead_table(overheads))
     if options.json:
@@ -150,7 +148,7 @@ def _row(
             runs.pop(name, None)
             failures[name] = _reason(error)
             console.print(f"{case.title}: {name} does not run here: {failures[name]}")
-    medians = {name: 1e3 * value for name, value in _interleave(runs, seconds).items()}
+    medians = {name: 1e3 * value for name, value in interleave(runs, seconds).items()}
     ours = medians["na_compiler"]
     return {
         "title": case.title,
@@ -186,104 +184,6 @@ def _check(name: str, results: Any, expected: list[Any]) -> None:
 def _reason(error: BaseException) -> str:
     lines = [line for line in str(error).replace("\\n", "\n").splitlines() if "error:" in line] or [str(error)]
     return f"{type(error).__name__}: {lines[0].strip()[:160]}"
-
-
-def _interleave(runs: dict[str, Run], seconds: float) -> dict[str, float]:
-    """Run everything in turn until the time is up; returns medians in seconds.
-
-    What is quick runs three times in a round, so that there are enough samples for a median where one competitor
-    takes a second; what takes longer than a tenth of the time runs in the first three rounds only.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    until = time.perf_counter() + seconds
-    rounds = 0
-    while time.perf_counter() < until or rounds < 3:
-        for name, run in runs.items():
-            latest = times[name][-1] if times[name] else seconds
-            if rounds >= 3 and latest > 0.1 * seconds:
-                continue
-            for _ in range(3 if latest < 0.02 else 1):
-                start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
-        rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _overheads(seconds: float) -> dict[str, float]:
-    """Measure what a call costs beside the kernel, what a matrix product before it does, and bfloat16."""
-    import torch  # noqa: PLC0415
-
-    from na_compiler.compiler.kernels import compile as compile_kernel  # noqa: PLC0415
-    from na_compiler.functional import na2d  # noqa: PLC0415
-
-    found = {}
-    with torch.inference_mode():
-        small = Problem((4, 4), 1, 8, 3)
-        q, k, v = torch.randn(3, 1, 4, 4, 1, 8).unbind()
-        kernel: Any = compile_kernel(small)
-        output, lse = kernel(q, k, v)
-        runs: dict[str, Run] = {
-            "bare": lambda: kernel.function(q, k, v, 0.35, output, lse),
-            "na2d": lambda: na2d(q, k, v, 3),
-        }
-        times = {name: 1e6 * min(_many(run) for _ in range(20)) for name, run in runs.items()}
-        found["na2d on a 4x4 layout in inference_mode, us above the bare kernel"] = times["na2d"] - times["bare"]
-
-        problem = Problem((56, 56), 4, 32, 7)
-        query, key, value = torch.randn(3, 1, 56, 56, 4, 32)
-        large: Any = compile_kernel(problem)
-        output, lse = large(query, key, value)
-        matrix = torch.randn(512, 512)
-        product = torch.empty(512, 512)
-
-        def attend() -> None:
-            large.function(query, key, value, 0.2, output, lse)
-
-        def multiply() -> None:
-            torch.mm(matrix, matrix, out=product)
-
-        alone, multiply_alone, after, multiply_mixed = _mixed(attend, multiply, seconds)
-        found["right after torch.mm, time over the kernel alone"] = after / alone
-        found["torch.mm mixed with kernels, time over torch.mm alone"] = multiply_mixed / multiply_alone
-        q, k, v = (tensor.bfloat16() for tensor in (query, key, value))
-        times = _interleave(
-            {"float32": lambda: na2d(query, key, value, 7), "bfloat16": lambda: na2d(q, k, v, 7)}, seconds / 2
-        )
-        found["bfloat16, time over float32 (56x56, kernel 7)"] = times["bfloat16"] / times["float32"]
-    return found
-
-
-def _many(run: Run, count: int = 200) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        run()
-    return (time.perf_counter() - start) / count
-
-
-def _mixed(attend: Run, multiply: Run, seconds: float) -> tuple[float, float, float, float]:
-    """Return medians of each alone, and of both in turn; alone and mixed alternate in short spells."""
-    times: list[list[float]] = [[], [], [], []]
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        for series, run in zip(times[:2], (attend, multiply), strict=True):
-            for _ in range(20):
-                start = time.perf_counter()
-                run()
-                series.append(time.perf_counter() - start)
-        for _ in range(20):
-            start = time.perf_counter()
-            multiply()
-            between = time.perf_counter()
-            attend()
-            times[2].append(time.perf_counter() - between)
-            times[3].append(between - start)
-    return (
-        statistics.median(times[0]),
-        statistics.median(times[1]),
-        statistics.median(times[2]),
-        statistics.median(times[3]),
-    )
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

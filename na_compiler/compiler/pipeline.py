@@ -22,7 +22,7 @@ def register() -> str:
     from tvm import tirx  # noqa: PLC0415
     from tvm.tirx import compilation_pipeline  # noqa: PLC0415
 
-    @tirx.transform.prim_func_pass(opt_level=0)
+    @tirx.transform.prim_func_pass(opt_level=0)  # type: ignore[untyped-decorator]
     def keep_in_registers(function: Any, _module: Any, _context: Any) -> Any:
         return function.with_body(_mark(function.body))
 
@@ -73,4 +73,4 @@ def _is_small(statement: Any) -> bool:
     if not all(isinstance(extent, tirx.IntImm) for extent in buffer.shape):
         return False
     kind = tvm.DataType(str(buffer.dtype))
-    return math.prod(map(int, buffer.shape)) * kind.bits * kind.lanes <= 8 * _REGISTER_BYTES
+    return math.prod(map(int, buffer.shape)) * int(kind.bits) * int(kind.lanes) <= 8 * _REGISTER_BYTES
