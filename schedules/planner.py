@@ -136,7 +136,7 @@ def _strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
     best: tuple[float, Tiling] | None = None
     counts = [_counts(axis.longest, axis.tile) for axis in TilingPlan.make(problem, tiling)]
     for strip in itertools.product(*counts):
-        candidate = replace(tiling, strip=strip)
+        candidate = replace(tiling, strip=(strip[0], strip[1], strip[2]))
         plan = TilingPlan.make(problem, candidate)
         staged = plan.size("strip_box") * 4 * (plan.head_dim + plan.head_dim_v)
         keys = plan.size("tile_box")

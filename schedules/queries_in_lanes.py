@@ -86,9 +86,9 @@ class _Steps:
         """Return what was scheduled."""
         return self.schedule.mod["main"]
 
-    def loops(self, name: str, count: int) -> list:
+    def loops(self, name: str, count: int) -> list[Any]:
         """Return the innermost loops around a block."""
-        return self.schedule.get_loops(self.schedule.get_sblock(name))[-count:]
+        return list(self.schedule.get_loops(self.schedule.get_sblock(name)))[-count:]
 
     def vectorize(self, loop: Any, extent: int) -> Any:
         """Vectorize a loop by the widest vector that divides its extent; returns the loop outside."""

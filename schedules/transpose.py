@@ -21,8 +21,8 @@ def transpose_intrin(size: int) -> str:
     """
     vector = f"float32x{size}"
 
-    @T.prim_func(s_tir=True)
-    def description(source: T.handle, target: T.handle):  # noqa: ANN202
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    def description(source: T.handle, target: T.handle):  # type: ignore[no-untyped-def]  # noqa: ANN202
         source_stride = T.int32()
         target_stride = T.int32()
         A = T.match_buffer(source, (size, size), "float32", offset_factor=1, strides=[source_stride, 1])
@@ -39,8 +39,8 @@ def transpose_intrin(size: int) -> str:
         for i, row in enumerate(_network([A.vload([i, 0], vector) for i in range(size)])):
             T.buffer_store(B, row, [i, T.ramp(0, 1, size)])
 
-    @T.prim_func(s_tir=True)
-    def implementation(source: T.handle, target: T.handle):  # noqa: ANN202
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
+    def implementation(source: T.handle, target: T.handle):  # type: ignore[no-untyped-def]  # noqa: ANN202
         source_stride = T.int32()
         target_stride = T.int32()
         A = T.match_buffer(source, (size, size), "float32", offset_factor=1, strides=[source_stride, 1])

@@ -130,7 +130,8 @@ class _Task:
                 T.buffer_store(buffer, T.float32(value), list(index))
         self.visit(Window(f), f.chunks, self.key, self.value, kept)
         if self.additional:
-            self.visit(Additional(f), (1, 1, f.additional_chunks), *self.additional, kept)
+            key, value = self.additional
+            self.visit(Additional(f), (1, 1, f.additional_chunks), key, value, kept)
         with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
             T.reads(*kept.regions)
             T.writes(f.whole(self.output), f.whole(self.lse))

@@ -8,7 +8,7 @@ steps work on either.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tvm import ir, tirx
@@ -18,7 +18,7 @@ from na_compiler.tensorir.tiling import AXES, Extents, TilingPlan
 
 __all__ = ["Additional", "Frame", "Window"]
 
-Place = tuple[Any, Any, Any]
+Place = Sequence[Any]  # Of three: one for each axis.
 Index = tuple[Expr, ...]
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -99,7 +99,10 @@ class AxisTiling:
 
     def __post_init__(self) -> None:
         longest = group_length(self.layout, self.dilation)
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+
+        def set_(name: str, value: int) -> None:
+            object.__setattr__(self, name, value)
+
         set_("longest", longest)
         set_("shortest", self.layout // self.dilation)
         set_("strips", -(-longest // self.strip))
@@ -246,7 +249,7 @@ class TilingPlan:
         return self.problem.heads_kv * self.size("strips") * groups
 
     def visited_pairs(self) -> int:
-        """Return how many pairs of query and key one head of one batch entry visits; at most, if keys come in chunks."""
+        """Return how many pairs of query and key one head of one batch entry visits, at most."""
         tiles = self.size("dilation") * self.size("strips") * self.size("tiles")
         return tiles * self.size("tile") * self.size("visited") * self.size("chunks")
 
