@@ -11,7 +11,7 @@ import pytest
 # Before anything of the package looks for its cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="na_compiler-test-cache-")
 os.environ.setdefault("NA_COMPILER_CACHE", _CACHE.name)
-_SEED = int(os.environ.get("NA_COMPILER_TEST_SEED", random.SystemRandom().randrange(2**31)))
+_SEED = int(os.environ.setdefault("NA_COMPILER_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 
 
 def pytest_addoption(parser):
