@@ -1,0 +1,316 @@
+// torch.ops.na_compiler.na1d, na2d and na3d on torch's stable ABI: for programs without Python, such as one that runs a
+// package of AOTInductor. The schemas are those of na_compiler/torch_ops.py; kernels come from bundles.
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+// Bundles and the loading of TVM are those of the operator library for ONNX Runtime.
+// clang-format off
+#include "../onnx/ort/json.cc"
+#include "../onnx/ort/sha256.cc"
+#include "../onnx/ort/tvm.cc"
+#include "../onnx/ort/bundle.cc"
+// clang-format on
+#include "na_compiler.h"
+
+// launcher.c, which is linked in: parallel loops of kernels on a pool of the host.
+extern "C" {
+void na_compiler_use_pool(void* run, void* threads);
+int na_compiler_launch(void* loop, void* data, int tasks);
+}
+
+namespace na {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Flags = std::vector<bool>;
+
+thread_local std::string last_error;
+
+// ---- Bundles -------------------------------------------------------------------------------------------------------
+
+class Bundles {
+ public:
+  void add(const char* folder) {
+    const Bundle& bundle = Bundle::open(folder);
+    std::lock_guard<std::mutex> lock(mutex_);
+    bundles_.insert(bundles_.begin(), &bundle);
+  }
+
+  std::vector<const Bundle*> all() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!looked_) {
+      const char* named = std::getenv("NA_COMPILER_BUNDLE");
+      for (const std::string& folder : split(named ? named : "")) bundles_.push_back(&Bundle::open(folder));
+      looked_ = true;
+    }
+    return bundles_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<const Bundle*> bundles_;
+  bool looked_ = false;
+};
+
+Bundles& bundles() {
+  static auto made = new Bundles;
+  return *made;
+}
+
+// ---- Looking kernels up --------------------------------------------------------------------------------------------
+
+// All that decides which kernel it is, as numbers.
+using Key = std::vector<int64_t>;
+
+struct Hash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = 14695981039346656037ull;  // FNV-1a.
+    for (int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 1099511628211ull;
+    return static_cast<size_t>(hash);
+  }
+};
+
+std::unordered_map<Key, Match, Hash>& table() {
+  static auto made = new std::unordered_map<Key, Match, Hash>;
+  return *made;
+}
+
+std::shared_mutex table_mutex;
+
+const char* dtype_name(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    default: throw Error("tensors must be float32, bfloat16 or float16");
+  }
+}
+
+Problem problem_of(const std::array<Tensor, 3>& tensors, bool has_additional, const Ints& kernel_size,
+                   const Ints& stride, const Ints& dilation, const Flags& is_causal) {
+  const auto& [query, key, value] = tensors;
+  Problem problem;
+  int64_t rank = query.dim() - 3;
+  for (int64_t axis = 1; axis <= rank; ++axis) problem.layout.push_back(query.size(axis));
+  problem.heads = query.size(rank + 1);
+  problem.head_dim = query.size(rank + 2);
+  problem.heads_kv = key.size(rank + 1);
+  problem.head_dim_v = value.size(rank + 2);
+  problem.kernel_size = kernel_size;
+  problem.stride = stride;
+  problem.dilation = dilation;
+  problem.is_causal.assign(is_causal.begin(), is_causal.end());
+  problem.additional_kv = has_additional;
+  problem.dtype = dtype_name(query);
+  return problem;
+}
+
+Match look(const Problem& problem, bool is_cuda, int device) {
+  problem.check();
+  int capability = is_cuda ? cuda_capability(device) : 0;
+  std::string why;
+  for (const Bundle* bundle : bundles().all()) {
+    if (const Kernel* kernel = bundle->find(problem, is_cuda, capability, why)) return {kernel, &bundle->function(*kernel)};
+  }
+  if (why.empty()) why = "no bundle is loaded; call na_compiler_load_bundle, or set NA_COMPILER_BUNDLE";
+  throw Error("there is no kernel for " + problem.text() + ": " + why + "; add it with na-compile");
+}
+
+// ---- Calling -------------------------------------------------------------------------------------------------------
+
+void use_torchs_pool(const Function& function) {
+  if (function.parallel_launch == nullptr) return;
+  static const bool set = [] {
+    na_compiler_use_pool(reinterpret_cast<void*>(&torch_parallel_for), reinterpret_cast<void*>(&torch_get_num_threads));
+    return true;
+  }();
+  static_cast<void>(set);
+  __atomic_store_n(function.parallel_launch, reinterpret_cast<void*>(&na_compiler_launch), __ATOMIC_RELEASE);
+}
+
+// A view of a tensor for a kernel; shape and strides are the tensor's own.
+DLTensor view(const Tensor& tensor) {
+  DLTensor made;
+  std::memset(&made, 0, sizeof made);
+  ScalarType type = tensor.scalar_type();
+  made.data = const_cast<void*>(tensor.const_data_ptr());
+  made.device = {tensor.is_cuda() ? kDLCUDA : kDLCPU, tensor.is_cuda() ? tensor.get_device_index() : 0};
+  made.ndim = static_cast<int32_t>(tensor.dim());
+  made.dtype = {static_cast<uint8_t>(type == ScalarType::BFloat16 ? kDLBfloat : kDLFloat),
+                static_cast<uint8_t>(type == ScalarType::Float ? 32 : 16), 1};
+  made.shape = const_cast<int64_t*>(tensor.sizes().data());
+  made.strides = const_cast<int64_t*>(tensor.strides().data());
+  return made;
+}
+
+Tensor with_rows(const Tensor& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor empty(const Tensor& like, const Ints& sizes, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
+}
+
+// The stream that torch launches on; the function is there in a torch for CUDA only.
+void* current_stream(int device) {
+  using Get = int (*)(int32_t, void**);
+  static auto get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  if (get == nullptr || get(device, &stream) != 0) throw Error("torch does not say on which CUDA stream it is");
+  return stream;
+}
+
+void run(const Function& function, const std::vector<Tensor>& tensors, size_t scale_at, double scale) {
+  std::vector<DLTensor> views;
+  views.reserve(tensors.size());
+  std::vector<TVMFFIAny> arguments;
+  for (const Tensor& tensor : tensors) {
+    if (views.size() == scale_at) {
+      arguments.push_back(make(kTVMFFIFloat));
+      arguments.back().v_float64 = scale;
+    }
+    views.push_back(view(tensor));
+    arguments.push_back(make(kTVMFFIDLTensorPtr));
+    arguments.back().v_ptr = &views.back();
+  }
+  std::unique_ptr<CurrentStream> stream;
+  if (tensors[0].is_cuda()) {
+    int device = tensors[0].get_device_index();
+    stream = std::make_unique<CurrentStream>(device, current_stream(device));
+  }
+  TVMFFIAny result = make(kTVMFFINone);
+  int failed = ffi().call(function.handle, arguments.data(), static_cast<int>(arguments.size()), &result);
+  if (failed) throw Error(error_message());
+}
+
+template <int rank>
+std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const Tensor value, Ints kernel_size,
+                                   Ints stride, Ints dilation, Flags is_causal, double scale,
+                                   std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values) {
+  size_t axes = rank;
+  if (query.dim() != rank + 3 || key.dim() != rank + 3 || value.dim() != rank + 3) {
+    throw Error("query, key and value must have " + std::to_string(rank + 3) + " dimensions");
+  }
+  if (kernel_size.size() != axes || stride.size() != axes || dilation.size() != axes || is_causal.size() != axes) {
+    throw Error("kernel_size, stride, dilation and is_causal must have " + std::to_string(rank) + " values");
+  }
+  if (additional_keys.has_value() != additional_values.has_value()) {
+    throw Error("additional_keys and additional_values come together");
+  }
+  std::array<Tensor, 3> own = {with_rows(query), with_rows(key), with_rows(value)};
+  std::vector<Tensor> tensors(own.begin(), own.end());
+  bool has_additional = additional_keys.has_value() && additional_keys->size(1) > 0;
+  if (has_additional) {
+    tensors.push_back(with_rows(*additional_keys));
+    tensors.push_back(with_rows(*additional_values));
+  }
+  bool is_cuda = query.is_cuda();
+  int device = is_cuda ? query.get_device_index() : 0;
+
+  thread_local Key at;
+  at.assign({rank, is_cuda, device, has_additional, static_cast<int64_t>(query.scalar_type()), key.size(rank + 1),
+             value.size(rank + 2)});
+  for (int axis = 1; axis < rank + 3; ++axis) at.push_back(query.size(axis));
+  for (const Ints* values : {&kernel_size, &stride, &dilation}) at.insert(at.end(), values->begin(), values->end());
+  for (bool flag : is_causal) at.push_back(flag);
+  Match match{nullptr, nullptr};
+  {
+    std::shared_lock<std::shared_mutex> lock(table_mutex);
+    auto found = table().find(at);
+    if (found != table().end()) match = found->second;
+  }
+  if (match.kernel == nullptr) {
+    match = look(problem_of(own, has_additional, kernel_size, stride, dilation, is_causal), is_cuda, device);
+    if (!is_cuda) use_torchs_pool(*match.function);
+    std::unique_lock<std::shared_mutex> lock(table_mutex);
+    table()[at] = match;
+  }
+
+  Ints sizes;
+  for (int axis = 0; axis < rank + 2; ++axis) sizes.push_back(query.size(axis));
+  Tensor lse = empty(query, sizes, ScalarType::Float);
+  sizes.push_back(value.size(rank + 2));
+  Tensor output = empty(query, sizes, query.scalar_type());
+  if (query.size(0) == 0) return {output, lse};
+  size_t scale_at = tensors.size();
+  tensors.push_back(output);
+  tensors.push_back(lse);
+  int64_t count = has_additional ? additional_keys->size(1) : 0;
+  int64_t padded = (count + match.kernel->multiple - 1) / match.kernel->multiple * match.kernel->multiple;
+  for (const Buffer& buffer : match.kernel->workspace) {
+    Ints space = {query.size(0)};
+    for (int64_t extent : buffer) space.push_back(extent < 0 ? padded : extent);
+    tensors.push_back(empty(query, space, ScalarType::Float));
+  }
+  run(*match.function, tensors, scale_at, scale);
+  return {output, lse};
+}
+
+template <int rank>
+std::tuple<Tensor, Tensor> guarded(const Tensor query, const Tensor key, const Tensor value, Ints kernel_size,
+                                   Ints stride, Ints dilation, Flags is_causal, double scale,
+                                   std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values) {
+  try {
+    return forward<rank>(query, key, value, std::move(kernel_size), std::move(stride), std::move(dilation),
+                         std::move(is_causal), scale, std::move(additional_keys), std::move(additional_values));
+  } catch (const std::exception& error) {
+    throw std::runtime_error("na_compiler: na" + std::to_string(rank) + "d: " + error.what());
+  }
+}
+
+}  // namespace
+}  // namespace na
+
+#define NA_SCHEMA                                                                                                   \
+  "(Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "    \
+  "float scale, Tensor? additional_keys=None, Tensor? additional_values=None) -> (Tensor output, Tensor lse)"
+
+STABLE_TORCH_LIBRARY(na_compiler, library) {
+  library.def("na1d" NA_SCHEMA);
+  library.def("na2d" NA_SCHEMA);
+  library.def("na3d" NA_SCHEMA);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(na_compiler, CPU, library) {
+  library.impl("na1d", TORCH_BOX(&na::guarded<1>));
+  library.impl("na2d", TORCH_BOX(&na::guarded<2>));
+  library.impl("na3d", TORCH_BOX(&na::guarded<3>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(na_compiler, CUDA, library) {
+  library.impl("na1d", TORCH_BOX(&na::guarded<1>));
+  library.impl("na2d", TORCH_BOX(&na::guarded<2>));
+  library.impl("na3d", TORCH_BOX(&na::guarded<3>));
+}
+
+#define NA_EXPORT __attribute__((visibility("default")))
+
+extern "C" NA_EXPORT int na_compiler_load_bundle(const char* folder) {
+  try {
+    na::bundles().add(folder);
+    return 0;
+  } catch (const std::exception& error) {
+    na::last_error = error.what();
+    return -1;
+  }
+}
+
+extern "C" NA_EXPORT const char* na_compiler_last_error(void) { return na::last_error.c_str(); }
