@@ -40,7 +40,7 @@ def main() -> None:
           f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")  # fmt: skip
     print(f"  cmake --build {folder}/build")
     shape = "x".join(map(str, image.shape))
-    print(f"  {folder}/build/main {folder}/model.pt2 {folder}/kernels {folder}/input.bin {shape} {folder}/output.bin")
+    print(f"  {folder}/build/main {folder}/model.pt2 {folder}/kernels {folder}/output.bin {folder}/input.bin {shape}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 // Runs a model that AOTInductor compiled, with neighborhood attention from a bundle, without Python.
 //
-//   main MODEL.pt2 KERNELS INPUT.bin 1x3x64x64 OUTPUT.bin
+//   main MODEL.pt2 KERNELS OUTPUT.bin INPUT.bin 1x3x64x64 [INPUT.bin SHAPE ...]
 //
-// MODEL.pt2 and KERNELS are what export.py of this folder wrote; INPUT.bin holds float32 numbers, and so will OUTPUT.bin.
+// MODEL.pt2 and KERNELS are what export.py of this folder wrote; files of inputs hold float32 numbers, and so will
+// OUTPUT.bin.
 #include <ATen/ATen.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -36,24 +37,25 @@ at::Tensor read(const std::string& path, const std::vector<int64_t>& shape) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 6) {
-    std::cerr << "usage: main MODEL.pt2 KERNELS INPUT.bin 1x3x64x64 OUTPUT.bin\n";
+  if (argc < 6 || argc % 2 != 0) {
+    std::cerr << "usage: main MODEL.pt2 KERNELS OUTPUT.bin INPUT.bin 1x3x64x64 [INPUT.bin SHAPE ...]\n";
     return 2;
   }
   try {
     // Linked with libna_compiler_torch.so, the program has the operators. This is where their kernels are.
     if (na_compiler_load_bundle(argv[2]) != 0) throw std::runtime_error(na_compiler_last_error());
-    at::Tensor input = read(argv[3], parse_shape(argv[4]));
+    std::vector<at::Tensor> inputs;
+    for (int i = 4; i < argc; i += 2) inputs.push_back(read(argv[i], parse_shape(argv[i + 1])));
     torch::inductor::AOTIModelPackageLoader model(argv[1]);
-    at::Tensor output = model.run({input})[0].contiguous();
+    at::Tensor output = model.run(inputs)[0].contiguous();
 
     constexpr int kRuns = 20;
     auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < kRuns; ++i) model.run({input});
+    for (int i = 0; i < kRuns; ++i) model.run(inputs);
     std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
     std::cout << "output " << output.sizes() << ", " << elapsed.count() / kRuns << " ms a run\n";
 
-    std::ofstream(argv[5], std::ios::binary).write(static_cast<const char*>(output.data_ptr()), output.nbytes());
+    std::ofstream(argv[3], std::ios::binary).write(static_cast<const char*>(output.data_ptr()), output.nbytes());
   } catch (const std::exception& error) {
     std::cerr << error.what() << "\n";
     return 1;

@@ -6,11 +6,12 @@ level differ in their dilation, so the model poses a good number of different at
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from na_compiler import NeighborhoodAttention2D
+from na_compiler import NeighborhoodAttention2D, Problem
 
 __all__ = ["CONFIGS", "Classifier", "ClassifierConfig"]
 
@@ -50,6 +51,8 @@ CONFIGS = {
     "dinat_mini": ClassifierConfig(
         64, (2, 4, 8, 16), (7, 7, 7, 7), ((1, 8, 1), (1, 4, 1, 4), (1, 2, 1, 2, 1, 2), (1,) * 5)
     ),
+    # For images of 64 x 64, which make 16 x 16, 8 x 8, 4 x 4 and 2 x 2 tokens: what tests take through every route.
+    "dinat_pocket": ClassifierConfig(16, (1, 2, 4, 8), (5, 3, 3, 2), ((1, 3), (1, 2), (1,), (1,)), 2.0, 10),
     # Small, and with several windows.
     "dinat_femto": ClassifierConfig(32, (1, 2, 4, 8), (13, 9, 7, 7), ((1, 4), (1, 3), (1, 2), (1,)), 2.0),
 }
@@ -116,6 +119,17 @@ class Classifier(nn.Module):
         self.levels = nn.Sequential(*levels)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, config.classes)
+
+    def problems(self, height: int, width: int) -> Counter[Problem]:
+        """Return the attention problems that images of a size pose, and how many blocks pose each."""
+        found: Counter[Problem] = Counter()
+        config = self.config
+        for level, num_heads in enumerate(config.num_heads):
+            layout = height // (4 << level), width // (4 << level)
+            head_dim = (config.embed_dim << level) // num_heads
+            for dilation in config.dilations[level]:
+                found[Problem(layout, num_heads, head_dim, config.kernel_size[level], dilation=dilation)] += 1
+        return found
 
     def forward(self, image: Tensor) -> Tensor:
         """Classify.
