@@ -92,7 +92,8 @@ def _run_model(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     _check_output(options)
     if options.whole:
-        raise NotImplementedError("--whole is not there yet")
+        _compile_whole(options, started)
+        return
     from na_compiler.passes.load import sites_of  # noqa: PLC0415
 
     shapes = [_shapes(text) for text in options.shape] if options.shape else None
@@ -107,6 +108,31 @@ def _run_model(options: argparse.Namespace) -> None:
             f"which with --shape, e.g. --shape INPUT=1x3x224x224"
         )
     _compile(options, sites, f"{len(sites)} neighborhood attentions in {options.model}", started)
+
+
+def _compile_whole(options: argparse.Namespace, started: float) -> None:
+    """Compile the whole model, to a library and not a bundle."""
+    for flag in ("shape", "training", "with_runtime", "dry_run", "jobs"):
+        if getattr(options, flag):
+            raise ValueError(f"--{flag.replace('_', '-')} does not go with --whole")
+    targets = options.target or ["llvm"]
+    if len(targets) > 1:
+        raise ValueError(f"--whole compiles for one target, got {', '.join(targets)}")
+    from na_compiler.passes.load import load_whole_model  # noqa: PLC0415
+    from na_compiler.whole import compile_whole  # noqa: PLC0415
+
+    problems = compile_whole(load_whole_model(options.model), options.output, targets[0])
+    seconds = time.perf_counter() - started
+    if options.json:
+        found = [{"problem": problem.to_dict(), "count": count} for problem, count in problems.items()]
+        print(json.dumps({"library": options.output, "problems": found, "seconds": seconds}, indent=1))
+        return
+    count = sum(problems.values())
+    Console().print(
+        f"{options.model}: the whole model, with {count} neighborhood attentions, in {options.output}, in {seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _run_problem(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from na_compiler.passes import canonicalise, collect, convert
 from na_compiler.passes.remember import remembered
 from na_compiler.passes.sites import Sites
 
-__all__ = ["export_all", "load_onnx", "load_program", "sites_of"]
+__all__ = ["export_all", "load_onnx", "load_program", "load_whole_model", "sites_of"]
 
 _LOG = logging.getLogger("na_compiler")
 
@@ -60,6 +60,28 @@ def _sites_of_program(path: str, shapes: Shapes | None) -> Sites:
     program = load_program(path)
     canonicalise(program)
     return collect(program, shapes)
+
+
+def load_whole_model(model: str) -> Any:
+    """Load a model with its weights: an exported program, or an ``onnx.ModelProto``; canonicalised.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `sites_of`.
+    """
+    if _is_function(model):
+        programs = export_all(model)
+        if len(programs) > 1:
+            raise ValueError(f"--whole compiles for one shape of inputs, and {model} returns {len(programs)}")
+        return programs[0]
+    if Path(model).suffix != ".onnx":
+        return load_program(model)
+    loaded = load_onnx(model)
+    canonicalise(loaded)
+    import onnx_ir  # noqa: PLC0415
+
+    return onnx_ir.serde.serialize_model(loaded)
 
 
 def load_program(path: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from na_compiler.runtime import threads
 from na_compiler.runtime.folders import runtime_library
 
-__all__ = ["load_function"]
+__all__ = ["load_function", "load_runtime"]
 
 
 def load_function(path: Path, device_type: str = "cpu") -> Any:
@@ -32,7 +32,7 @@ def load_function(path: Path, device_type: str = "cpu") -> Any:
     """
     import tvm_ffi  # noqa: PLC0415
 
-    _load_runtime()
+    load_runtime()
     if device_type == "cuda":
         _load_cuda_runtime()
     function = tvm_ffi.load_module(str(path))["main"]
@@ -41,7 +41,7 @@ def load_function(path: Path, device_type: str = "cpu") -> Any:
 
 
 @functools.cache
-def _load_runtime() -> ctypes.CDLL:
+def load_runtime() -> ctypes.CDLL:
     """Load TVM's runtime, whose functions kernels find in the process."""
     threads.prepare()
     return ctypes.CDLL(str(runtime_library()), ctypes.RTLD_GLOBAL)

@@ -1,0 +1,60 @@
+"""`load_whole`: runs a model that `na_compiler.whole.compile_whole` compiled. Needs apache-tvm-ffi and TVM's runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from na_compiler.runtime.library import load_runtime
+
+__all__ = ["Whole", "load_whole"]
+
+_CPU = 1
+_POOLED = 2  # tvm::runtime::memory::AllocatorType: memory is kept for the next call.
+
+
+class Whole:
+    """A loaded model. Make one with `load_whole`."""
+
+    def __init__(self, module: Any) -> None:
+        self._machine = module["vm_load_executable"]()
+        self._machine["vm_initialization"](_CPU, 0, _POOLED)
+        self._main = self._machine["main"]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the model.
+
+        Parameters
+        ----------
+        *inputs
+            Contiguous arrays on the CPU: NumPy's, torch's, or of any library with DLPack.
+
+        Returns
+        -------
+        tvm_ffi.Tensor or a sequence of such
+            ``numpy.from_dlpack`` and ``torch.from_dlpack`` take them.
+        """
+        import tvm_ffi  # noqa: PLC0415
+
+        return self._main(*map(tvm_ffi.from_dlpack, inputs))
+
+
+def load_whole(path: str | Path) -> Whole:
+    """Load a model.
+
+    Parameters
+    ----------
+    path
+        What ``na-compile MODEL --whole`` wrote. It is native code: to load it is to trust who made it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file, or no runtime library of TVM's.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    import tvm_ffi  # noqa: PLC0415
+
+    load_runtime()
+    return Whole(tvm_ffi.load_module(str(path)))

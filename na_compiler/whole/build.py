@@ -1,0 +1,91 @@
+"""`compile_whole`: imports a model, schedules all of it, writes a library."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from na_compiler.problem import Problem
+from na_compiler.runtime import threads
+from na_compiler.target import CpuTarget, Target
+
+__all__ = ["compile_whole"]
+
+_LOG = logging.getLogger("na_compiler")
+
+
+def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target = "llvm") -> dict[Problem, int]:
+    """Compile a model to one library.
+
+    Parameters
+    ----------
+    model
+        A ``torch.export.ExportedProgram``, or an ``onnx.ModelProto``. Its batch may be dynamic, its layouts not. It is
+        canonicalised first.
+    path
+        The shared library to write, weights and all.
+    target
+        A CPU: ``"llvm"`` for this machine, or an instruction set.
+
+    Returns
+    -------
+    dict
+        The attention problems in it, and how often each occurs.
+
+    Raises
+    ------
+    ValueError
+        For another target, or a model with a dynamic layout or without neighborhood attention.
+    RuntimeError
+        If something in the model cannot be compiled, or linked.
+
+    Examples
+    --------
+    >>> compile_whole(torch.export.export(model, (image,)), "model.so")  # doctest: +SKIP
+    >>> from na_compiler.runtime.whole import load_whole  # doctest: +SKIP
+    >>> output = load_whole("model.so")(image)  # doctest: +SKIP
+    """
+    parsed = Target.parse(target)
+    if not isinstance(parsed, CpuTarget) or not parsed.is_native:
+        raise ValueError(f"whole models are compiled for this machine's architecture, got target {parsed}")
+    if threads.c_compiler() is None:
+        raise RuntimeError("there is no C compiler to link the model with; install gcc or clang, or set CC")
+    import tvm  # noqa: PLC0415
+
+    from na_compiler.passes import canonicalise  # noqa: PLC0415
+    from na_compiler.whole.attention import Attention  # noqa: PLC0415
+    from na_compiler.whole.frontend import from_onnx, from_program  # noqa: PLC0415
+    from na_compiler.whole.linear import schedule_linear  # noqa: PLC0415
+    from na_compiler.whole.rest import legalize, schedule_rest  # noqa: PLC0415
+
+    started = time.perf_counter()
+    attention = Attention(parsed)
+    if type(model).__module__.startswith("torch"):
+        canonicalise(model)
+        module = from_program(model, attention)
+    else:
+        module = from_onnx(model, attention)
+    if not attention.problems:
+        raise ValueError("the model has no neighborhood attention in it")
+    module, linear = schedule_linear(module, parsed)
+    with tvm.target.Target(parsed.to_tvm()):
+        module = schedule_rest(legalize(module), parsed)
+        executable = tvm.compile(module, target=tvm.target.Target(parsed.to_tvm()))
+    _export(executable, Path(path))
+    seconds = time.perf_counter() - started
+    count = sum(attention.problems.values())
+    _LOG.info("compiled %s in %.1f s: %d attentions, %d linear layers", path, seconds, count, linear)
+    return attention.problems
+
+
+def _export(executable: Any, path: Path) -> None:
+    """Write the library beside its place and rename it into it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as temporary:
+        made = Path(temporary) / path.name
+        executable.export_library(str(made), cc=threads.c_compiler())
+        made.replace(path)

@@ -1,0 +1,60 @@
+"""From an exported program or an ONNX model to a Relax module with our attention in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from na_compiler.whole.attention import Attention
+
+__all__ = ["from_onnx", "from_program"]
+
+_NAMES = ("kernel_size", "stride", "dilation", "is_causal")
+
+
+def from_program(program: Any, attention: Attention) -> Any:
+    """Import an exported program."""
+    from tvm.relax.frontend.torch import from_exported_program  # noqa: PLC0415
+
+    def convert(node: Any, importer: Any) -> Any:
+        arguments = [argument.name for argument in node.target._schema.arguments]  # noqa: SLF001
+        given = dict(zip(arguments, node.args, strict=False)) | dict(node.kwargs)
+        inputs = ("query", "key", "value", "additional_keys", "additional_values")
+        tensors = [importer.env[given[name]] for name in inputs if given.get(name) is not None]
+        parameters = {name: tuple(given[name]) for name in _NAMES}
+        return attention.emit(importer.block_builder, tensors, parameters, given["scale"])
+
+    converters = {f"na{rank}d.default": convert for rank in (1, 2, 3)}
+    return from_exported_program(program, custom_convert_map=converters, unwrap_unit_return_tuple=True)
+
+
+def from_onnx(model: Any, attention: Attention) -> Any:
+    """Import an ONNX model, an ``onnx.ModelProto``."""
+    from tvm.relax.frontend import onnx as frontend  # noqa: PLC0415
+
+    with _converters(attention):
+        return frontend.from_onnx(model, keep_params_in_input=False)
+
+
+@contextlib.contextmanager
+def _converters(attention: Attention) -> Iterator[None]:
+    """Teach TVM's importer our operators while it runs. It has no public way to; a test pins this one."""
+    from tvm.relax.frontend.onnx import onnx_frontend  # noqa: PLC0415
+
+    def make(rank: int) -> Any:
+        def convert(cls: Any, builder: Any, inputs: Any, attributes: Any, parameters: Any) -> Any:  # noqa: ARG001
+            given = {name: tuple(map(int, attributes.get(name, [name != "is_causal"] * rank))) for name in _NAMES}
+            given["is_causal"] = tuple(map(bool, given["is_causal"]))
+            tensors = [tensor for tensor in inputs if tensor is not None]
+            return attention.emit(builder, tensors, given, attributes.get("scale"))
+
+        return type(f"NA{rank}D", (onnx_frontend.OnnxOpConverter,), {"_impl_v1": classmethod(convert)})
+
+    original = onnx_frontend._get_convert_map  # noqa: SLF001
+    added = {f"NA{rank}D": make(rank) for rank in (1, 2, 3)}
+    onnx_frontend._get_convert_map = lambda: {**original(), **added}  # noqa: SLF001
+    try:
+        yield
+    finally:
+        onnx_frontend._get_convert_map = original  # noqa: SLF001
