@@ -1,6 +1,6 @@
-"""Writes what ``main.cc`` runs: a model by AOTInductor, its kernels, and the library of operators; says how to build it.
+"""Writes what ``main.cc`` runs: a model by AOTInductor, its kernels, the library of operators; says how to build it.
 
-    python examples/aot_cpp/export.py build/aot_cpp
+python examples/aot_cpp/export.py build/aot_cpp
 """
 
 from __future__ import annotations

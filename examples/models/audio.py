@@ -129,4 +129,3 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)  # type: ignore[no-any-return]
-

@@ -22,7 +22,16 @@ _LOG = logging.getLogger("na_compiler")
 LIBRARY = "libna_compiler_torch.so"
 # The stable ABI of torch 2.11: the library runs with every later version as well.
 _TORCH = "0x020b000000000000"
-_FLAGS = ("-std=c++20", "-O2", "-s", "-shared", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread")
+_FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-s",
+    "-shared",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-pthread",
+)
 
 
 def header_folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from na_compiler.compiler.bundle import check_place, save_bundle
 from na_compiler.passes.progress import progress_bar
 from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import DTYPES, Problem
+from na_compiler.runtime.folders import runtime_library
 
 __all__ = ["add_parser", "add_problem_parser"]
 
@@ -83,7 +85,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--training", action="store_true", help="the backward as well")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one for each core)")
-    parser.add_argument("--with-runtime", action="store_true", help="put TVM's runtime library in the bundle as well")
+    parser.add_argument("--with-runtime", action="store_true", help="put TVM's runtime library there as well")
     parser.add_argument("--dry-run", action="store_true", help="show what would be compiled, and stop")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -112,7 +114,7 @@ def _run_model(options: argparse.Namespace) -> None:
 
 def _compile_whole(options: argparse.Namespace, started: float) -> None:
     """Compile the whole model, to a library and not a bundle."""
-    for flag in ("shape", "training", "with_runtime", "dry_run", "jobs"):
+    for flag in ("shape", "training", "dry_run", "jobs"):
         if getattr(options, flag):
             raise ValueError(f"--{flag.replace('_', '-')} does not go with --whole")
     targets = options.target or ["llvm"]
@@ -122,6 +124,8 @@ def _compile_whole(options: argparse.Namespace, started: float) -> None:
     from na_compiler.whole import compile_whole  # noqa: PLC0415
 
     problems = compile_whole(load_whole_model(options.model), options.output, targets[0])
+    if options.with_runtime:
+        shutil.copyfile(runtime_library(), Path(options.output).absolute().with_name(runtime_library().name))
     seconds = time.perf_counter() - started
     if options.json:
         found = [{"problem": problem.to_dict(), "count": count} for problem, count in problems.items()]
@@ -129,7 +133,7 @@ def _compile_whole(options: argparse.Namespace, started: float) -> None:
         return
     count = sum(problems.values())
     Console().print(
-        f"{options.model}: the whole model, with {count} neighborhood attentions, in {options.output}, in {seconds:.1f} s",
+        f"{options.model}: the whole model, {count} neighborhood attentions in it, in {options.output}, in {seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""`load_whole`: runs a model that `na_compiler.whole.compile_whole` compiled. Needs apache-tvm-ffi and TVM's runtime."""
+"""`load_whole`: runs a model that `na_compiler.whole.compile_whole` compiled, with TVM's runtime alone."""
 
 from __future__ import annotations
 

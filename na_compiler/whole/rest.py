@@ -114,7 +114,9 @@ def _layer_norm(builder: relax.BlockBuilder, call: relax.Call) -> Any:
         def total(value: Callable[..., Expr], name: str) -> te.Tensor:
             part = te.reduce_axis((0, count // lanes), "part")
             partial = te.compute(
-                (*outer, lanes), lambda *i: te.sum(value(*i[:-1], part * lanes + i[-1]), axis=part), name=f"{name}_parts"
+                (*outer, lanes),
+                lambda *i: te.sum(value(*i[:-1], part * lanes + i[-1]), axis=part),
+                name=f"{name}_parts",
             )
             lane = te.reduce_axis((0, lanes), "lane")
             return te.compute(outer, lambda *i: te.sum(partial[(*i, lane)], axis=lane), name=name)
