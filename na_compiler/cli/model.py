@@ -131,9 +131,9 @@ def _compile_whole(options: argparse.Namespace, started: float) -> None:
         found = [{"problem": problem.to_dict(), "count": count} for problem, count in problems.items()]
         print(json.dumps({"library": options.output, "problems": found, "seconds": seconds}, indent=1))
         return
-    count = sum(problems.values())
+    attentions = f"{sum(problems.values())} neighborhood attentions"
     Console().print(
-        f"{options.model}: the whole model, {count} neighborhood attentions in it, in {options.output}, in {seconds:.1f} s",
+        f"{options.model}: the whole model, with {attentions}, to {options.output}, in {seconds:.1f} s",
         highlight=False,
         soft_wrap=True,
     )

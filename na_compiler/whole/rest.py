@@ -122,7 +122,10 @@ def _layer_norm(builder: relax.BlockBuilder, call: relax.Call) -> Any:
             return te.compute(outer, lambda *i: te.sum(partial[(*i, lane)], axis=lane), name=name)
 
         mean = total(lambda *i: x[i], "sum")
-        deviation = lambda *i: x[i] - mean[i[:-1]] * _float(1 / count)  # noqa: E731
+
+        def deviation(*i: Expr) -> Expr:
+            return x[i] - mean[i[:-1]] * _float(1 / count)
+
         square = total(lambda *i: deviation(*i) * deviation(*i), "square")
 
         def normal(*i: Expr) -> Expr:
