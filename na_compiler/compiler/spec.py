@@ -96,7 +96,8 @@ def source_fingerprint() -> str:
     folders = [package / "tensorir", Path(schedules.__file__).parent]
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     compiler = package / "compiler"
-    files += [package / "window.py", package / "target.py", compiler / "build.py", compiler / "cuda_worker.py"]
+    files += [package / "window.py", package / "target.py"]
+    files += [compiler / name for name in ("build.py", "cuda_worker.py", "pipeline.py")]
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
