@@ -19,6 +19,7 @@ LN2 = math.log(2.0)
 LOWEST = float(np.finfo(np.float32).min)
 
 _EXPONENT_BITS = 23
+_ROUNDER = 1.5 * 2**_EXPONENT_BITS
 _EXP2_DEGREE = 5
 
 
@@ -43,13 +44,15 @@ def exp2(x: Expr) -> Expr:
     At -127 the polynomial is exactly 1, so that taking 127 from its exponent field leaves the bits of zero: a
     masked key has no weight at all, whatever its value holds.
     """
+    # Adding 1.5 * 2**23 rounds to the nearest integer, and leaves it in the last bits of the sum. The sum goes through
+    # its bits so that TVM does not take the addition and the subtraction for nothing.
     clamped = T.max(x, T.float32(-127.0))
-    whole = T.nearbyint(clamped)
-    fraction = clamped - whole
+    shifted = T.reinterpret("int32", clamped + T.float32(_ROUNDER))
+    fraction = clamped - (T.reinterpret("float32", shifted) - T.float32(_ROUNDER))
     *lower, power = map(T.float32, _exp2_coefficients())
     for coefficient in reversed(lower):
         power = power * fraction + coefficient
-    bits = T.reinterpret("int32", power) + T.shift_left(T.Cast("int32", whole), T.int32(_EXPONENT_BITS))
+    bits = T.reinterpret("int32", power) + T.shift_left(shifted, T.int32(_EXPONENT_BITS))
     return T.reinterpret("float32", bits)
 
 
