@@ -37,6 +37,7 @@ struct Operator : OrtCustomOp {
   const char* name;
   size_t rank;
   bool is_cuda;
+  ONNXTensorElementDataType element;
 };
 
 // Throws what a status says, and releases it.
@@ -425,7 +426,8 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   return guarded(node->api(), node->where(), [&] { node->compute(context); });
 }
 
-// Output and lse have query's sizes but the last, and symbols where it has some. Says nothing where it knows nothing.
+// The output has query's sizes but the last, which is value's, and symbols where they have some. Says nothing where it
+// knows nothing.
 OrtStatus* infer(const OrtCustomOp* custom_op, OrtShapeInferContext* context) {
   auto op = static_cast<const Operator*>(custom_op);
   const Api& api = *op->api;
@@ -452,22 +454,21 @@ OrtStatus* infer(const OrtCustomOp* custom_op, OrtShapeInferContext* context) {
         symbols.back() = names.back();
       }
     }
-    for (size_t output = 0; output < kOutputCount; ++output) {
-      OrtTensorTypeAndShapeInfo* info = nullptr;
-      check(api, api.CreateTensorTypeAndShapeInfo(&info));
-      std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> owner(
-          info, api.ReleaseTensorTypeAndShapeInfo);
-      size_t rank = sizes.size() - output;
-      check(api, api.SetTensorElementType(info, output == 0 ? element : kFloat));
-      check(api, api.SetDimensions(info, sizes.data(), rank));
-      check(api, api.SetSymbolicDimensions(info, symbols.data(), rank));
-      // A node may leave lse out.
-      if (!succeeds(api, api.ShapeInferContext_SetOutputTypeShape(context, output, info)) && output == 0) return;
-    }
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api, api.CreateTensorTypeAndShapeInfo(&info));
+    std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> owner(
+        info, api.ReleaseTensorTypeAndShapeInfo);
+    check(api, api.SetTensorElementType(info, element));
+    check(api, api.SetDimensions(info, sizes.data(), sizes.size()));
+    check(api, api.SetSymbolicDimensions(info, symbols.data(), symbols.size()));
+    // Of the output only: nobody says whether the node has an lse, and where it has none, ONNX Runtime up to 1.26 ends
+    // the process if it is given a shape.
+    check(api, api.ShapeInferContext_SetOutputTypeShape(context, 0, info));
   });
 }
 
-Operator make(const Api* api, const std::vector<const Bundle*>& bundles, size_t rank, bool is_cuda) {
+Operator make(const Api* api, const std::vector<const Bundle*>& bundles, size_t rank, bool is_cuda,
+              ONNXTensorElementDataType element) {
   static const char* const kNames[] = {"NA1D", "NA2D", "NA3D"};
   Operator op;
   std::memset(static_cast<OrtCustomOp*>(&op), 0, sizeof(OrtCustomOp));
@@ -476,6 +477,7 @@ Operator make(const Api* api, const std::vector<const Bundle*>& bundles, size_t 
   op.name = kNames[rank - 1];
   op.rank = rank;
   op.is_cuda = is_cuda;
+  op.element = element;
   op.version = kApiVersion;
   op.GetName = [](const OrtCustomOp* self) { return static_cast<const Operator*>(self)->name; };
   op.GetExecutionProviderType = [](const OrtCustomOp* self) {
@@ -483,9 +485,10 @@ Operator make(const Api* api, const std::vector<const Bundle*>& bundles, size_t 
   };
   op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputCount; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) { return kOutputCount; };
-  // Undefined stands for any type; ONNX Runtime gives the output that of the inputs.
-  op.GetInputType = [](const OrtCustomOp*, size_t) -> ONNXTensorElementDataType { return kUndefined; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t i) -> ONNXTensorElementDataType { return i ? kFloat : kUndefined; };
+  op.GetInputType = [](const OrtCustomOp* self, size_t) { return static_cast<const Operator*>(self)->element; };
+  op.GetOutputType = [](const OrtCustomOp* self, size_t i) -> ONNXTensorElementDataType {
+    return i == 0 ? static_cast<const Operator*>(self)->element : kFloat;
+  };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return i < 3 ? kRequired : kOptional; };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return i == 0 ? kRequired : kOptional; };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) -> OrtMemType { return 0; };
@@ -544,7 +547,10 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     check(*api, api->CreateCustomOpDomain(kDomain, &domain));
     for (size_t rank = 1; rank <= 3; ++rank) {
       for (bool is_cuda : {false, true}) {
-        check(*api, api->CustomOpDomain_Add(domain, new Operator(make(api, bundles, rank, is_cuda))));
+        // One for each type: in ONNX Runtime 1.21 an operator of any type may have one input only.
+        for (ONNXTensorElementDataType element : {kFloat, kFloat16, kBFloat16}) {
+          check(*api, api->CustomOpDomain_Add(domain, new Operator(make(api, bundles, rank, is_cuda, element))));
+        }
       }
     }
     check(*api, api->AddCustomOpDomain(options, domain));
