@@ -1,0 +1,82 @@
+"""What is distributed: a wheel and a source archive, installed and used elsewhere."""
+
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+USE = """
+import numpy as np
+import na_compiler
+from na_compiler.schedules import planner
+assert "site-packages" in planner.__file__
+kernel = na_compiler.compile(na_compiler.Problem((5, 6), 1, 8, 3))
+query = np.ones((1, 5, 6, 1, 8), np.float32)
+assert np.allclose(kernel(query, query, query)[0], 1)
+import torch
+tensor = torch.ones(1, 5, 6, 1, 8, requires_grad=True)
+na_compiler.na2d(tensor, tensor, tensor, 3).sum().backward()
+print(na_compiler.__file__)
+"""
+
+
+def pip(python, *arguments):
+    command = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", folder, ROOT)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.mark.full
+def test_wheel_holds_every_module(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for source, package in (("na_compiler", "na_compiler"), ("schedules", "na_compiler/schedules")):
+        for path in (ROOT / source).rglob("*"):
+            if path.suffix in {".py", ".c", ".cc", ".h", ".typed"} and "__pycache__" not in path.parts:
+                assert f"{package}/{path.relative_to(ROOT / source)}" in names
+    assert not any(name.startswith(("tests/", "examples/", "schedules/")) for name in names)
+
+
+@pytest.mark.full
+def test_wheel_works_elsewhere(wheel, tmp_path):
+    """In a virtual environment that sees this one's dependencies, and not the working tree."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip(python, "install", "--no-deps", wheel)
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    here = {path for path in sys.path if path.endswith("site-packages")}
+    # Dependencies; this environment's own editable installation is not found by a path file's lines.
+    (site / "dependencies.pth").write_text("\n".join(sorted(here)))
+    done = subprocess.run([python, "-c", USE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+    assert subprocess.run(
+        [tmp_path / "venv" / "bin" / "na-compile", "cache", "list"], check=True, stdout=subprocess.PIPE
+    )
+
+
+@pytest.mark.full
+def test_source_archive_builds_the_same(tmp_path):
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    for name in ("schedules/planner.py", "na_compiler/runtime/launcher.c", "LICENSE", "README.md"):
+        assert (source / name).is_file(), name
+    pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source)
+    assert list(tmp_path.glob("*.whl"))
