@@ -137,7 +137,7 @@ def choose_tile(problem: Problem) -> tuple[int, ...]:
     Examples
     --------
     >>> choose_tile(Problem((56, 56), heads=4, head_dim=32, kernel_size=13))
-    (4, 4)
+    (8, 8)
     """
     lengths = [
         group_length(tokens, dilation) for tokens, dilation in zip(problem.layout, problem.dilation, strict=True)
