@@ -81,7 +81,7 @@ class TestBench:
         """One forward, and nothing else."""
         case = bench.Case("2-D", Problem((10, 11), 2, 16, 3), {"gather": None})
         monkeypatch.setattr(bench, "CPU_SUITE", (case,))
-        monkeypatch.setattr(bench, "_overheads", lambda seconds: {})
+        monkeypatch.setattr(bench, "measure_overheads", lambda seconds: {})
 
     def test_tables_and_json(self, folder, capsys):
         path = folder / "figures.json"
