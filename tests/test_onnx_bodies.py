@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
-from onnx_models import PROBLEMS, Forward, cases, cost, feeds, one_node, session
+from onnx_models import PARTS, PROBLEMS, Forward, cases, cost, feeds, one_node, session
 from onnx_models import run as run_session
 
 from na_compiler.onnx import DOMAIN, add_bodies, reference_ops
@@ -62,9 +62,8 @@ def test_half_precision(dtype, run, body, seed):
     example.check(*run(one_node(problem, body=body, dynamic_layout=False), feeds(example.inputs)))
 
 
-def test_case_file(seed, request):
-    full = request.config.getoption("--full")
-    for problem in cases(full, 6):
+def run_cases(problems):
+    for problem in problems:
         if cost(problem) > LARGEST:
             continue  # The generic body needs gigabytes for these; the library's test runs them.
         example = Forward(problem)
@@ -74,6 +73,16 @@ def test_case_file(seed, request):
         model = one_node(problem, body="blocked", dynamic_layout=False)
         assert model.ByteSize() < 200_000
         example.check(*run_ort(model, feeds(example.inputs)))
+
+
+def test_case_file(seed):
+    run_cases(cases())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(PARTS))
+def test_whole_case_file(part, seed):
+    run_cases(cases(part))
 
 
 @pytest.mark.parametrize("run", [run_ort, run_evaluator])

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx_models import PROBLEMS, Forward, cases, feeds, one_node, run, session
+from onnx_models import PARTS, PROBLEMS, Forward, cases, feeds, one_node, run, session
 
 import na_compiler
 from na_compiler.cli import main
@@ -59,14 +59,22 @@ def test_results(problem, body, dynamic_layout, bundle, seed):
     other.check(*run(made, feeds(other.inputs)))
 
 
-def test_case_file(seed, request, tmp_path):
-    problems = cases(request.config.getoption("--full"), 6)
-    bundle = make_bundle(tmp_path / "bundle", problems)
+def run_cases(problems, folder):
+    bundle = make_bundle(folder, problems)
     for problem in problems:
         example = Forward(problem)
-        example.check(
-            *run(open_session(one_node(problem, body=None, dynamic_layout=False), bundle), feeds(example.inputs))
-        )
+        made = open_session(one_node(problem, body=None, dynamic_layout=False), bundle)
+        example.check(*run(made, feeds(example.inputs)))
+
+
+def test_case_file(seed, tmp_path):
+    run_cases(cases(), tmp_path / "bundle")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(PARTS))
+def test_whole_case_file(part, seed, tmp_path):
+    run_cases(cases(part), tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, -0.3, 3.0])

@@ -4,7 +4,7 @@ import onnx
 import pytest
 from onnx import helper
 from onnx.shape_inference import InferenceError, infer_shapes
-from onnx_models import PROBLEMS, cases, one_node
+from onnx_models import PARTS, PROBLEMS, cases, one_node
 
 from na_compiler.onnx import DOMAIN, OPERATORS, problems, register_schemas, schema
 from na_compiler.problem import Problem
@@ -30,12 +30,22 @@ def test_shapes_flow_through(problem, body):
     assert inferred(one_node(problem, body=body)) == [[*symbols, problem.head_dim_v], symbols]
 
 
-def test_shapes_of_the_case_file(seed, request):
-    for problem in cases(request.config.getoption("--full"), 20):
+def infer_cases(problems_):
+    for problem in problems_:
         model = one_node(problem, body=None, dynamic_layout=False)
         onnx.checker.check_model(model, full_check=True)
         assert inferred(model)[0] == ["B", *problem.layout, problem.heads, problem.head_dim]
         assert problems(model) == {problem: 1}
+
+
+def test_shapes_of_the_case_file(seed):
+    infer_cases(cases(count=20))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(PARTS))
+def test_shapes_of_the_whole_case_file(part, seed):
+    infer_cases(cases(part))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
