@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -33,6 +34,11 @@ def test_python_snippets(tmp_path, monkeypatch, capsys):
     assert f"{message[1]} {message[2]}\n" in printed
     assert (tmp_path / "layer.pt2").is_file()
     assert (tmp_path / "kernels" / "manifest.json").is_file()
+    x, layer = namespace["x"], namespace["layer"]
+    expected = layer(x).detach()
+    for name in ("session", "fast"):
+        (result,) = namespace[name].run(None, {"x": x.numpy()})
+        assert (torch.from_numpy(result) - expected).norm() < 1e-5 * expected.norm(), name
 
 
 @pytest.mark.parametrize(

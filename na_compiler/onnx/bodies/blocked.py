@@ -28,50 +28,76 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class _Axis:
-    """Tiles of one axis.
+    """Tiles of one axis, each of queries of one dilation group.
 
     Parameters
     ----------
     queries
-        Tokens of each tile, ``[tiles, queries]``; the last one again where a tile has fewer.
-    keys
-        The tokens that these see, ``[tiles, keys]``; likewise.
-    visible
-        Which of the keys a query sees, ``[tiles, queries, keys]``.
+        Tokens of each tile, ``[tiles, rows]``; the last one again where a tile has fewer.
+    boxes
+        For each tile the group, and the indices in it of the first and the last key that any of the queries sees,
+        ``[3, tiles, 1]``.
+    windows
+        First and one past the last key that each query sees, counted from the box's first, ``[2, tiles, rows, 1]``.
+    width
+        Keys of the widest box.
+    dilation
+        Number of groups.
     place
         Where a token's row is among those of all tiles, ``[tokens]``.
     """
 
     queries: np.ndarray[Any, Any]
-    keys: np.ndarray[Any, Any]
-    visible: np.ndarray[Any, Any]
+    boxes: np.ndarray[Any, Any]
+    windows: np.ndarray[Any, Any]
+    width: int
+    dilation: int
     place: np.ndarray[Any, Any]
 
     @classmethod
-    def cut(cls, tokens: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, tile: int) -> _Axis:
-        """Cut an axis into tiles of queries of one dilation group."""
-        rows: list[list[int]] = []
-        boxes: list[list[int]] = []
+    def cut(cls, tokens: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, rows: int) -> _Axis:
+        """Cut an axis into tiles of some queries."""
+        queries: list[list[int]] = []
+        boxes: list[tuple[int, int, int]] = []
         windows: list[list[tuple[int, int]]] = []
         place = np.zeros(tokens, np.int64)
         for group in range(dilation):
             length = group_length(tokens, dilation, group)
-            for first in range(0, length, tile):
-                indices = range(first, min(first + tile, length))
+            for first in range(0, length, rows):
+                indices = [min(first + row, length - 1) for row in range(rows)]
                 bounds = [window_bounds(index, length, kernel_size, stride, is_causal) for index in indices]
-                for row, index in enumerate(indices):
-                    place[index * dilation + group] = len(rows) * tile + row
+                for row, index in reversed(list(enumerate(indices))):
+                    place[index * dilation + group] = len(queries) * rows + row
+                queries.append([index * dilation + group for index in indices])
                 # Windows never move back: the first begins the box, the last ends it.
-                rows.append([index * dilation + group for index in indices])
-                boxes.append([key * dilation + group for key in range(bounds[0][0], bounds[-1][1])])
-                windows.append([(start - bounds[0][0], end - bounds[0][0]) for start, end in bounds])
-        width = max(map(len, boxes))
-        visible = np.zeros((len(rows), tile, width), np.bool_)
-        for at, window in enumerate(windows):
-            for row in range(tile):
-                start, end = window[min(row, len(window) - 1)]
-                visible[at, row, start:end] = True
-        return cls(_padded(rows, tile), _padded(boxes, width), visible, place)
+                start, end = bounds[0][0], bounds[-1][1]
+                boxes.append((group, start, end - 1))
+                windows.append([(window[0] - start, window[1] - start) for window in bounds])
+        width = max(last - start + 1 for _, start, last in boxes)
+        return cls(
+            np.array(queries),
+            np.array(boxes).T[..., None],
+            np.moveaxis(np.array(windows), -1, 0)[..., None],
+            width,
+            dilation,
+            place,
+        )
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every query sees all keys of its box, and no box is filled up."""
+        return bool((self.windows[0] == 0).all() and (self.windows[1] == self.width).all())
+
+    def keys(self, write: Writer) -> Expression:
+        """Return the tokens of each tile's box, ``[tiles, width]``; the last one again where a box has fewer."""
+        group, first, last = (write.constant(each) for each in self.boxes)
+        return (write("Range", 0, self.width, 1) + first).minimum(last) * self.dilation + group
+
+    def visible(self, write: Writer) -> Expression:
+        """Return which keys of its box a query sees, ``[tiles, rows, width]``."""
+        start, end = (write.constant(each) for each in self.windows)
+        key = write("Range", 0, self.width, 1)
+        return (start <= key) & write("Less", key, end)
 
 
 def blocked_body(operator: str, opset: int, problem: Problem, overload: str, additional_inputs: bool) -> ir.Function:
@@ -108,24 +134,26 @@ def blocked_body(operator: str, opset: int, problem: Problem, overload: str, add
     rows = math.prod(axis.queries.shape[1] for axis in axes)
     heads = Heads.make(write, query, key, value, problem.rank)
     tokens = write.constant([problem.tokens])
-    queries = write("Gather", heads.queries(query, tokens), _indices(write, problem, [a.queries for a in axes]), axis=2)
+    tokens_of_rows = _indices(write, problem, [write.constant(axis.queries) for axis in axes], tiles, rows)
+    queries = write("Gather", heads.queries(query, tokens), tokens_of_rows, axis=2)
     # [batch, heads_kv, tiles, rows, group, head_dim]: the queries of a group read the same keys.
     shape = write.shape([0, problem.heads_kv, tiles, rows * problem.group_size, problem.head_dim])
     queries = write("Reshape", queries, shape)
-    boxes = _indices(write, problem, [axis.keys for axis in axes])
+    width = math.prod(axis.width for axis in axes)
+    boxes = _indices(write, problem, [axis.keys(write) for axis in axes], tiles, width)
     keys = write("Gather", heads.keys(key, tokens), boxes, axis=2)
     values = write("Gather", heads.values(value, tokens), boxes, axis=2)
     scores = write("MatMul", queries, write("Transpose", keys, perm=[0, 1, 2, 4, 3]))
-    if not all(axis.visible.all() for axis in axes):
+    if not all(axis.sees_all for axis in axes):
         scores = masked(write, scores, _visible(write, axes, problem.group_size))
     output, lse = attend(write, heads, queries, scores, values, additional)
     back = _places(write, axes)
     results = []
-    for result, width in ((output, [problem.head_dim_v]), (lse, [])):
-        split = write.shape([0, problem.heads_kv, tiles * rows, problem.group_size, *width])
+    for result, last in ((output, [problem.head_dim_v]), (lse, [])):
+        split = write.shape([0, problem.heads_kv, tiles * rows, problem.group_size, *last])
         gathered = write("Gather", write("Reshape", result, split), back, axis=2)
-        order = [0, 2, 1, 3, 4][: 4 + len(width)]
-        shape = write.shape([0, *problem.layout, problem.heads, *width])
+        order = [0, 2, 1, 3, 4][: 4 + len(last)]
+        shape = write.shape([0, *problem.layout, problem.heads, *last])
         results.append(write("Reshape", write("Transpose", gathered, perm=order), shape))
     results[0] = write("CastLike", results[0], query)
     return write.function(DOMAIN, operator, overload, dict(zip(OUTPUTS, results, strict=True)), ATTRIBUTES)
@@ -146,7 +174,7 @@ def choose_tile(problem: Problem) -> tuple[int, ...]:
     return min(itertools.product(*candidates), key=lambda tile: _cost(problem, lengths, tile))
 
 
-def _cost(problem: Problem, lengths: list[int], tile: tuple[int, ...]) -> float:
+def _cost(problem: Problem, lengths: list[int], tile: tuple[int, ...]) -> int:
     """Return an estimate of time: scores of all tiles, and what is gathered for them, which costs more a number."""
     tiles, rows, box = 1, 1, 1
     for axis, (length, size) in enumerate(zip(lengths, tile, strict=True)):
@@ -162,37 +190,31 @@ def _cost(problem: Problem, lengths: list[int], tile: tuple[int, ...]) -> float:
 _GATHER = 24
 
 
-def _padded(lists: list[list[int]], width: int) -> np.ndarray[Any, Any]:
-    return np.array([each + each[-1:] * (width - len(each)) for each in lists], np.int64)
-
-
-def _indices(write: Writer, problem: Problem, tables: list[np.ndarray[Any, Any]]) -> Expression:
+def _indices(write: Writer, problem: Problem, tables: list[Expression], tiles: int, width: int) -> Expression:
     """Combine ``[tiles, tokens]`` of each axis to numbers of tokens of the whole layout, over all axes."""
     rank = len(tables)
     combined = None
     for axis, table in enumerate(tables):
-        others = [i for i in range(2 * rank) if i not in {axis, rank + axis}]
-        along = write.constant(np.expand_dims(table, tuple(others)))
+        along = write("Unsqueeze", table, [i for i in range(2 * rank) if i not in {axis, rank + axis}])
         combined = along if combined is None else combined * problem.layout[axis] + along
     assert combined is not None
-    shape = [math.prod(table.shape[i] for table in tables) for i in range(2)]
-    return write("Reshape", combined, write.constant(shape))
+    return write("Reshape", combined, [tiles, width])
 
 
 def _visible(write: Writer, axes: list[_Axis], group: int) -> Expression:
-    """Combine ``[tiles, queries, keys]`` of each axis; rows are then repeated for the queries of a group."""
+    """Combine what is visible on each axis to ``[tiles, rows, keys]``; rows are repeated for the queries of a group."""
     rank = len(axes)
     combined = None
     for axis, each in enumerate(axes):
-        others = [i for i in range(3 * rank) if i % rank != axis]
-        along = write.constant(np.expand_dims(each.visible, tuple(others)))
+        along = write("Unsqueeze", each.visible(write), [i for i in range(3 * rank) if i % rank != axis])
         combined = along if combined is None else combined & along
     assert combined is not None
-    tiles, rows, keys = (math.prod(each.visible.shape[i] for each in axes) for i in range(3))
+    tiles, rows = (math.prod(each.queries.shape[i] for each in axes) for i in range(2))
+    keys = math.prod(each.width for each in axes)
     if group > 1:
-        combined = write("Reshape", combined, write.constant([tiles, rows, 1, keys]))
-        combined = write("Expand", combined, write.constant([tiles, rows, group, keys]))
-    return write("Reshape", combined, write.constant([tiles, rows * group, keys]))
+        combined = write("Reshape", combined, [tiles, rows, 1, keys])
+        combined = write("Expand", combined, [tiles, rows, group, keys])
+    return write("Reshape", combined, [tiles, rows * group, keys])
 
 
 def _places(write: Writer, axes: list[_Axis]) -> Expression:
