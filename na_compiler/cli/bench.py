@@ -57,7 +57,7 @@ CPU_SUITE = (
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser("bench", help="time this package against torch's attention")
-    parser.add_argument("--suite", choices=["cpu", "onnx"], default="cpu", help="which problems (default: cpu)")
+    parser.add_argument("--suite", choices=["cpu", "onnx", "aot"], default="cpu", help="which problems (default: cpu)")
     parser.add_argument("--threads", type=int, default=2, help="threads of everything that is timed (default: 2)")
     parser.add_argument(
         "--seconds", type=float, default=_SECONDS, help=f"time for each table row (default: {_SECONDS})"
@@ -73,12 +73,17 @@ def _run(options: argparse.Namespace) -> None:
 
         bench_onnx.run(options)
         return
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.suite == "aot":
+        from na_compiler.cli import bench_aot  # noqa: PLC0415
+
+        bench_aot.run(options)
+        return
     import torch  # noqa: PLC0415
 
     from na_compiler.target import Target  # noqa: PLC0415
 
-    if options.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
     console = Console()
     seed = int.from_bytes(os.urandom(2), "little")

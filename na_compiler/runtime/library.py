@@ -43,6 +43,8 @@ def load_function(path: Path, device_type: str = "cpu") -> Any:
 @functools.cache
 def load_runtime() -> ctypes.CDLL:
     """Load TVM's runtime, whose functions kernels find in the process."""
+    import tvm_ffi  # noqa: F401, PLC0415 - the runtime needs its library in the process
+
     threads.prepare()
     return ctypes.CDLL(str(runtime_library()), ctypes.RTLD_GLOBAL)
 
