@@ -245,25 +245,24 @@ def _model(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float, 
         path = torch._inductor.aoti_compile_and_package(  # noqa: SLF001
             torch.export.export(identity, (x,)), package_path=str(folder / "identity.pt2")
         )
-        compiled = torch.compile(model, backend="na_compiler", fullgraph=True)
-        compiled_identity = torch.compile(identity, fullgraph=True)
-        packaged = torch._inductor.aoti_load_package(str(folder / "model.pt2"))  # noqa: SLF001
-        packaged_identity = torch._inductor.aoti_load_package(path)  # noqa: SLF001
+        compiled: Any = torch.compile(model, backend="na_compiler", fullgraph=True)
+        compiled_identity: Any = torch.compile(identity, fullgraph=True)
+        packaged: Any = torch._inductor.aoti_load_package(str(folder / "model.pt2"))  # noqa: SLF001
+        packaged_identity: Any = torch._inductor.aoti_load_package(path)  # noqa: SLF001
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(packaged(x), model(x), rtol=1e-4, atol=1e-4)
         compiled_identity(x)
-        with torch.inference_mode(mode=False):
-            times = interleave(
-                {
-                    "backend": lambda: compiled(x),
-                    "identity, backend": lambda: compiled_identity(x),
-                    "package": lambda: packaged(x),
-                    "identity, package": lambda: packaged_identity(x),
-                    "kernels": _kernels(x),
-                    "eager": lambda: model(x),
-                },
-                4 * options.seconds,
-            )
+        times = interleave(
+            {
+                "backend": lambda: compiled(x),
+                "identity, backend": lambda: compiled_identity(x),
+                "package": lambda: packaged(x),
+                "identity, package": lambda: packaged_identity(x),
+                "kernels": _kernels(x),
+                "eager": lambda: model(x),
+            },
+            4 * options.seconds,
+        )
     return {
         "12 layers with the backend over identity and kernels": (
             times["backend"] / (times["identity, backend"] + times["kernels"]),
@@ -293,7 +292,7 @@ def _whole(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float, 
     with torch.no_grad():
         compile_whole(torch.export.export(model, (x,)), folder / "model.so")
         whole = load_whole(folder / "model.so")
-        torch.testing.assert_close(torch.from_dlpack(whole(x)), model(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.utils.dlpack.from_dlpack(whole(x)), model(x), rtol=1e-4, atol=1e-4)
         times = interleave({"whole": lambda: whole(x), "eager": lambda: model(x)}, 2 * options.seconds)
     return {
         "12 layers through Relax: its speed over eager mode's": (times["eager"] / times["whole"], "> 0.5"),
