@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Container, Sequence
 
-from na_compiler.cli import bench, cache, inspect, model, ort_library, torch_library
+from na_compiler.cli import bench, cache, inspect, model, ort_library, plan, torch_library
 
 __all__ = ["main"]
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is compiled and why")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     model.add_problem_parser(commands)
-    for module in (model, inspect, bench, cache, ort_library, torch_library):
+    for module in (model, inspect, plan, bench, cache, ort_library, torch_library):
         module.add_parser(commands)
     options = parser.parse_args(_with_command(list(sys.argv[1:] if arguments is None else arguments), commands.choices))
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")

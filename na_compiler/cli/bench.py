@@ -57,13 +57,16 @@ CPU_SUITE = (
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser("bench", help="time this package against torch's attention")
-    parser.add_argument("--suite", choices=["cpu", "onnx", "aot"], default="cpu", help="which problems (default: cpu)")
+    suites = ["cpu", "hopper", "onnx", "aot"]
+    parser.add_argument("--suite", choices=suites, default="cpu", help="which problems (default: cpu)")
     parser.add_argument("--threads", type=int, default=2, help="threads of everything that is timed (default: 2)")
     parser.add_argument(
         "--seconds", type=float, default=_SECONDS, help=f"time for each table row (default: {_SECONDS})"
     )
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a competitor to leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file as well")
+    parser.add_argument("--save", metavar="BUNDLE", help="hopper: only compile, into a bundle; needs no GPU")
+    parser.add_argument("--bundle", metavar="BUNDLE", help="hopper: take kernels from what --save wrote")
     parser.set_defaults(run=_run)
 
 
@@ -72,6 +75,11 @@ def _run(options: argparse.Namespace) -> None:
         from na_compiler.cli import bench_onnx  # noqa: PLC0415
 
         bench_onnx.run(options)
+        return
+    if options.suite == "hopper":
+        from na_compiler.cli import bench_hopper  # noqa: PLC0415
+
+        bench_hopper.run(options)
         return
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")

@@ -18,7 +18,7 @@ from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import DTYPES, Problem
 from na_compiler.runtime.folders import runtime_library
 
-__all__ = ["add_parser", "add_problem_parser"]
+__all__ = ["add_parser", "add_problem_arguments", "add_problem_parser", "problem_of"]
 
 _EXAMPLES = """
 examples:
@@ -59,6 +59,13 @@ def add_parser(commands: Any) -> None:
 def add_problem_parser(commands: Any) -> None:
     """Add the command that compiles one problem."""
     parser = commands.add_parser("problem", help="compile the kernel of one problem, given by flags")
+    add_problem_arguments(parser)
+    _add_common(parser)
+    parser.set_defaults(run=_run_problem)
+
+
+def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that describe a problem; see `problem_of`."""
     extents = {"type": _extents, "metavar": "AxB"}
     parser.add_argument("--layout", required=True, help="tokens on each axis, e.g. 56x56", **extents)
     parser.add_argument("--heads", type=int, required=True, help="query heads")
@@ -71,8 +78,6 @@ def add_problem_parser(commands: Any) -> None:
     parser.add_argument("--head-dim-v", type=int, help="length of a value (default: the same)")
     parser.add_argument("--additional-kv", action="store_true", help="there are additional keys")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    _add_common(parser)
-    parser.set_defaults(run=_run_problem)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -142,12 +147,19 @@ def _compile_whole(options: argparse.Namespace, started: float) -> None:
 def _run_problem(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     _check_output(options)
+    problem = problem_of(options)
+    sites = Sites([Site("", "command line", "na_compiler", "forward", problem, (), 1)])
+    _compile(options, sites, str(problem), started)
+
+
+def problem_of(options: argparse.Namespace) -> Problem:
+    """Return the problem that the command line describes."""
     rank = len(options.layout)
 
     def per_axis(values: tuple[Any, ...]) -> Any:
         return values[0] if len(values) == 1 and rank > 1 else values
 
-    problem = Problem(
+    return Problem(
         layout=options.layout,
         heads=options.heads,
         head_dim=options.head_dim,
@@ -160,8 +172,6 @@ def _run_problem(options: argparse.Namespace) -> None:
         additional_kv=options.additional_kv,
         dtype=options.dtype,
     )
-    sites = Sites([Site("", "command line", "na_compiler", "forward", problem, (), 1)])
-    _compile(options, sites, str(problem), started)
 
 
 def _check_output(options: argparse.Namespace) -> None:

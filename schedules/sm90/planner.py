@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.config import Config
@@ -28,11 +28,16 @@ _PROCESSORS = 132
 _RATE = 4096.0
 # Cycles: of products over what the datasheet says, of a tile of keys beside its products, of masking a key of it, and
 # of a tile of queries beside its keys.
-_PRODUCTS, _TILE, _MASK, _BLOCK = 1.40, 210.0, 1.6, 3000.0
+_PRODUCTS, _TILE, _MASK, _BLOCK = 1.40, 250.0, 1.6, 3000.0
 # Exponentials are the other unit's work that grows with the keys, whatever head_dim is: cycles a key.
 _EXPONENTIALS = 7.0
 _KEYS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176)
 _STAGES = (4, 2)
+# More keys at once than this leave the compiler few registers to overlap with: products take so much longer.
+_AMPLE_KEYS, _CROWDED = 128, 1.03
+# Tiles of keys of a block, up to which it pays to keep the block for another tile of queries: what begins and ends it
+# is then hidden behind other loads. Longer ones are better handed out as multiprocessors become free.
+_SHORT = 40
 # Registers that the compiler makes do with, found by compiling.
 _REGISTERS = {2: 240, 3: 152}
 
@@ -162,6 +167,7 @@ def _measure(problem: Problem, config: Sm90) -> Candidate:
         visited, whole, longest = visited * counts[0], whole * counts[1], longest * counts[2]
     score = ROWS * plan.keys
     products = 2 * score * (16 * -(-problem.head_dim // 16) + problem.head_dim_v) / _RATE * _PRODUCTS
+    products *= _CROWDED if plan.keys > _AMPLE_KEYS else 1
     tile = max(products, plan.keys * _EXPONENTIALS) + _TILE
     masked = visited - whole
     block = (visited * tile + masked * plan.keys * _MASK) / blocks + _BLOCK
@@ -169,6 +175,7 @@ def _measure(problem: Problem, config: Sm90) -> Candidate:
     # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
     cycles = block * (math.ceil(waves) if waves < 4 else waves + 0.5)
     needed = problem.pairs()
+    config = replace(config, persistent=waves > 1 and visited <= _SHORT * blocks * config.warpgroups)
     return Candidate(
         config, cycles, visited * score / needed, masked / visited, blocks * problem.heads, plan.shared_bytes
     )
