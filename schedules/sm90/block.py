@@ -97,6 +97,7 @@ class Block:
         self._memory = I.alloc_buffer([plan.shared_bytes], "uint8", scope="shared.dyn", align=1024)
         stages = plan.config.stages
         self.queries = self._view(0, plan.config.warpgroups * plan.query_bytes // 2)
+        self.query_words = self._view(0, plan.config.warpgroups * plan.query_bytes // 4, "uint32")
         self.keys = self._view(plan.key_offset, stages * plan.key_bytes // 2)
         self.values = self._view(plan.value_offset, stages * plan.value_bytes // 2)
         self._barriers = self._view(plan.barrier_offset, plan.barriers, "uint64", 8)

@@ -7,6 +7,7 @@ from typing import Any
 from na_compiler.schedules.sm90.block import Block
 from na_compiler.schedules.sm90.epilogue import Epilogue
 from na_compiler.schedules.sm90.mask import Mask, Rows
+from na_compiler.schedules.sm90.plan import ROWS
 from na_compiler.schedules.sm90.products import Products
 from na_compiler.schedules.sm90.softmax import Softmax
 from na_compiler.schedules.sm90.trace import I, T, emit, let, local, minimum, put, register, when
@@ -47,6 +48,8 @@ class Consumer:
         tile = local(1, "int32")
         put(tile, 0, 0)
         block.wait("query", 0, turn % 2)
+        with when(softmax.is_negative):
+            self._negate_queries()
         self._skip(tile, begin, base)
         self._first(tile, cursor, mask, base)
         put(tile, 0, tile[0] + 1)
@@ -57,6 +60,18 @@ class Consumer:
         inverse, logarithm = self._last(tile, base)
         self._skip(tile, total, base)
         self.epilogue.store(work, mask, inverse, logarithm)
+
+    def _negate_queries(self) -> None:
+        """Turn the signs of the warpgroup's queries, for a negative scale."""
+        plan = self.plan
+        words = plan.columns.bytes(ROWS) // 4
+        first = self.warpgroup * (plan.query_bytes // 4) + T.bitwise_and(self.block.thread, _THREADS - 1)
+        for place in range(0, words, _THREADS):
+            word = self.block.query_words[first + place]
+            put(self.block.query_words, first + place, T.bitwise_xor(word, T.uint32(0x80008000)))
+        # Products read shared memory by another way than threads do.
+        emit(T.ptx.fence.proxy.async_.shared__cta())
+        self.epilogue.sync()
 
     def _range(self, work: Work, cursor: KeyCursor, total: Expr) -> tuple[Expr, Expr]:
         """Return the first tile that the warpgroup needs, and the end of those it needs; moves the cursor there.
@@ -106,7 +121,6 @@ class Consumer:
         self._pass_turn()
         products.wait(0, products.scores)
         block.arrive("key_empty", stage)
-        softmax.prescale()
         mask.apply(cursor, tile[0])
         softmax.raise_highest()
         softmax.exponentiate()
@@ -131,7 +145,6 @@ class Consumer:
         self._pass_turn()
         products.wait(1, products.scores)
         block.arrive("key_empty", stage)
-        softmax.prescale()
         mask.apply(cursor, tile[0])
         softmax.raise_highest()
         softmax.exponentiate()

@@ -60,7 +60,7 @@ class Epilogue:
         for i in range(plan.problem.head_dim_v // 4):
             row = i % 2
             self.products.pack(pairs, i, output[2 * i + 1] * inverse[row], output[2 * i] * inverse[row])
-        self._sync()
+        self.sync()
         # A lane gives the address of one row of one of the four 8x8 matrices: rows 0-7 and 8-15, of two column groups.
         row = let(rows.warp * 16 + T.bitwise_and(rows.lane, 15))
         half = let(T.shift_right(rows.lane, 4))
@@ -90,14 +90,15 @@ class Epilogue:
         first = self.rows.warpgroup * (self.plan.query_bytes // 2) + box * (self.columns.box_bytes(ROWS) // 2)
         return first + row * width + T.bitwise_xor(chunk, line) * _CHUNK
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
+        """Wait for the other warps of the warpgroup."""
         emit(T.ptx.bar.sync(T.Cast("uint32", self.rows.warpgroup + _WARPGROUP), T.uint32(128)))
 
     def _store_by_tma(self, work: Work) -> None:
         block, plan = self.block, self.plan
         output = block.maps["output"]
         emit(T.ptx.fence.proxy.async_.shared__cta())
-        self._sync()
+        self.sync()
         with when(self.rows.warp == 0):
             with when(T.cuda.elect_sync() != T.uint32(0)):
                 first = [work.first[0] + self.rows.warpgroup * plan.query_box[0], *work.first[1:]]

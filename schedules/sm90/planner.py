@@ -26,15 +26,15 @@ _ARCHITECTURE = "sm_90a"
 _PROCESSORS = 132
 # Products of 16-bit numbers, in operations a cycle of one multiprocessor, by the datasheet.
 _RATE = 4096.0
-# Cycles: of products over what the datasheet says, of a tile of keys beside its products, of masking a key of it, and
-# of a tile of queries beside its keys.
-_PRODUCTS, _TILE, _MASK, _BLOCK = 1.40, 250.0, 1.6, 3000.0
-# Exponentials are the other unit's work that grows with the keys, whatever head_dim is: cycles a key.
-_EXPONENTIALS = 7.0
+# Cycles: of products over what the datasheet says, of a tile of keys beside its products, of masking it (and a key
+# of it), and of a tile of queries beside its keys.
+_PRODUCTS, _TILE, _MASK, _BLOCK = 1.40, 250.0, (100.0, 1.2), 3000.0
+# Exponentials are the other unit's work that grows with the keys, whatever head_dim is: cycles a key, by warpgroups.
+_EXPONENTIALS = {2: 7.0, 3: 6.0}
 _KEYS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176)
 _STAGES = (4, 2)
 # More keys at once than this leave the compiler few registers to overlap with: products take so much longer.
-_AMPLE_KEYS, _CROWDED = 128, 1.03
+_AMPLE_KEYS, _CROWDED = 128, 1.05
 # Tiles of keys of a block, up to which it pays to keep the block for another tile of queries: what begins and ends it
 # is then hidden behind other loads. Longer ones are better handed out as multiprocessors become free.
 _SHORT = 40
@@ -168,9 +168,9 @@ def _measure(problem: Problem, config: Sm90) -> Candidate:
     score = ROWS * plan.keys
     products = 2 * score * (16 * -(-problem.head_dim // 16) + problem.head_dim_v) / _RATE * _PRODUCTS
     products *= _CROWDED if plan.keys > _AMPLE_KEYS else 1
-    tile = max(products, plan.keys * _EXPONENTIALS) + _TILE
+    tile = max(products, plan.keys * _EXPONENTIALS[config.warpgroups]) + _TILE
     masked = visited - whole
-    block = (visited * tile + masked * plan.keys * _MASK) / blocks + _BLOCK
+    block = (visited * tile + masked * (_MASK[0] + plan.keys * _MASK[1])) / blocks + _BLOCK
     waves = blocks * problem.heads / _PROCESSORS
     # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
     cycles = block * (math.ceil(waves) if waves < 4 else waves + 0.5)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from na_compiler.schedules.sm90.products import Products
-from na_compiler.schedules.sm90.trace import T, emit, local, put, when
+from na_compiler.schedules.sm90.trace import T, emit, local, put
 
 __all__ = ["LN2", "Softmax"]
 
@@ -19,6 +19,7 @@ LN2 = 0.6931471805599453
 _ROWS = 2
 # Below every score, and finite: a row that has met no key yet must not make a NaN.
 _LOWEST = -1.0e30
+_SMALLEST = 1.0e-30
 
 
 class Softmax:
@@ -38,11 +39,12 @@ class Softmax:
         self.elements = products.plan.keys // 2
         self.highest, self.total = local(_ROWS), local(_ROWS)
         self._factor, self._offset, self._other = local(_ROWS), local(_ROWS), local(_ROWS)
-        self._scale, self._unit = local(1), local(1)
-        put(self._scale, 0, scale * T.float32(_LOG2_E))
-        # With a scale that is not positive the highest product is not the highest score: scores are scaled first then.
-        self._in_order = self._scale[0] > T.float32(0)
-        put(self._unit, 0, T.Select(self._in_order, self._scale[0], T.float32(1)))
+        # The highest product is the highest score if the scale is positive. A negative one is turned round, with the
+        # queries; and in place of 0 stands what makes all scores equal as well, and minus infinity not a NaN.
+        self.is_negative = scale < T.float32(0)
+        magnitude = T.max(scale, T.float32(0) - scale) * T.float32(_LOG2_E)
+        self._unit = local(1)
+        put(self._unit, 0, T.max(magnitude, T.float32(_SMALLEST)))
 
     def start(self) -> None:
         """Begin with no keys."""
@@ -51,12 +53,6 @@ class Softmax:
             put(self.total, row, T.float32(0))
         for i in range(self.products.plan.problem.head_dim_v // 2):
             put(self.products.output, i, T.float32(0))
-
-    def prescale(self) -> None:
-        """Scale the scores of a tile where that has to come first."""
-        with when(T.Not(self._in_order)):
-            for i in range(self.elements):
-                put(self.scores, i, self.scores[i] * self._scale[0])
 
     def _of_row(self, row: int) -> list[int]:
         return [4 * g + 2 * row + e for g in range(self.elements // 4) for e in (0, 1)]
