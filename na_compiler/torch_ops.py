@@ -159,7 +159,20 @@ def _check_rank(rank: int, query: Tensor) -> None:
 def _prepare(tensor: Tensor) -> Tensor:
     """Kernels take any strides but the last: rows of head_dim elements lie together in anything that is usual."""
     # Not contiguous(): it returns a tensor as it is whose last dimension has one element, at whatever stride.
-    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    if tensor.stride(-1) == 1 and (not tensor.is_cuda or _is_aligned(tensor)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether TMA can read a tensor where it is: multiples of 16 bytes; with three axes, heads head_dim apart."""
+    if tensor.element_size() != 2:
+        return True
+    *strides, heads_apart, _ = tensor.stride()
+    if tensor.data_ptr() % 16 or heads_apart % 8 or any(stride % 8 for stride in strides):
+        # Rows of another width go to a schedule that has no such wish.
+        return bool(tensor.shape[-1] % 8)
+    return len(strides) < 4 or heads_apart == tensor.shape[-1]
 
 
 def _compact(tensor: Tensor) -> Tensor:

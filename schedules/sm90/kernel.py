@@ -50,8 +50,14 @@ class _Kernel:
 
     def trace(self) -> None:
         """Trace host and device."""
+        arguments = Arguments(self.plan)
+        # There are no tensor maps of nothing, and no launches on an empty grid.
+        hold(I.If(arguments.batch > 0))
+        hold(I.Then())
+        self._launch(arguments)
+
+    def _launch(self, arguments: Arguments) -> None:
         plan = self.plan
-        arguments = Arguments(plan)
         maps = arguments.encode(plan)
         self.count = T.Cast("int32", arguments.batch * (plan.problem.heads * plan.items))
         blocks = T.min(self.count, _PROCESSORS) if self.persistent else self.count
