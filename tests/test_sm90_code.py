@@ -59,10 +59,11 @@ def _check_registers(problem, config, folder):
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), _HEAD_DIMS)
 @pytest.mark.parametrize("warpgroups", [2, 3])
-def test_no_spills_and_no_serialised_products(head_dim, head_dim_v, warpgroups, tmp_path):
+@pytest.mark.parametrize("persistent", [False, True])
+def test_no_spills_and_no_serialised_products(head_dim, head_dim_v, warpgroups, persistent, tmp_path):
     """For the config of each width that needs most registers, of all that the planner can choose."""
     problem = Problem((64, 64), 2, head_dim, 9, 2, 2, (True, False), 1, head_dim_v, dtype="bfloat16")
-    config = most_registers(problem, warpgroups)
+    config = most_registers(problem, warpgroups, persistent)
     if config is None:
         pytest.skip(f"the planner gives {warpgroups} warpgroups no tile of keys with head_dim {head_dim_v}")
     _check_registers(problem, config, tmp_path)
@@ -71,13 +72,14 @@ def test_no_spills_and_no_serialised_products(head_dim, head_dim_v, warpgroups, 
 @pytest.mark.full
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), _HEAD_DIMS + _MORE)
 @pytest.mark.parametrize("warpgroups", [2, 3])
+@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("layout", [(4096,), (64, 64), (16, 16, 16)])
-def test_no_spills_in_any_rank(layout, head_dim, head_dim_v, warpgroups, tmp_path):
+def test_no_spills_in_any_rank(layout, persistent, head_dim, head_dim_v, warpgroups, tmp_path):
     causal = tuple(axis != 1 for axis in range(len(layout)))
     problem = Problem(layout, 4, head_dim, 5, 3, 2, causal, 2, head_dim_v, additional_kv=True, dtype="float16")
     if len(layout) == 3 and (head_dim % 16 or head_dim_v % 16):
         pytest.skip("the schedule takes no such head_dim in 3-D")
-    config = most_registers(problem, warpgroups)
+    config = most_registers(problem, warpgroups, persistent)
     if config is not None:
         _check_registers(problem, config, tmp_path)
 

@@ -38,8 +38,10 @@ _AMPLE_KEYS, _CROWDED = 128, 1.05
 # Tiles of keys of a block, up to which it pays to keep the block for another tile of queries: what begins and ends it
 # is then hidden behind other loads. Longer ones are better handed out as multiprocessors become free.
 _SHORT = 40
-# Registers that the compiler makes do with, found by compiling.
+# Registers that the compiler makes do with, by warpgroups, found by compiling; and in persistent blocks, for values up
+# to a length and for longer ones.
 _REGISTERS = {2: 240, 3: 152}
+_REGISTERS_KEPT = {2: (128, 236, 216), 3: (64, 152, 144)}
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _measure(problem: Problem, config: Sm90) -> Candidate:
     # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
     cycles = block * (math.ceil(waves) if waves < 4 else waves + 0.5)
     needed = problem.pairs()
-    persistent = waves > 1 and visited <= _SHORT * blocks * config.warpgroups
+    persistent = waves > 1 and visited <= _SHORT * blocks * config.warpgroups and _may_persist(problem, config)
     # Measured: 20% faster where blocks are short, 7% with three warpgroups, and 3% slower elsewhere.
     config = replace(config, persistent=persistent, overlap=persistent or config.warpgroups == 3)
     return Candidate(
@@ -212,7 +214,18 @@ def _axis(problem: Problem, axis: int, box: int, parts: int, keys: int, skips: b
     return visited, whole, longest
 
 
-def most_registers(problem: Problem, warpgroups: int) -> Sm90 | None:
+def _may_persist(problem: Problem, config: Sm90) -> bool:
+    """Whether the registers suffice for a persistent block."""
+    width, most, most_of_longer = _REGISTERS_KEPT[config.warpgroups]
+    limit = most if problem.head_dim_v <= width else most_of_longer
+    return config.plan(problem).needed_registers <= limit
+
+
+def most_registers(problem: Problem, warpgroups: int, persistent: bool = False) -> Sm90 | None:
     """Return the config that needs most registers, of those that may be chosen; ``None`` if there is none."""
-    configs = [config for config in _configs(problem) if config.warpgroups == warpgroups]
+    configs = [
+        replace(config, persistent=persistent, overlap=persistent or warpgroups == 3)
+        for config in _configs(problem)
+        if config.warpgroups == warpgroups and (not persistent or _may_persist(problem, config))
+    ]
     return max(configs, key=lambda config: config.plan(problem).needed_registers, default=None)
