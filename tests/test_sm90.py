@@ -29,6 +29,7 @@ CASES = {
     "1d": (Problem(300, 2, 64, 129, 8, dtype="bfloat16"), Sm90((64,), (64,), stages=4)),
     "1d causal": (Problem(300, 4, 64, 65, is_causal=True, heads_kv=2, head_dim_v=128, dtype="bfloat16"),
                   Sm90((64,), (128,))),
+    "1d dilated": (Problem(530, 1, 32, 20, 3, 8, heads_kv=1, dtype="bfloat16"), Sm90((64,), (64,))),
     "3d": (Problem((5, 7, 17), 2, 80, (3, 5, 4), dtype="bfloat16"), Sm90((2, 4, 8), (2, 4, 8))),
     "3d dilated": (Problem((6, 9, 16), 1, 64, 3, (1, 2, 1), (2, 1, 3), (False, True, False), dtype="bfloat16"),
                    Sm90((2, 4, 8), (2, 4, 8))),

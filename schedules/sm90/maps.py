@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from na_compiler.schedules.sm90.plan import Columns, Plan
+from na_compiler.schedules.sm90.plan import Columns, Plan, pieces_of
 from na_compiler.schedules.sm90.trace import I, T, emit
 
 __all__ = ["TensorMap"]
@@ -44,7 +44,10 @@ class TensorMap:
     ) -> None:
         self.plan, self.columns, self.buffer = plan, columns, buffer
         self.dilation = tuple(dilation or (1,) * len(box))
-        self.box = tuple(box)
+        pieces = pieces_of(box, self.dilation)
+        assert pieces is not None, f"{box} with dilation {self.dilation} is no box of TMA"
+        self.pieces = pieces
+        self.box = (box[0] // pieces, *box[1:])
         axes = len(self.box)
         self.has_head_axis = axes < 3
         self.rank = axes + (3 if self.has_head_axis else 2)
@@ -87,6 +90,16 @@ class TensorMap:
                 _ZERO_FILL,
             )
         )
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes in shared memory of one piece of a box of columns."""
+        return self.columns.box_bytes(math.prod(self.box))
+
+    def piece(self, tokens: Sequence[Expr], number: int) -> list[Expr]:
+        """Return the first tokens of a piece of the tile that begins at ``tokens``."""
+        first, *rest = tokens
+        return [first + number * self.box[0] * self.dilation[0], *rest] if number else list(tokens)
 
     def at(self, batch: Expr, tokens: Sequence[Expr], head: Expr, box: int) -> list[Expr]:
         """Return the coordinates of a box of columns."""

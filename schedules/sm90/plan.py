@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from na_compiler.window import group_length
 if TYPE_CHECKING:
     from na_compiler.schedules.sm90.config import Sm90
 
-__all__ = ["MAX_ELEMENT_STRIDE", "ROWS", "Columns", "Plan"]
+__all__ = ["MAX_ELEMENT_STRIDE", "ROWS", "SHARED_MEMORY", "Columns", "Plan", "pieces_of"]
 
 # Rows of one warpgroup's product, fixed by the instruction.
 ROWS = 64
@@ -23,6 +24,22 @@ MAX_BOX = 256
 MAX_RANK = 5
 SHARED_MEMORY = 227 * 1024
 _BARRIER_BYTES = 8
+
+
+def pieces_of(tile: Sequence[int], dilation: Sequence[int]) -> int | None:
+    """Return how many boxes of TMA a tile takes, cut along axis 0; ``None`` if it can be cut into none.
+
+    A box spans at most 256 elements an axis, those that it steps over included, and begins where a swizzle's pattern
+    of 8 rows does.
+    """
+    if any(extent * step > MAX_BOX for extent, step in zip(tile[1:], dilation[1:], strict=True)):
+        return None
+    rows = math.prod(tile[1:])
+    for pieces in range(1, tile[0] + 1):
+        extent = tile[0] // pieces
+        if tile[0] % pieces == 0 and extent * dilation[0] <= MAX_BOX and (pieces == 1 or extent * rows % 8 == 0):
+            return pieces
+    return None
 
 
 @dataclass(frozen=True)

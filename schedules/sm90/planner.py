@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from na_compiler.problem import Problem
 from na_compiler.schedules.config import Config
 from na_compiler.schedules.sm90.config import Sm90
-from na_compiler.schedules.sm90.plan import MAX_BOX, MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY
+from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, pieces_of
 from na_compiler.target import CudaTarget
 from na_compiler.window import group_length, window_bounds
 
@@ -91,7 +91,8 @@ def choose(problem: Problem, target: CudaTarget, direction: str) -> Config | str
     reason = refusal(problem, target, direction)
     if reason:
         return reason
-    return candidates(problem)[0].config
+    found = candidates(problem, 1)
+    return found[0].config if found else f"The schedule for Hopper has no tiles for {problem}."
 
 
 def refusal(problem: Problem, target: CudaTarget, direction: str) -> str | None:
@@ -119,7 +120,18 @@ def candidates(problem: Problem, count: int = 8) -> tuple[Candidate, ...]:
 
 
 def _configs(problem: Problem) -> Iterator[Sm90]:
+    """Yield what may be chosen: tiles that fit the layout, and where there are none of these, any."""
     lengths = [group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True)]
+    fitting = _configs_within(problem, lengths)
+    first = next(fitting, None)
+    if first is None:
+        yield from _configs_within(problem, list(itertools.repeat(1 << 30, problem.rank)))
+        return
+    yield first
+    yield from fitting
+
+
+def _configs_within(problem: Problem, lengths: list[int]) -> Iterator[Sm90]:
     keys = [
         tile
         for extent in _KEYS
@@ -142,9 +154,8 @@ def _configs(problem: Problem) -> Iterator[Sm90]:
 
 
 def _fits(problem: Problem, tile: tuple[int, ...], lengths: list[int]) -> bool:
-    """Whether a box is within TMA's limit, and not twice as long as the axis it lies on."""
-    spans = [extent * dilation for extent, dilation in zip(tile, problem.dilation, strict=True)]
-    return max(spans) <= MAX_BOX and all(
+    """Whether TMA can fetch a tile, and it is not twice as long as the axis it lies on."""
+    return pieces_of(tile, problem.dilation) is not None and all(
         extent < 2 * max(length, 8) for extent, length in zip(tile, lengths, strict=True)
     )
 

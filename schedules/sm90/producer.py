@@ -99,12 +99,13 @@ class Producer:
         barrier: str,
         stage: Expr,
     ) -> None:
-        coordinates = source.at(work.batch, tokens, head, box)
-        emit(
-            source.load(
-                target.ptr_to([place // 2]),
-                T.address_of(source.handle),
-                *coordinates,
-                self.block.barrier(barrier, stage),
+        for number in range(source.pieces):
+            coordinates = source.at(work.batch, source.piece(tokens, number), head, box)
+            emit(
+                source.load(
+                    target.ptr_to([(place + number * source.piece_bytes) // 2]),
+                    T.address_of(source.handle),
+                    *coordinates,
+                    self.block.barrier(barrier, stage),
+                )
             )
-        )
