@@ -128,9 +128,16 @@ class _Inputs:
 
         found = []
         for head in range(problem.heads):
-            tensors = [tensor[..., head : head + 1, :].double() for tensor in self.tensors]
+            query, key, value = (tensor[..., head : head + 1, :].double() for tensor in self.tensors)
             output, _ = neighborhood_attention(
-                *tensors, problem.kernel_size, problem.stride, problem.dilation, problem.is_causal, tokens=self.tokens
+                query,
+                key,
+                value,
+                problem.kernel_size,
+                problem.stride,
+                problem.dilation,
+                problem.is_causal,
+                tokens=self.tokens,
             )
             found.append(output.flatten(0, 1).flatten(1))
         return torch.stack(found)

@@ -66,7 +66,7 @@ def add_problem_parser(commands: Any) -> None:
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a problem; see `problem_of`."""
-    extents = {"type": _extents, "metavar": "AxB"}
+    extents: dict[str, Any] = {"type": _extents, "metavar": "AxB"}
     parser.add_argument("--layout", required=True, help="tokens on each axis, e.g. 56x56", **extents)
     parser.add_argument("--heads", type=int, required=True, help="query heads")
     parser.add_argument("--head-dim", type=int, required=True, help="length of a query and a key")
