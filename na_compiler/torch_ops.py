@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +22,15 @@ from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import MisalignedError
 from na_compiler.target import CudaTarget, Target
 
-__all__ = ["OPERATORS", "call"]
+__all__ = [
+    "OPERATORS",
+    "batched",
+    "call",
+    "differentiate_twice",
+    "refuse_tangents",
+    "refuse_unless_dense",
+    "save_for_backward",
+]
 
 _LOG = logging.getLogger("na_compiler")
 _PARAMETERS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
@@ -61,8 +69,16 @@ def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
     modes (FLOP counters, fakes), functorch, profiling, tracing and unusual tensors: without any of them the result is
     the same.
     """
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and _is_plain(arguments):
-        return _forward(rank, *arguments)
+    if not torch.compiler.is_compiling():
+        if torch.is_inference_mode_enabled() and _is_plain(arguments):
+            return _forward(rank, *arguments)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            from na_compiler.torch_func import Attention  # noqa: PLC0415
+
+            device = arguments[0].device.type
+            if torch.is_autocast_enabled(device):  # What is saved for backward has the dtype of the output.
+                arguments = _cast(device, arguments)
+            return Attention.apply(rank, *arguments)  # type: ignore[no-any-return,no-untyped-call]
     return OPERATORS[rank](*arguments)  # type: ignore[no-any-return]
 
 
@@ -354,7 +370,8 @@ def _backward_fake(
     return query_grad, key_grad, value_grad, extra[0], extra[1]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what backward needs of a forward's inputs and outputs."""
     query, key, value, *parameters, additional_keys, additional_values = inputs
     ctx.save_for_backward(query, key, value, *output, additional_keys, additional_values)
     ctx.parameters = parameters
@@ -373,7 +390,14 @@ def _differentiate(operator: Any, ctx: Any, grad_output: Tensor | None, grad_lse
     return (*grads[:3], None, None, None, None, None, *extra)
 
 
-def _differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
+def differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
+    """Refuse.
+
+    Raises
+    ------
+    NotImplementedError
+        Always.
+    """
     raise NotImplementedError("neighborhood attention cannot be differentiated twice")
 
 
@@ -382,20 +406,35 @@ def _refuse_forward_mode(differentiable: Callable[..., Any], keyset: Any, *argum
     if forward_ad._current_level >= 0:
         for argument in arguments:
             if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
-                raise NotImplementedError("neighborhood attention has no forward-mode derivative; use backward")
+                refuse_tangents()
     return differentiable(keyset, *arguments, **named)
+
+
+def refuse_tangents() -> NoReturn:
+    """Refuse forward mode.
+
+    Raises
+    ------
+    NotImplementedError
+        Always.
+    """
+    raise NotImplementedError("neighborhood attention has no forward-mode derivative; use backward")
 
 
 def _autocast(operator: Any, device: str, keyset: Any, *arguments: Any) -> Any:
     """Cast to the dtype that autocast has now; torch's own registration would fix one."""
-    dtype = torch.get_autocast_dtype(device)
     key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        return operator(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments))
+        return operator(*_cast(device, arguments))
 
 
-def _batched(operator: Any, tensors: tuple[int, ...], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    """Fold the dimension that vmap adds into the batch."""
+def _cast(device: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+def batched(operator: Any, tensors: Iterable[int], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    """Fold the dimension that vmap adds into the batch: of some arguments, and of the last two if they are tensors."""
     count = info.batch_size
 
     def fold(tensor: Tensor, dim: int | None) -> Tensor:
@@ -443,8 +482,8 @@ def _register(rank: int) -> Any:
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
         _library.define(name + schema, tags=tags)
     operators = [getattr(torch.ops.na_compiler, name).default for name in names]
-    differentiate = (functools.partial(_differentiate, operators[1]), _differentiate_twice)
-    setup = (_setup_context, lambda ctx, inputs, output: None)  # noqa: ARG005
+    differentiate = (functools.partial(_differentiate, operators[1]), differentiate_twice)
+    setup = (save_for_backward, lambda ctx, inputs, output: None)  # noqa: ARG005
     for i, (name, operator) in enumerate(zip(names, operators, strict=True)):
         _library.impl(name, functools.partial((_forward, _backward)[i], rank), "CPU")
         _library.impl(name, functools.partial(_on_cuda, (_forward, _backward)[i], rank), "CUDA")
@@ -455,9 +494,7 @@ def _register(rank: int) -> Any:
         autograd = make_autograd_impl(operator, Info(differentiate[i], setup[i]))
         _library.impl(name, functools.partial(_refuse_forward_mode, autograd), "Autograd", with_keyset=True)
         tensors = (tuple(range(3)), tuple(range(7)))[i]
-        torch.library.register_vmap(
-            f"na_compiler::{name}", functools.partial(_batched, operator, tensors), lib=_library
-        )
+        torch.library.register_vmap(f"na_compiler::{name}", functools.partial(batched, operator, tensors), lib=_library)
         register_flop_formula(operator.overloadpacket)((_forward_flops, _backward_flops)[i])
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(names[0], functools.partial(_autocast, operators[0], device), key, with_keyset=True)

@@ -266,6 +266,73 @@ class TestVmap:
         torch.testing.assert_close(mapped[1, 2], na2d(x[1, 2], x[1, 2], x[1, 2], 3))
 
 
+class TestFunctionalTransforms:
+    """`torch.func`, against the same in plain autograd."""
+
+    @staticmethod
+    def gradient(x, **options):
+        x = x.detach().requires_grad_()
+        output, lse = na2d(x, 2 * x, x.sin(), 3, return_lse=True, **options)
+        return torch.autograd.grad(output.square().sum() + lse.sum(), x)[0]
+
+    @staticmethod
+    def loss(x, **options):
+        output, lse = na2d(x, 2 * x, x.sin(), 3, return_lse=True, **options)
+        return output.square().sum() + lse.sum()
+
+    def test_grad(self, seed):
+        x = torch.randn(1, 6, 9, 2, 8)
+        assert error(torch.func.grad(self.loss)(x), self.gradient(x)) < 1e-6
+        # A gradient of lse alone.
+        grad = torch.func.grad(lambda q: na2d(q, x, x, 3, return_lse=True)[1].sum())(x)
+        weighted = na2d(x, x, x, 3) * 8**-0.5
+        assert error(grad, weighted) < 1e-5
+
+    def test_of_additional_keys(self, seed):
+        x, extra = torch.randn(1, 6, 9, 2, 8), torch.randn(1, 5, 2, 8, requires_grad=True)
+
+        def loss(extra):
+            return self.loss(x, additional_keys=extra, additional_values=extra.cos())
+
+        expected = torch.autograd.grad(loss(extra), extra)[0]
+        assert error(torch.func.grad(loss)(extra.detach()), expected) < 1e-6
+
+    def test_gradients_per_sample(self, seed):
+        x = torch.randn(4, 1, 6, 9, 2, 8)
+        expected = torch.stack([self.gradient(sample) for sample in x])
+        assert error(torch.vmap(torch.func.grad(self.loss))(x), expected) < 1e-6
+
+    def test_jacobian(self, seed):
+        x = torch.randn(1, 4, 1, 2)
+        jacobian = torch.func.jacrev(lambda x: na1d(x, x, x, 3))(x)
+        expected = torch.autograd.functional.jacobian(lambda x: na1d(x, x, x, 3), x)
+        assert error(jacobian, expected) < 1e-6
+
+    def test_of_a_layer(self, seed):
+        layer = na_compiler.NeighborhoodAttention2D(16, 2, 3)
+        x = torch.randn(2, 6, 9, 16)
+        parameters = dict(layer.named_parameters())
+        grads = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).square().sum())(parameters)
+        layer(x).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            assert error(grads[name], parameter.grad) < 1e-5
+
+    def test_autocast(self, seed):
+        x = torch.randn(1, 6, 9, 2, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            grad = torch.func.grad(lambda x: na2d(x, x, x, 3).float().square().sum())(x)
+        expected = torch.func.grad(lambda x: na2d(x, x, x, 3).square().sum())(x)
+        assert grad.dtype == torch.float32
+        assert error(grad, expected) < 2e-2
+
+    def test_second_derivatives_are_refused(self, seed):
+        x = torch.randn(1, 4, 1, 2)
+        with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+            torch.func.jacrev(torch.func.jacrev(lambda x: na1d(x, x, x, 3).square().sum()))(x)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.hessian(lambda x: na1d(x, x, x, 3).square().sum())(x)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_flop_counter(mode):
     for problem in (PLAIN, RICH):

@@ -1,0 +1,85 @@
+"""Neighborhood attention under ``torch.func``: ``grad``, ``vjp``, ``jacrev``, and ``vmap`` of these.
+
+torch differentiates an operator that is registered from Python outside of its functional transforms only. Within them
+it wants an ``autograd.Function``, whose methods are made of the operators here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from na_compiler.torch_ops import batched, differentiate_twice, refuse_tangents, save_for_backward
+
+__all__ = ["Attention"]
+
+_TENSORS, _BACKWARD_TENSORS = range(1, 4), range(1, 8)
+
+
+def _operator(rank: int, direction: str = "") -> Any:
+    return getattr(torch.ops.na_compiler, f"na{rank}d{direction}").default
+
+
+class Attention(torch.autograd.Function):
+    """The operator of a rank, which is the first argument."""
+
+    @staticmethod
+    def forward(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Attend."""
+        return _operator(rank)(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save what backward needs."""
+        rank, *arguments = inputs
+        ctx.rank = rank
+        save_for_backward(ctx, tuple(arguments), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        """Return the gradients of all arguments."""
+        query, key, value, output, lse, *additional = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            return (None,) * 11
+        results = (output, lse)
+        given = (torch.zeros_like(r) if grad is None else grad for grad, r in zip(grads, results, strict=True))
+        arguments = (*given, query, key, value, *results, *ctx.parameters, *additional)
+        found = _Backward.apply(ctx.rank, *arguments)  # type: ignore[no-untyped-call]
+        extra = (None, None) if additional[0] is None else found[3:]
+        return (None, *found[:3], *[None] * 5, *extra)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
+        """Refuse."""
+        refuse_tangents()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], rank: int, *arguments: Any) -> Any:
+        """Fold the new dimension into the batch."""
+        return batched(Attention.apply, _TENSORS, info, in_dims, rank, *arguments)
+
+
+class _Backward(torch.autograd.Function):
+    """The backward operator of a rank."""
+
+    @staticmethod
+    def forward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
+        return _operator(rank, "_backward")(*arguments)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return differentiate_twice(ctx, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
+        refuse_tangents()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], rank: int, *arguments: Any) -> Any:
+        return batched(_Backward.apply, _BACKWARD_TENSORS, info, in_dims, rank, *arguments)
