@@ -74,9 +74,11 @@ def test_a_build_that_fails_leaves_nothing(folder):
 
 
 def damage_library(entry):
-    with entry.library.open("r+b") as file:
-        file.seek(entry.bytes // 2)
-        file.write(b"\xff\x00")
+    # Another file in its place: this process may have mapped the old one.
+    data = bytearray(entry.library.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    entry.library.unlink()
+    entry.library.write_bytes(data)
 
 
 def truncate_library(entry):
