@@ -191,8 +191,8 @@ class BackwardKernel(Kernel):
     Notes
     -----
     On the CPU, tasks keep their parts of the gradients of keys and values in a workspace of float32, so that they add
-    up in one order whatever the number of threads: ``info.workspace.shapes(batch)``. It is at most 6 times the size of
-    query, key and value (in float32) together for windows of up to a few hundred keys, and more for larger ones.
+    up in one order whatever the number of threads: ``info.workspace.shapes(batch)``. It is at most 7 times the size of
+    query, key and value together, in float32 and with head_dim rounded up to whole vectors, whatever the window.
     """
 
     def __call__(
