@@ -16,7 +16,7 @@ from na_compiler import KernelSpec, Problem
 # Bytes a thread: staged keys and values, scores of a tile, and pages of stack. As `ForwardKernel` states.
 FORWARD_BYTES = 3 << 20
 # Times the bytes that query, key and value have in float32, in whole vectors. As `BackwardKernel` states.
-BACKWARD_MULTIPLE = 7.0
+BACKWARD_MULTIPLE = 9.0
 # Everything else that a process may touch for the first time: allocator's arenas, a thread's stack.
 SLACK = 4 << 20
 
