@@ -192,7 +192,8 @@ class BackwardKernel(Kernel):
     -----
     On the CPU, tasks keep their parts of the gradients of keys and values in a workspace of float32, so that they add
     up in one order whatever the number of threads: ``info.workspace.shapes(batch)``. It is at most 9 times the size of
-    query, key and value together (in float32, head_dim rounded up to whole vectors), whatever the window; mostly 1 to 6.
+    query, key and value together (in float32, head_dim rounded up to whole vectors), whatever the window; mostly 1
+    to 6 times.
     """
 
     def __call__(
