@@ -1,0 +1,126 @@
+"""`na_compiler.whole`: linear layers, activations and norms by our schedules, and what cannot be compiled whole."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn import functional
+
+from na_compiler import NeighborhoodAttention1D, NeighborhoodAttention2D, Problem
+from na_compiler.runtime.whole import load_whole
+from na_compiler.target import Target
+from na_compiler.whole import compile_whole
+
+
+@pytest.mark.parametrize("target", ["llvm:x86-64", "llvm:x86-64-v3", "llvm:x86-64-v4"])
+def test_linear_layers_of_any_size(target, seed):
+    import tvm
+
+    from na_compiler.schedules.dense import dense, pack
+
+    parsed = Target.parse(target)
+    if not parsed.runs_here:
+        pytest.skip(f"this machine does not run {target}")
+    for has_bias in (True, False):
+        inputs, outputs = random.choice([1, 3, 17, 48]), random.choice([1, 7, 33, 64, 96])
+        function = tvm.compile(dense(inputs, outputs, parsed, has_bias=has_bias), target=parsed.to_tvm())["main"]
+        weight, bias = torch.randn(outputs, inputs), torch.randn(outputs) if has_bias else None
+        packed = torch.from_numpy(pack(weight.numpy(), parsed))
+        for rows in (1, 5, 6, 13, 14, 15, 200):
+            x, output = torch.randn(rows, inputs), torch.full((rows, outputs), torch.nan)
+            function(x, packed, *([bias] if has_bias else []), output)
+            expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            assert ((output - expected).norm() / expected.norm()).item() < 1e-5
+
+
+class Functions(nn.Module):
+    """Everything that has a form of its own, behind one attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = NeighborhoodAttention1D(32, 2, 3)
+        self.norms = nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32, elementwise_affine=False), nn.LayerNorm(20)])
+        self.narrow = nn.Linear(32, 20, bias=False)
+
+    def forward(self, x):
+        y = self.attn(x)
+        y = torch.stack([functional.gelu(4 * y), functional.gelu(4 * y, approximate="tanh"), functional.silu(9 * y)])
+        y = torch.cat([y, torch.sigmoid(20 * y), torch.tanh(9 * y), torch.erf(3 * y), torch.tanh(y * 1e-4) * 1e4])
+        y = self.norms[1](self.norms[0](y) + y)
+        return self.norms[2](self.narrow(y)), y.softmax(-1), y.mean(-1)
+
+
+def test_activations_and_norms(tmp_path, seed):
+    model, x = Functions().eval(), torch.randn(2, 9, 32)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("B", min=1, max=8)},))
+        compile_whole(program, tmp_path / "model.so")
+        whole = load_whole(tmp_path / "model.so")
+        for batch in (1, 2, 5):
+            x = torch.randn(batch, 9, 32)
+            for result, expected in zip(map(torch.from_dlpack, whole(x)), model(x), strict=True):
+                assert ((result - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_attention_is_the_scheduled_function_and_linear_layers_are_ours(seed):
+    """Of the default lowering there would be functions of those names."""
+    from na_compiler.whole.attention import Attention
+    from na_compiler.whole.frontend import from_program
+    from na_compiler.whole.linear import schedule_linear
+
+    target = Target.parse("llvm")
+    model = nn.Sequential(NeighborhoodAttention2D(32, 2, 3), NeighborhoodAttention2D(32, 2, 3)).eval()
+    attention = Attention(target)
+    module = from_program(torch.export.export(model, (torch.randn(1, 9, 9, 32),)), attention)
+    assert attention.problems == {Problem((9, 9), 2, 16, 3): 2}
+    module, count = schedule_linear(module, target)
+    assert count == 4
+    names = [variable.name_hint for variable in module.get_global_vars()]
+    assert sorted(names) == ["linear_32_32_bias", "linear_32_96_bias", "main", "na2d"]
+    text = module["main"].script()
+    assert "R.matmul" not in text
+    assert text.count("R.call_tir") == 6
+
+
+def test_masked_attention_becomes_neighborhood_attention_here_too(tmp_path, seed):
+    from na_compiler.passes.masks import axis_mask
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+            self.register_buffer("mask", torch.from_numpy(np.kron(axis_mask(6, 5), axis_mask(10, 3))))
+
+        def forward(self, x):
+            query, key, value = self.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4).unbind()
+            y = functional.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+            return y.transpose(1, 2).flatten(-2)
+
+    model, x = Masked().eval(), torch.randn(2, 60, 32)
+    with torch.no_grad():
+        assert compile_whole(torch.export.export(model, (x,)), tmp_path / "model.so") == {
+            Problem((6, 10), 2, 16, (5, 3)): 1
+        }
+        torch.testing.assert_close(
+            torch.from_dlpack(load_whole(tmp_path / "model.so")(x)), model(x), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_what_cannot_be_compiled_whole(tmp_path, seed):
+    x = torch.randn(1, 9, 32)
+    layer = NeighborhoodAttention1D(32, 2, 3).eval()
+    program = torch.export.export(layer, (x,))
+    for target, told in (("cuda:sm_90a", "got target cuda:sm_90a"), ("llvm:aarch64", "got target llvm:aarch64")):
+        with pytest.raises(ValueError, match=told):
+            compile_whole(program, tmp_path / "model.so", target)
+    with pytest.raises(ValueError, match="has no neighborhood attention in it"):
+        compile_whole(torch.export.export(nn.Linear(32, 3), (x,)), tmp_path / "model.so")
+    dynamic = torch.export.export(layer, (x,), dynamic_shapes=({1: Dim("X", min=3, max=64)},))
+    with pytest.raises(ValueError, match="export the model with a fixed layout"):
+        compile_whole(dynamic, tmp_path / "model.so")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_whole(tmp_path / "model.so")
+    assert list(tmp_path.iterdir()) == []
