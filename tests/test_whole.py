@@ -50,7 +50,7 @@ class Functions(nn.Module):
         y = torch.stack([functional.gelu(4 * y), functional.gelu(4 * y, approximate="tanh"), functional.silu(9 * y)])
         y = torch.cat([y, torch.sigmoid(20 * y), torch.tanh(9 * y), torch.erf(3 * y), torch.tanh(y * 1e-4) * 1e4])
         y = self.norms[1](self.norms[0](y) + y)
-        return self.norms[2](self.narrow(y)), y.softmax(-1), y.mean(-1)
+        return self.norms[2](self.narrow(y)), y.softmax(-1), y.square().mean(-1)
 
 
 def test_activations_and_norms(tmp_path, seed):

@@ -40,10 +40,19 @@ def _sigmoid(x: Expr) -> Expr:
     return tirx.Select(x >= _float(0), _float(1), power) / (_float(1) + power)
 
 
+def _odd(x: Expr, limit: float, coefficients: tuple[float, ...], beyond: Expr) -> Expr:
+    """Return an odd function: near 0 by its series, as ``1 - small`` would cancel there; ``beyond`` is of ``|x|``."""
+    square = x * x
+    series = _float(coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        series = series * square + _float(coefficient)
+    signed = tirx.Select(x >= _float(0), beyond, -beyond)
+    return tirx.Select(tirx.abs(x) < _float(limit), x * series, signed)
+
+
 def _tanh(x: Expr) -> Expr:
     power = _exp_negative(_float(-2) * tirx.abs(x))
-    value = (_float(1) - power) / (_float(1) + power)
-    return tirx.Select(x >= _float(0), value, -value)
+    return _odd(x, 0.125, (1, -1 / 3, 2 / 15, -17 / 315), (_float(1) - power) / (_float(1) + power))
 
 
 def _erf(x: Expr) -> Expr:
@@ -53,8 +62,9 @@ def _erf(x: Expr) -> Expr:
     series = _float(1.061405429)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         series = series * t + _float(coefficient)
-    value = _float(1) - series * t * _exp_negative(-(size * size))
-    return tirx.Select(x >= _float(0), value, -value)
+    scale = 2 / math.sqrt(math.pi)
+    taylor = (scale, -scale / 3, scale / 10, -scale / 42, scale / 216)
+    return _odd(x, 0.4, taylor, _float(1) - series * t * _exp_negative(-(size * size)))
 
 
 def _gelu(x: Expr) -> Expr:
