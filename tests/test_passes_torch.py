@@ -329,6 +329,31 @@ def test_backend_compiles_before_the_first_call(seed, tmp_path, monkeypatch):
         close(mine.grad, wanted.grad)
 
 
+def test_backend_takes_a_buffer_for_constant_until_it_changes(seed, caplog):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.from_numpy(axis_mask(20, 5)))
+
+        def forward(self, query):
+            return nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=self.mask)
+
+    torch._dynamo.reset()
+    model, query = Masked(), torch.randn(1, 2, 20, 16)
+    compiled = torch.compile(model, backend="na_compiler", fullgraph=True)
+    with torch.no_grad(), caplog.at_level("INFO", logger="na_compiler"):
+        close(compiled(query), model(query))
+        assert "1 neighborhood attentions" in caplog.text
+        model.mask[3, 9] = True
+        close(compiled(query), model(query))
+        assert "a mask that was a neighborhood has changed" in caplog.text
+        model.mask[3, 9] = False
+        caplog.clear()
+        close(compiled(query), model(query))
+        model.mask = torch.from_numpy(axis_mask(20, 7))
+        close(compiled(query), model(query))
+
+
 def test_inductor_copies_nothing_in_front_of_a_kernel(seed):
     from torch._inductor.utils import run_and_get_code
 

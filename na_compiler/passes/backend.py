@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +19,9 @@ from na_compiler.runtime.jit import is_compiling_allowed
 
 __all__ = ["backend"]
 
+# For the device that tensors are on: the CPU, or the GPU present.
+_TARGETS = {"cpu": "llvm", "cuda": "cuda"}
+_BUFFER = re.compile(r"\._buffers\['\w+'\]$")
 _LOG = logging.getLogger("na_compiler")
 
 
@@ -30,17 +37,76 @@ def backend(module: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
     """
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
 
-    changed = canonicalise_torch(module)
+    buffers = _buffers(module, inputs)
+    original = copy.deepcopy(module) if buffers else module
+    used: set[str] = set()
+    changed = canonicalise_torch(module, {name: inputs[place] for name, place in buffers.items()}, used)
     sites = collect_torch(module)
     training = torch.is_grad_enabled() and any(_needs_grad(node) for node in module.graph.nodes)
-    specs = [spec for spec in sites.specs(training=training) if spec.target.runs_here]
+    specs = [
+        spec for device, target in _TARGETS.items() for spec in sites.on(device).specs([target], training=training)
+    ]
     _LOG.info("%d neighborhood attentions, %d kernels, %d nodes rewritten", len(sites), len(specs), changed)
     if specs and is_compiling_allowed():
         compile_specs(specs)
     patches = dict(options.get("options") or {})
     if options.get("mode"):
         patches |= torch._inductor.list_mode_options(options["mode"])  # noqa: SLF001
-    return compile_fx(module, inputs, config_patches=patches or None)
+
+    def compiled(graph: fx.GraphModule) -> Callable[..., Any]:
+        return compile_fx(graph, inputs, config_patches=patches or None)  # type: ignore[no-any-return]
+
+    if not used:
+        return compiled(module)
+    constants = [_Constant(buffers[name], inputs[buffers[name]]) for name in sorted(used)]
+    return _guarded(compiled(module), lambda: compiled(original), constants)
+
+
+class _Constant:
+    """A buffer that was taken as constant, because it is a mask: what it was like then."""
+
+    def __init__(self, place: int, tensor: torch.Tensor) -> None:
+        # Kept, so that no other tensor gets its memory.
+        self.place, self.tensor, self.version = place, tensor, tensor._version  # noqa: SLF001
+        self.value = tensor.clone()
+
+    def holds(self, inputs: Sequence[Any]) -> bool:
+        """Return whether the buffer is still what it was; takes half a microsecond where nobody wrote to it."""
+        tensor = inputs[self.place]
+        if tensor.data_ptr() == self.tensor.data_ptr() and tensor._version == self.version:  # noqa: SLF001
+            return True
+        if tensor.shape != self.value.shape or not torch.equal(tensor, self.value):
+            return False
+        self.tensor, self.version = tensor, tensor._version  # noqa: SLF001
+        return True
+
+
+def _guarded(
+    fast: Callable[..., Any], make_slow: Callable[[], Callable[..., Any]], constants: list[_Constant]
+) -> Callable[..., Any]:
+    """Run one of two functions: the other where a buffer has changed since its value was compiled in."""
+    make_slow = functools.cache(make_slow)
+
+    def run(*inputs: Any) -> Any:
+        if all(constant.holds(inputs) for constant in constants):
+            return fast(*inputs)
+        _LOG.warning("a mask that was a neighborhood has changed: compiling the model again, with it as an input")
+        return make_slow()(*inputs)
+
+    return run
+
+
+def _buffers(module: fx.GraphModule, inputs: list[Any]) -> dict[str, int]:
+    """Return the inputs of a graph that are buffers of modules, by the names of their nodes, and their places."""
+    found = {}
+    for place, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        name = str(getattr(source, "name", ""))
+        tensor = inputs[place]
+        # Inference tensors do not say when they are written to.
+        if _BUFFER.search(name) and type(tensor) is torch.Tensor and not tensor.is_inference():
+            found[node.name] = place
+    return found
 
 
 def _needs_grad(node: fx.Node) -> bool:

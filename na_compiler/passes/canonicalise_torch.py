@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -26,20 +28,26 @@ class Canonicalise(PassBase):
         return PassResult(graph_module, canonicalise_torch(graph_module) > 0)
 
 
-def canonicalise_torch(program: ExportedProgram | fx.GraphModule) -> int:
+def canonicalise_torch(
+    program: ExportedProgram | fx.GraphModule,
+    held: Mapping[str, torch.Tensor] | None = None,
+    used: set[str] | None = None,
+) -> int:
     """Make every neighborhood attention of a graph a call of ours, reading views; returns how many nodes changed.
 
     Parameters
     ----------
     program
         Changed in place. What it computes stays the same.
+    held, used
+        See `na_compiler.passes.sdpa.replace_sdpa`.
 
     Notes
     -----
     After it `na_compiler.passes.views.copies` finds no node but those that something else reads as well.
     """
     module = graph_module(program)
-    count = replace_natten(module) + replace_sdpa(program)
+    count = replace_natten(module) + replace_sdpa(program, held, used)
     dropped = drop_copies(module)
     finish(program)
     left = copies(module)

@@ -63,7 +63,9 @@ def _site(found: Attention, symbols: dict[Any, int], *, hints: bool) -> Site:
     problem = None
     if None not in known[1:]:
         problem = _problem(found, layer, known[1:], query, key, value, additional=extra is not None)
-    return Site(found.node.name, layer, found.operator, found.direction, problem, tuple(dynamic), known[0])
+    device = getattr(tensor_of(found.arguments["query"]), "device", None)
+    kind = "cpu" if device is None else device.type
+    return Site(found.node.name, layer, found.operator, found.direction, problem, tuple(dynamic), known[0], kind)
 
 
 def _problem(

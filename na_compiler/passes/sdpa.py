@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,24 @@ _LOG = logging.getLogger("na_compiler")
 _LARGEST = 1 << 28
 
 
-def replace_sdpa(program: ExportedProgram | fx.GraphModule) -> int:
-    """Replace scaled_dot_product_attention whose mask is a constant neighborhood; returns how many there were."""
+def replace_sdpa(
+    program: ExportedProgram | fx.GraphModule,
+    held: Mapping[str, torch.Tensor] | None = None,
+    used: set[str] | None = None,
+) -> int:
+    """Replace scaled_dot_product_attention whose mask is a constant neighborhood; returns how many there were.
+
+    Parameters
+    ----------
+    program
+        Changed in place.
+    held
+        Inputs that are taken as constant, by the names of their nodes.
+    used
+        Gets the names of those that masks were made of.
+    """
     module = graph_module(program)
-    constants = _Constants(program)
+    constants = _Constants(program, held or {})
     known: dict[fx.Node, Neighborhood | None] = {}
     count = 0
     for node in list(module.graph.nodes):
@@ -42,6 +57,8 @@ def replace_sdpa(program: ExportedProgram | fx.GraphModule) -> int:
             _LOG.info("%s: its mask is a neighborhood, %s", layer_of(node), neighborhood)
             _replace(node, arguments, neighborhood)
             count += 1
+            if used is not None:
+                used |= constants.inputs_of(mask) & set(held or ())
     if count:
         module.graph.eliminate_dead_code()
     return count
@@ -104,9 +121,9 @@ def _as_bool(mask: torch.Tensor) -> Mask | None:
 class _Constants:
     """Values of nodes that do not depend on the program's inputs."""
 
-    def __init__(self, program: ExportedProgram | fx.GraphModule) -> None:
+    def __init__(self, program: ExportedProgram | fx.GraphModule, held: Mapping[str, torch.Tensor]) -> None:
         self.module = graph_module(program)
-        self.held: dict[str, torch.Tensor] = {}
+        self.held: dict[str, torch.Tensor] = dict(held)
         if isinstance(program, ExportedProgram):
             signature = program.graph_signature
             everything = {**program.state_dict, **program.constants}
@@ -125,6 +142,12 @@ class _Constants:
         except _NotConstantError:
             return None
         return value if isinstance(value, torch.Tensor) else None
+
+    def inputs_of(self, node: fx.Node) -> set[str]:
+        """Return the names of the inputs that a node is computed from."""
+        if node.op == "placeholder":
+            return {node.name}
+        return {name for before in node.all_input_nodes for name in self.inputs_of(before)}
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node not in self.values:

@@ -34,6 +34,8 @@ class Site:
         Dimensions that may change from call to call: ``"batch"``, ``"layout[0]"``, ``"additional"``.
     batch
         Batch entries at these sizes; ``None`` where unknown.
+    device
+        Type of the device that its tensors are on, as torch names it; an ONNX model does not say.
     """
 
     node: str
@@ -43,6 +45,7 @@ class Site:
     problem: Problem | None
     dynamic: tuple[str, ...] = ()
     batch: int | None = None
+    device: str = "cpu"
 
     @property
     def is_ours(self) -> bool:
@@ -71,6 +74,10 @@ class Sites(tuple[Site, ...]):
         """Return the sites whose problem depends on a size that nobody said."""
         return [site for site in self if site.problem is None]
 
+    def on(self, device: str) -> Sites:
+        """Return the sites on a type of device."""
+        return Sites(site for site in self if site.device == device)
+
     def specs(self, targets: Iterable[str | Target] = ("llvm",), *, training: bool = False) -> list[KernelSpec]:
         """Return the distinct kernels that the sites need.
 
@@ -81,6 +88,8 @@ class Sites(tuple[Site, ...]):
         training
             Whether forwards need their backward as well.
         """
+        if not self:
+            return []  # Before a target such as "cuda" is looked for.
         parsed = list(dict.fromkeys(map(Target.parse, targets)))
         wanted: dict[tuple[Problem, str], None] = {}
         for site in self:
