@@ -54,7 +54,8 @@ def backend(module: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         patches |= torch._inductor.list_mode_options(options["mode"])  # noqa: SLF001
 
     def compiled(graph: fx.GraphModule) -> Callable[..., Any]:
-        return compile_fx(graph, inputs, config_patches=patches or None)  # type: ignore[no-any-return]
+        made: Any = compile_fx(graph, inputs, config_patches=patches or None)
+        return made  # type: ignore[no-any-return]
 
     if not used:
         return compiled(module)
