@@ -42,6 +42,8 @@ CASES = {
                    Sm90((2, 32), (4, 16), persistent=True)),
     "3 warpgroups": (Problem((25, 20), 1, 64, 7, dtype="bfloat16"), Sm90((4, 16), (4, 16), 3)),
     "skipped tiles": (Problem((40, 20), 1, 64, (5, 7), dtype="bfloat16"), Sm90((8, 8), (2, 16), stages=4)),
+    "176 keys": (Problem((19, 37), 1, 64, (9, 7), dtype="bfloat16"), Sm90((4, 16), (11, 16))),
+    "144 keys": (Problem((9, 8, 30), 1, 64, (4, 5, 9), dtype="bfloat16"), Sm90((2, 4, 8), (3, 2, 24))),
     "no turns": (Problem((19, 20), 1, 64, 7, dtype="bfloat16"), Sm90((4, 16), (8, 16), pingpong=False, overlap=False)),
 }  # fmt: skip
 _ARGUMENTS = {"additional": {"additional": 150}, "persistent": {"batch": 9}, "2d": {"batch": 2}, "3d": {"scale": -0.2}}
@@ -192,9 +194,13 @@ def test_finds_weights_overwritten_too_early(monkeypatch, seed):
     _finds(_SMALL[0], Sm90((4, 16), (8, 16)))
 
 
-def test_finds_a_wrong_mask(monkeypatch, seed):
-    inside = mask.Mask._inside
-    monkeypatch.setattr(mask.Mask, "_inside", staticmethod(lambda key, extent: inside(key, extent + 1)))
+@pytest.mark.parametrize("axis", [0, 1])
+def test_finds_a_wrong_mask(axis, monkeypatch, seed):
+    """A window one key too long along one axis."""
+    bits = mask.Mask._bits
+    monkeypatch.setattr(
+        mask.Mask, "_bits", lambda self, which, start, extent: bits(self, which, start, extent + (which == axis))
+    )
     _finds(*_SMALL)
 
 

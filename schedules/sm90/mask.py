@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from tvm import tirx
 
 from na_compiler.schedules.sm90.plan import Plan
 from na_compiler.schedules.sm90.products import Products
-from na_compiler.schedules.sm90.trace import I, T, both, let, put, register, when
+from na_compiler.schedules.sm90.trace import I, T, both, let, maximum, minimum, put, register, when
 from na_compiler.schedules.sm90.work import KeyCursor, Work
 
 __all__ = ["Mask", "Rows"]
@@ -70,8 +73,8 @@ class Mask:
                 extent = (
                     register(end - start) if self.plan.problem.is_causal[axis] else self.plan.problem.kernel_size[axis]
                 )
-                # The part of a key's place that a thread knows is taken off, so that a test is one comparison.
-                windows.append((let(start - pair) if axis == self.plan.rank - 1 else let(start), extent))
+                # Along the last axis, seen from the thread's first key.
+                windows.append((register(start - pair if axis == self.plan.rank - 1 else start), extent))
             self._windows.append(windows)
         first, last = rows.warp_queries(work.first)
         self._common = []
@@ -98,14 +101,50 @@ class Mask:
             whole = both(whole, cursor[axis] >= start, cursor[axis] + tile[axis] <= end)
         with when(T.Not(whole)):
             for row, windows in enumerate(self._windows):
-                base = [register(cursor[axis] - windows[axis][0]) for axis in range(self.plan.rank)]
-                for group in range(self.plan.keys // 8):
-                    place = self._place(8 * group)
-                    *outer, last = ((base[axis] + place[axis], windows[axis][1]) for axis in range(self.plan.rank))
-                    others = both(*(self._inside(key, extent) for key, extent in outer))
-                    for e in (0, 1):
-                        keep = both(others, self._inside(last[0] + e, last[1]))
+                word = None
+                for axis, (start, extent) in enumerate(windows):
+                    bits = self._bits(axis, start - cursor[axis], extent)
+                    word = bits if word is None else T.bitwise_and(word, bits)
+                for half, part in enumerate(self._words(word)):
+                    for bit in range(min(32, self.plan.keys // 4 - 32 * half)):
+                        group, e = divmod(32 * half + bit, 2)
+                        keep = T.bitwise_and(part, T.uint32(1 << bit)) != T.uint32(0)
                         self._keep(4 * group + 2 * row + e, keep)
+
+    def _bits(self, axis: int, start: Expr, extent: Expr) -> Expr:
+        """Return which of a row's scores are in its window along one axis, a bit for each that the thread has.
+
+        The window begins at ``start``, seen from the tile. A thread has two scores of every eight, so along the last
+        axis as many lie before a place as twice the eights before it, and up to two. Along any axis those of a window
+        are one stretch of bits, repeated for every step of the axes before it.
+        """
+        tile = self.plan.key_tile
+        after, period = math.prod(tile[axis + 1 :]) // 4, math.prod(tile[axis:]) // 4
+        first = register(maximum(minimum(start, tile[axis]), 0))
+        end = register(maximum(minimum(start + extent, tile[axis]), 0))
+        if axis == self.plan.rank - 1:
+            first, end = (T.shift_right(place, 3) * 2 + minimum(T.bitwise_and(place, 7), 2) for place in (first, end))
+        else:
+            first, end = first * after, end * after
+        # A shift by 32 needs 64 bits.
+        dtype = "uint64" if period >= 32 else "uint32"
+        one = tirx.IntImm(dtype, 1)
+        stretch = T.shift_left(one, T.Cast(dtype, end)) - T.shift_left(one, T.Cast(dtype, first))
+        stretch = T.Cast(self._dtype, stretch) if dtype != self._dtype else stretch
+        copies = self.plan.keys // 4 // period
+        return stretch * tirx.IntImm(self._dtype, sum(1 << (period * copy) for copy in range(copies)))
+
+    @property
+    def _dtype(self) -> str:
+        return "uint64" if self.plan.keys // 4 > 32 else "uint32"
+
+    def _words(self, word: Expr) -> list[Expr]:
+        """Return a word of bits in registers of 32."""
+        if self._dtype == "uint32":
+            return [register(word, "uint32")]
+        whole = register(word, "uint64")
+        parts = (whole, T.shift_right(whole, tirx.IntImm("uint64", 32)))
+        return [register(T.Cast("uint32", part), "uint32") for part in parts]
 
     def _tail(self, first: Expr) -> None:
         """Mask what lies beyond the last additional key."""
@@ -119,16 +158,3 @@ class Mask:
 
     def _keep(self, element: int, condition: Expr) -> None:
         put(self.scores, element, T.Select(condition, self.scores[element], T.float32(float("-inf"))))
-
-    @staticmethod
-    def _inside(key: Expr, extent: Expr) -> Expr:
-        """Whether ``0 <= key < extent``, as one comparison without sign."""
-        limit = T.uint32(extent) if isinstance(extent, int) else T.Cast("uint32", extent)
-        return T.Cast("uint32", key) < limit
-
-    def _place(self, column: int) -> list[int]:
-        found: list[int] = []
-        for extent in reversed(self.plan.key_tile):
-            found.insert(0, column % extent)
-            column //= extent
-        return found
