@@ -29,6 +29,10 @@ _RATE = 4096.0
 # Cycles: of products over what the datasheet says, of a tile of keys beside its products, of masking it (and a key
 # of it), and of a tile of queries beside its keys.
 _PRODUCTS, _TILE, _MASK, _BLOCK = 1.40, 250.0, (100.0, 1.2), 3000.0
+# Share of a tile's time that it takes more where only one warpgroup needs it.
+_LONE = 0.25
+# Share that it takes more for each of its rows: tokens that follow each other are near in memory, rows are far apart.
+_ROW = 0.002
 # Exponentials are the other unit's work that grows with the keys, whatever head_dim is: cycles a key, by warpgroups.
 _EXPONENTIALS = {2: 7.0, 3: 6.0}
 _KEYS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176)
@@ -37,7 +41,7 @@ _STAGES = (4, 2)
 _AMPLE_KEYS, _CROWDED = 128, 1.05
 # Tiles of keys of a block, up to which it pays to keep the block for another tile of queries: what begins and ends it
 # is then hidden behind other loads. Longer ones are better handed out as multiprocessors become free.
-_SHORT = 40
+_SHORT = 8
 # Registers that the compiler makes do with, by warpgroups, found by compiling; and in persistent blocks, for values up
 # to a length and for longer ones.
 _REGISTERS = {2: 240, 3: 152}
@@ -172,57 +176,65 @@ def _boxes(volume: int, rank: int) -> list[tuple[int, ...]]:
 
 def _measure(problem: Problem, config: Sm90) -> Candidate:
     plan = config.plan(problem)
-    visited = whole = longest = 1
+    visited = steps = 1
+    whole = 1.0
+    warp_box = plan.warp_box or plan.query_box
     blocks = math.prod(plan.tiles) * plan.groups
     for axis in range(problem.rank):
         parts = config.warpgroups if axis == 0 else 1
-        counts = _axis(problem, axis, config.query_tile[axis], parts, config.key_tile[axis], plan.skips)
-        visited, whole, longest = visited * counts[0], whole * counts[1], longest * counts[2]
+        counts = _axis(problem, axis, config.query_tile[axis], warp_box[axis], parts, config.key_tile[axis], plan.skips)
+        visited, whole, steps = visited * counts[0], whole * counts[1], steps * counts[2]
     score = ROWS * plan.keys
     products = 2 * score * (16 * -(-problem.head_dim // 16) + problem.head_dim_v) / _RATE * _PRODUCTS
     products *= _CROWDED if plan.keys > _AMPLE_KEYS else 1
     tile = max(products, plan.keys * _EXPONENTIALS[config.warpgroups]) + _TILE
+    tile *= 1 + _ROW * (plan.keys // plan.key_tile[-1])
     masked = visited - whole
-    block = (visited * tile + masked * (_MASK[0] + plan.keys * _MASK[1])) / blocks + _BLOCK
+    # While one warpgroup leaves a tile out, the others' softmax has less to hide behind.
+    lone = config.warpgroups * steps - visited
+    block = (visited * tile + lone * tile * _LONE + masked * (_MASK[0] + plan.keys * _MASK[1])) / blocks + _BLOCK
     waves = blocks * problem.heads / _PROCESSORS
     # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
     cycles = block * (math.ceil(waves) if waves < 4 else waves + 0.5)
     needed = problem.pairs()
     persistent = waves > 1 and visited <= _SHORT * blocks * config.warpgroups and _may_persist(problem, config)
-    # Measured: 20% faster where blocks are short, 7% with three warpgroups, and 3% slower elsewhere.
-    config = replace(config, persistent=persistent, overlap=persistent or config.warpgroups == 3)
+    # Measured: 7% faster with three warpgroups, 1 to 5% slower elsewhere.
+    config = replace(config, persistent=persistent, overlap=config.warpgroups == 3)
     return Candidate(
         config, cycles, visited * score / needed, masked / visited, blocks * problem.heads, plan.shared_bytes
     )
 
 
 @functools.lru_cache(maxsize=65536)
-def _axis(problem: Problem, axis: int, box: int, parts: int, keys: int, skips: bool) -> tuple[int, int, int]:
-    """Count along one axis, over all tiles of queries: tiles of keys visited, those in every window, most of one."""
+def _axis(
+    problem: Problem, axis: int, box: int, warp_box: int, parts: int, keys: int, skips: bool
+) -> tuple[int, float, int]:
+    """Count along one axis, over all tiles of queries: tiles of keys visited, those without a mask, those loaded."""
     dilation, kernel = problem.dilation[axis], problem.kernel_size[axis]
     rule = (kernel, problem.stride[axis], problem.is_causal[axis])
     tile = box * parts
-    visited = whole = longest = 0
+    visited = loaded = 0
+    whole = 0.0
     for group in range(dilation):
         length = group_length(problem.layout[axis], dilation, group)
         bounds = functools.partial(window_bounds, length=length, kernel_size=rule[0], stride=rule[1], is_causal=rule[2])
         for first in range(0, length, tile):
             low = bounds(first)[0]
-            total = 0
+            highest = bounds(min(first + tile, length) - 1)[1]
+            loaded += -(-(highest - low) // keys)
             for part in range(parts):
                 begin = min(first + part * box, length - 1)
                 last = min(begin + box, length) - 1
-                last_start, first_end = bounds(last)[0], bounds(begin)[1]
-                start, end = (
-                    (bounds(begin)[0], bounds(last)[1]) if skips else (low, bounds(min(first + tile, length) - 1)[1])
-                )
+                start, end = (bounds(begin)[0], bounds(last)[1]) if skips else (low, highest)
                 from_tile, to_tile = (start - low) // keys, -(-(end - low) // keys)
-                total += to_tile - from_tile
-                # Tiles that lie in every window of the part.
-                whole += max((first_end - low) // keys - max(-(-(last_start - low) // keys), from_tile), 0)
-            visited += total
-            longest = max(longest, total)
-    return visited, whole, longest
+                visited += to_tile - from_tile
+                # Tiles that lie in every window of a warp, on the average of the warps.
+                for offset in range(0, box, warp_box):
+                    its_first = min(begin + offset, length - 1)
+                    its_last = min(its_first + warp_box, length) - 1
+                    until, since = (bounds(its_first)[1] - low) // keys, -(-(bounds(its_last)[0] - low) // keys)
+                    whole += max(until - max(since, from_tile), 0) * warp_box / box
+    return visited, whole, loaded
 
 
 def _may_persist(problem: Problem, config: Sm90) -> bool:
@@ -235,7 +247,7 @@ def _may_persist(problem: Problem, config: Sm90) -> bool:
 def most_registers(problem: Problem, warpgroups: int, persistent: bool = False) -> Sm90 | None:
     """Return the config that needs most registers, of those that may be chosen; ``None`` if there is none."""
     configs = [
-        replace(config, persistent=persistent, overlap=persistent or warpgroups == 3)
+        replace(config, persistent=persistent, overlap=warpgroups == 3)
         for config in _configs(problem)
         if config.warpgroups == warpgroups and (not persistent or _may_persist(problem, config))
     ]
