@@ -214,20 +214,20 @@ def transformer(*, is_identity: bool = False) -> Any:
 
 
 def _kernels(x: Any) -> Callable[[], None]:
-    """Return what runs the model's kernels, and nothing else, on views of projections."""
+    """Return what runs the model's kernels, and nothing else: each on views of a projection of its own."""
     import torch  # noqa: PLC0415
 
     from na_compiler.compiler.kernels import compile as compile_kernel  # noqa: PLC0415
 
     head_dim = _DIM // _HEADS
     kernel: Any = compile_kernel(Problem((_TOKENS, _TOKENS), _HEADS, head_dim, _WINDOW))
-    views = torch.randn(*x.shape[:-1], 3, _HEADS, head_dim).unbind(-3)
-    output, lse = kernel(*views)
+    views = [torch.randn(*x.shape[:-1], 3, _HEADS, head_dim).unbind(-3) for _ in range(_LAYERS)]
+    results = [kernel(*one) for one in views]
     function = kernel.function
 
     def attend() -> None:
-        for _ in range(_LAYERS):
-            function(*views, head_dim**-0.5, output, lse)
+        for one, result in zip(views, results, strict=True):
+            function(*one, head_dim**-0.5, *result)
 
     return attend
 
