@@ -136,6 +136,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         threads.use_launcher(launcher)
     if runtime is not None:
         folders.use_runtime(runtime.parent)
+    threads.warm()
     _loaded.append(bundle)
     return bundle
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from na_compiler.runtime.folders import cache_folder
 
-__all__ = ["attach", "c_compiler", "host_library", "launcher_library", "prepare", "use_launcher"]
+__all__ = ["attach", "c_compiler", "host_library", "launcher_library", "prepare", "use_launcher", "warm"]
 
 _LOG = logging.getLogger("na_compiler")
 _SOURCE = Path(__file__).with_name("launcher.c")
@@ -42,6 +42,12 @@ def prepare() -> None:
 def use_launcher(path: Path) -> None:
     """Use a launcher that was compiled before, such as a bundle's, where none can be compiled here."""
     _given_launcher.append(path)
+
+
+def warm() -> None:
+    """Load what the first kernel would load: the launcher for torch's threads, in a process that has torch."""
+    if sys.modules.get("torch") is not None:
+        _torch_launch()
 
 
 def attach(path: Path) -> None:
