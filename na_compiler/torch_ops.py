@@ -175,20 +175,20 @@ def _check_rank(rank: int, query: Tensor) -> None:
 def _prepare(tensor: Tensor) -> Tensor:
     """Kernels take any strides but the last: rows of head_dim elements lie together in anything that is usual."""
     # Not contiguous(): it returns a tensor as it is whose last dimension has one element, at whatever stride.
-    if tensor.stride(-1) == 1 and (not tensor.is_cuda or _is_aligned(tensor)):
+    if tensor.stride(-1) == 1 and not (tensor.is_cuda and _has_heads_apart(tensor)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether TMA can read a tensor where it is: multiples of 16 bytes; with three axes, heads head_dim apart."""
-    if tensor.element_size() != 2:
-        return True
-    *strides, heads_apart, _ = tensor.stride()
-    if tensor.data_ptr() % 16 or heads_apart % 8 or any(stride % 8 for stride in strides):
-        # Rows of another width go to a schedule that has no such wish.
-        return bool(tensor.shape[-1] % 8)
-    return len(strides) < 4 or heads_apart == tensor.shape[-1]
+def _has_heads_apart(tensor: Tensor) -> bool:
+    """Whether heads are not one after another, with three axes and 16 bits: TMA has no axis left for them then."""
+    if tensor.dim() < 6 or tensor.element_size() != 2 or tensor.stride(-2) == tensor.shape[-1]:
+        return False
+    message = f"copying what the operator was given: heads must lie {tensor.shape[-1]} elements apart on a GPU in 3-D"
+    if message not in _said:
+        _said.add(message)
+        _LOG.warning(message)
+    return True
 
 
 def _compact(tensor: Tensor) -> Tensor:
