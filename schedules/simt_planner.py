@@ -17,6 +17,7 @@ __all__ = ["choose"]
 _THREADS = 128  # Of a block.
 _WARP = 32
 _VECTOR_BYTES = 16  # What one thread reads at once.
+_BFLOAT16 = (8, 0)  # The first that has it.
 # Elements of a row that one thread keeps, in float32: of a query and of its sums.
 _ELEMENTS = 16
 # Registers of a thread for rows of a chunk.
@@ -30,9 +31,9 @@ _STRIP = 128
 _CHUNK = 1.5
 
 
-def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt | str:  # noqa: ARG001
+def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt | str:
     """Return the config to compile a problem with: this schedule takes all problems, on every target."""
-    vector = _vector(problem)
+    vector = _vector(problem, target)
     lanes = _lanes(problem, vector)
     elements = round_up(max(problem.head_dim, problem.head_dim_v), lanes * vector) // lanes
     staged = elements * problem.element_bytes // 4 * (1 if direction == "forward" else 2)
@@ -48,9 +49,12 @@ def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt | str: 
     )
 
 
-def _vector(problem: Problem) -> int:
+def _vector(problem: Problem, target: CudaTarget) -> int:
     """Return the elements that a thread reads at once: a power of two that divides both head_dims."""
     most = _VECTOR_BYTES // problem.element_bytes
+    if problem.dtype == "bfloat16" and target.capability < _BFLOAT16:
+        # Converted by shifts of integers there, and TVM prints no more than four of these as a vector.
+        most = 4
     return math.gcd(problem.head_dim, problem.head_dim_v, most)
 
 

@@ -98,6 +98,7 @@ constexpr size_t STACK = 256 << 10, SHARED = 227 << 10;
 constexpr int THREADS = 1024;
 inline bool late_loads = true, late_products = true, descending = false;
 inline Index threadIdx, blockIdx;
+inline int thread_number;  // Of its block, counted along x first.
 inline Index blockDim, gridDim;
 alignas(1024) inline uchar shared_memory[SHARED];
 
@@ -133,7 +134,7 @@ inline ucontext_t scheduler_context;
 inline int thread_count;
 inline void (*kernel_body)();
 
-inline Fiber& self() { return fibers[threadIdx.x]; }
+inline Fiber& self() { return fibers[thread_number]; }
 inline void block_on(Wait wait) {
   Fiber& fiber = self();
   fiber.wait = wait;
@@ -143,10 +144,10 @@ inline void warp_point() { block_on(Wait::warp); }
 inline void fiber_main() {
   kernel_body();
   Fiber& fiber = self();
-  if (!fiber.open.empty()) die("thread %d ends with products that were never committed", threadIdx.x);
+  if (!fiber.open.empty()) die("thread %d ends with products that were never committed", thread_number);
   for (auto& group : fiber.groups)
-    if (!group.empty()) die("thread %d ends with products that were never waited for", threadIdx.x);
-  if (!fiber.stores.empty()) die("thread %d ends with TMA stores that were never waited for", threadIdx.x);
+    if (!group.empty()) die("thread %d ends with products that were never waited for", thread_number);
+  if (!fiber.stores.empty()) die("thread %d ends with TMA stores that were never waited for", thread_number);
   block_on(Wait::done);
 }
 
@@ -377,6 +378,16 @@ inline bool all_wait(int first, int count, Wait wait) {
     if (fibers[t].wait != wait) return false;
   return true;
 }
+// A warp goes on when all of its threads wait, but those that have ended: rows that share a warp may part, and each
+// exchanges values with its own row only.
+inline bool warp_waits(int first, int threads) {
+  bool waits = false;
+  for (int t = first; t < first + 32 && t < threads; t++) {
+    if (fibers[t].wait != Wait::warp && fibers[t].wait != Wait::done) return false;
+    waits |= fibers[t].wait == Wait::warp;
+  }
+  return waits;
+}
 inline void run_block(int threads, void (*body)()) {
   thread_count = threads;
   kernel_body = body;
@@ -403,14 +414,16 @@ inline void run_block(int threads, void (*body)()) {
       if (fibers[t].wait == Wait::done) { ended++; continue; }
       if (!ready(fibers[t])) continue;
       fibers[t].wait = Wait::none;
-      threadIdx.x = t;
+      thread_number = t;
+      threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
       swapcontext(&scheduler_context, &fibers[t].context);
       progress = true;
     }
     if (ended == threads) break;
-    for (int warp = 0; warp < threads / 32; warp++)
-      if (all_wait(warp * 32, 32, Wait::warp)) {
-        for (int t = warp * 32; t < warp * 32 + 32; t++) fibers[t].wait = Wait::none;
+    for (int warp = 0; warp * 32 < threads; warp++)
+      if (warp_waits(warp * 32, threads)) {
+        for (int t = warp * 32; t < warp * 32 + 32 && t < threads; t++)
+          if (fibers[t].wait == Wait::warp) fibers[t].wait = Wait::none;
         progress = true;
       }
     for (int group = 0; group < threads / 128; group++)
@@ -440,18 +453,31 @@ inline void run_block(int threads, void (*body)()) {
 // ------------------------------------------------------------------------------------------------ what kernels call
 inline uint32_t exchange[THREADS];
 inline uint32_t from_lane(uint32_t value, int lane) {
-  int thread = threadIdx.x;
+  int thread = thread_number;
   exchange[thread] = value;
   warp_point();
   uint32_t found = exchange[thread / 32 * 32 + lane];
   warp_point();
   return found;
 }
-inline int __shfl_sync(uint, int value, int lane, int = 32) { return (int)from_lane((uint32_t)value, lane); }
+inline int __shfl_sync(uint, int value, int lane, int = 32) { return (int)from_lane((uint32_t)value, lane & 31); }
+inline float float_from_lane(float value, int lane) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  bits = from_lane(bits, lane);
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline float __shfl_sync(uint, float value, int lane, int = 32) { return float_from_lane(value, lane & 31); }
+inline float __shfl_down_sync(uint, float value, int distance, int = 32) {
+  int lane = thread_number & 31;
+  return float_from_lane(value, lane + distance > 31 ? lane : lane + distance);
+}
+inline uint __activemask() { return 0xffffffffu; }
 inline float __shfl_xor_sync(uint, float value, int distance, int = 32) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
-  bits = from_lane(bits, (threadIdx.x & 31) ^ distance);
+  bits = from_lane(bits, (thread_number & 31) ^ distance);
   memcpy(&value, &bits, 4);
   return value;
 }
@@ -461,7 +487,7 @@ inline void tvm_builtin_ptx_shfl_sync_bfly_b32_f32_f32_u32_u32_u32(float& target
 inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(const void* pointer) { return shared_address(pointer); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
 inline void tvm_builtin_cuda_warp_sync() { warp_point(); }
-inline uint tvm_builtin_elect_one_sync_op() { return (threadIdx.x & 31) == 0; }
+inline uint tvm_builtin_elect_one_sync_op() { return (thread_number & 31) == 0; }
 inline void tvm_builtin_ptx_bar_sync_count_sync(uint id, uint count) { bar_sync(id, count); }
 inline void tvm_builtin_ptx_bar_arrive_arrive(uint id, uint count) { named_add(id, count); }
 inline void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t address, uint32_t count) {
@@ -496,7 +522,7 @@ inline void tvm_builtin_ptx_cvt_f16x2_f32_rn_f16x2_f32(uint32_t& target, float h
 }
 template <int N>
 inline void store_matrices(uint32_t address, const uint32_t (&values)[N]) {
-  int thread = threadIdx.x, warp = thread / 32 * 32, lane = thread % 32;
+  int thread = thread_number, warp = thread / 32 * 32, lane = thread % 32;
   exchange[thread] = address;
   warp_point();
   for (int matrix = 0; matrix < N; matrix++) {
@@ -546,7 +572,7 @@ inline void write_tensor(const char* path, const uchar* memory, size_t bytes) {
   if (!file || fwrite(memory, 1, bytes, file) != bytes) die("cannot write %s", path);
   fclose(file);
 }
-inline void on_fault(int) { die("an access outside the tensors, by thread %d of block %d", threadIdx.x, blockIdx.x); }
+inline void on_fault(int) { die("an access outside the tensors, by thread %d of block %d", thread_number, blockIdx.x); }
 inline void catch_faults() {
   signal(SIGSEGV, on_fault);
   signal(SIGBUS, on_fault);

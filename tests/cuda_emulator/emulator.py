@@ -52,10 +52,14 @@ class Emulator:
         TVM's lowering pipeline.
     edit
         Changes the generated text, to plant a fault: ``edit(text) -> text``.
+    passes
+        Options of TVM's passes.
     """
 
-    def __init__(self, function: Any, target: Any, pipeline: str = "tirx", edit: Any = None) -> None:
-        self.host = HostProgram(function, target, pipeline)
+    def __init__(
+        self, function: Any, target: Any, pipeline: str = "tirx", edit: Any = None, passes: Any = None
+    ) -> None:
+        self.host = HostProgram(function, target, pipeline, passes)
         self.source = self.host.source
         text = self.source[self.source.index('extern "C" __global__') :]
         if edit is not None:
@@ -240,11 +244,10 @@ int main(int, char** argv) {
     Kernel* kernel = kernels;
     while (kernel->name && name != kernel->name) kernel++;
     if (!kernel->name) die("there is no kernel %s", name.c_str());
-    if (block[1] != 1 || block[2] != 1) die("blocks with more than one axis are not emulated");
-    blockDim = {block[0], 1, 1}, gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {block[0], block[1], block[2]}, gridDim = {grid[0], grid[1], grid[2]};
     for (blockIdx.z = 0; blockIdx.z < grid[2]; blockIdx.z++)
       for (blockIdx.y = 0; blockIdx.y < grid[1]; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++) run_block(block[0], kernel->run);
+        for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++) run_block(block[0] * block[1] * block[2], kernel->run);
   }
   for (size_t number = 0; number < given.size(); number++)
     write_tensor((folder + "/" + std::to_string(number) + ".bin").c_str(), given[number].first, given[number].second);

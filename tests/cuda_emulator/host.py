@@ -73,7 +73,7 @@ class HostProgram:
         TVM's lowering pipeline.
     """
 
-    def __init__(self, function: Any, target: Any, pipeline: str) -> None:
+    def __init__(self, function: Any, target: Any, pipeline: str, passes: Any = None) -> None:
         captured = []
 
         @pass_instrument
@@ -91,7 +91,7 @@ class HostProgram:
             return b"/"
 
         tvm.register_global_func("tvm_callback_cuda_compile", keep, override=True)
-        with tvm.transform.PassContext(instruments=[Capture()]), target:
+        with tvm.transform.PassContext(instruments=[Capture()], config=dict(passes or {})), target:
             module = tvm.compile(function, target=target, tir_pipeline=pipeline)
         if not self.source:
             self.source = module.mod.imports[0].inspect_source()
@@ -114,6 +114,7 @@ class _Interpreter:
     def __init__(self, main: Any, arguments: dict[str, Any]) -> None:
         self.values: dict[Any, Any] = {}
         self.launches: list[Launch] = []
+        self.views: dict[str, str] = {}
         for parameter in main.params:
             given = arguments[parameter.name]
             if not isinstance(given, tuple):
@@ -129,7 +130,7 @@ class _Interpreter:
                     assert self.number(expression) == value, f"{parameter.name}: {expression} is not {value}"
         self.statement(main.body)
 
-    def statement(self, node: Any) -> None:
+    def statement(self, node: Any) -> None:  # noqa: C901  # A case for each kind.
         kind = type(node).__name__
         if kind == "SeqStmt":
             for part in node.seq:
@@ -147,8 +148,15 @@ class _Interpreter:
         elif kind == "Evaluate":
             if type(node.value).__name__ == "Call":
                 self.call(node.value)
+        elif kind == "DeclBuffer":
+            self.view(node)
         else:
-            assert kind in {"DeclBuffer", "AllocBuffer"}, f"the host does something new: {kind}"
+            assert kind == "AllocBuffer", f"the host does something new: {kind}"
+
+    def view(self, node: Any) -> None:
+        """Remember what a declared buffer is a view of: the kernel's arguments have its name."""
+        if type(node.data).__name__ == "Call" and "buffer_data" in node.data.op.name:
+            self.views[str(node.buffer.name)] = self.tensor(node.data)
 
     def call(self, node: Any) -> None:
         name = node.op.name
@@ -176,12 +184,14 @@ class _Interpreter:
         parts.append(numbers[3 * rank - 1 : 4 * rank - 1])
         _, swizzle, _, fill = numbers[4 * rank - 1 :]
         assert fill == 0
-        self.values[handle]["map"] = TensorMapArguments(_tensor(data), *map(tuple, parts), swizzle)
+        self.values[handle]["map"] = TensorMapArguments(self.tensor(data), *map(tuple, parts), swizzle)
 
     def argument(self, node: Any) -> Any:
         if type(node).__name__ == "Var" and isinstance(self.values.get(node), dict):
             return self.values[node].get("map")
-        return _tensor(node) if type(node).__name__ == "Call" and "buffer_data" in node.op.name else self.number(node)
+        return (
+            self.tensor(node) if type(node).__name__ == "Call" and "buffer_data" in node.op.name else self.number(node)
+        )
 
     def number(self, node: Any) -> Any:
         """Return the value of an expression."""
@@ -199,6 +209,7 @@ class _Interpreter:
         assert kind in _OPERATIONS, f"{kind} is new: {node}"
         return _OPERATIONS[kind](self.number(node.a), self.number(node.b))
 
-
-def _tensor(node: Any) -> str:
-    return str(node.args[0].name)
+    def tensor(self, node: Any) -> str:
+        """Return the parameter that an address is of."""
+        name = str(node.args[0].name)
+        return self.views.get(name, name)

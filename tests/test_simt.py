@@ -1,0 +1,77 @@
+"""`na_compiler.schedules.simt`: its CUDA in the emulator, forward and backward, against the reference."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from cuda_emulator import ORDERS, Emulator
+from oracle import check_backward, check_forward, draw, poisoned
+
+from na_compiler.compiler import build
+from na_compiler.compiler.spec import KernelSpec
+from na_compiler.problem import Problem
+from na_compiler.schedules import simt_planner
+from na_compiler.target import Target
+
+TARGET = Target.parse("cuda:sm_80")
+
+PROBLEMS = [
+    Problem(1, 1, 1, 1),
+    Problem(45, 2, 24, 12, 5, is_causal=True),
+    Problem(53, 2, 16, 6, 2, 7, dtype="float16"),
+    Problem((13, 11), 2, 32, (5, 8), dtype="bfloat16"),
+    Problem((9, 10), 2, 7, (5, 6), (4, 2), is_causal=(False, True), head_dim_v=3),
+    Problem((7, 8), 4, 32, 5, heads_kv=2, head_dim_v=40, additional_kv=True),
+    Problem((4, 5, 6), 4, 17, (2, 3, 2), (1, 2, 1), (2, 1, 3), (True, False, False), 2, 9, additional_kv=True),
+    Problem((6, 7), 1, 128, 6, dtype="bfloat16"),
+]
+
+
+def emulate(spec):
+    """Return the emulator of a spec's kernels."""
+    return Emulator(build.scheduled(spec), TARGET.to_tvm(), spec.config.pipeline, passes=spec.config.passes)
+
+
+def make(problem, direction):
+    config = simt_planner.choose(problem, TARGET, direction)
+    return KernelSpec(problem, direction, TARGET, config)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_forward(problem, seed):
+    batch = 2 if problem.rank == 1 else 1
+    example = draw(problem, batch=batch, additional=3)
+    output, lse = poisoned(torch.empty(example.output.shape, dtype=example.inputs[0].dtype), example.lse.float())
+    emulate(make(problem, "forward"))(*example.inputs, problem.head_dim**-0.5, output, lse, order=ORDERS[0])
+    check_forward(example, output, lse)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_backward(problem, seed):
+    example = draw(problem, additional=3)
+    spec = make(problem, "backward")
+    spaces = [torch.full(shape, float("nan")) for shape in spec.info.workspace.shapes(1, 3)]
+    grads = poisoned(*example.inputs)
+    output, lse = example.output.to(example.inputs[0].dtype).contiguous(), example.lse.float().contiguous()
+    emulate(spec)(
+        *example.inputs, output, example.grad_output, lse, example.grad_lse, problem.head_dim**-0.5, *grads, *spaces,
+        order=ORDERS[0],
+    )  # fmt: skip
+    check_backward(example, grads)
+
+
+def test_sees_a_fault(seed):
+    """A sum over a row that leaves lanes out is found."""
+    problem = PROBLEMS[3]
+    spec = make(problem, "forward")
+    example = draw(problem)
+    faulty = Emulator(
+        build.scheduled(spec), TARGET.to_tvm(), spec.config.pipeline,
+        lambda text: re.sub(r"(__shfl_down_sync\([^;]*), 2, 32\)", r"\1, 1, 32)", text), spec.config.passes,
+    )  # fmt: skip
+    output, lse = poisoned(torch.empty(example.output.shape, dtype=example.inputs[0].dtype), example.lse.float())
+    faulty(*example.inputs, problem.head_dim**-0.5, output, lse, order=ORDERS[0])
+    with pytest.raises(AssertionError):
+        check_forward(example, output, lse)
