@@ -217,11 +217,16 @@ class Checks:
             example = self.example(problem)
             for kind in ("heads_first", "misaligned", "padded"):
                 moved = [_moved(tensor, kind) for tensor in example.inputs]
-                oracle.check_forward(example, *self.attend(example, moved))
+                inputs = [tensor.requires_grad_() for tensor in moved]
+                output, lse = self.operate(problem, inputs)
+                oracle.check_forward(example, output.detach(), lse.detach())
+                grad_output = _moved(example.grad_output, kind)
+                grads = torch.autograd.grad((output, lse), inputs, (grad_output, example.grad_lse))
+                oracle.check_backward(example, grads)
 
     def check_empty_batch(self) -> None:
         """No batch entries, and no additional keys."""
-        for problem, batch, additional in ((PLAIN, 0, 0), (MORE, 0, 3), (MORE, 1, 0)):
+        for problem, batch, additional in ((PLAIN, 0, 0), (MORE, 0, 3), (MORE, 1, 0), (MORE, 2, 0)):
             example = self.example(problem, batch=batch, additional=additional)
             inputs = [tensor.requires_grad_() for tensor in example.inputs]
             output, lse = self.operate(problem, inputs)
@@ -281,6 +286,16 @@ class Checks:
         """A target that this GPU is not does not run here."""
         assert not Target.parse("cuda:sm_120").runs_here
         assert Target.parse("cuda").runs_here
+
+    def gpu_misaligned_tensors_are_refused_by_kernels(self) -> None:
+        """They would be an error that ends the use of the GPU."""
+        example = self.example(HALF)
+        moved = [_moved(tensor, "misaligned") for tensor in example.inputs]
+        for place in range(3):
+            inputs = [*example.inputs[:place], moved[place], *example.inputs[place + 1 :]]
+            with _raises(ValueError, "must lie at a multiple of 16 bytes"):
+                self.attend(example, inputs)
+        torch.cuda.synchronize()
 
     def gpu_devices_are_not_mixed(self) -> None:
         """Nothing is copied to another device in silence."""
