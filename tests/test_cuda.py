@@ -98,3 +98,21 @@ def test_generates_without_nvcc():
     assert "__global__" in source
     assert "wgmma" in source, "half precision on sm_90a has the schedule for Hopper"
     assert "wgmma" not in cuda.generate(KernelSpec.make(PROBLEM, "cuda:sm_80"))
+
+
+def test_nvcc_is_taken_from_cuda_home(monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert cuda.find_toolkit().nvcc == nvcc
+
+
+@needs_nvcc
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_everything_of_a_row_is_in_registers(direction, tmp_path):
+    build = cuda.build_library(KernelSpec.make(PROBLEM, "cuda:sm_80", direction), tmp_path / "kernel.so")
+    frames = [line for line in build.log.splitlines() if "bytes stack frame" in line]
+    assert frames
+    for line in frames:
+        assert line.split() == "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads".split(), line
