@@ -1,6 +1,7 @@
 """The direct descriptions, which `na_compiler.schedules.simt` schedules: compiled for the CPU as they are, and right.
 
-What the schedule makes of them is checked in the emulator by ``tests/test_simt.py``, on a GPU by ``tests/gpu/check.py``.
+What the schedule makes of them is checked in the emulator by ``tests/test_simt.py``, and on a GPU by
+``tests/gpu/check.py``.
 """
 
 import pytest
