@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from na_compiler.problem import Problem
-from na_compiler.runtime.kernel import MisalignedError
+from na_compiler.runtime.kernel import MisplacedError
 from na_compiler.target import CudaTarget, Target
 
 __all__ = [
@@ -175,20 +175,9 @@ def _check_rank(rank: int, query: Tensor) -> None:
 def _prepare(tensor: Tensor) -> Tensor:
     """Kernels take any strides but the last: rows of head_dim elements lie together in anything that is usual."""
     # Not contiguous(): it returns a tensor as it is whose last dimension has one element, at whatever stride.
-    if tensor.stride(-1) == 1 and not (tensor.is_cuda and _has_heads_apart(tensor)):
+    if tensor.stride(-1) == 1:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _has_heads_apart(tensor: Tensor) -> bool:
-    """Whether heads are not one after another, with three axes and 16 bits: TMA has no axis left for them then."""
-    if tensor.dim() < 6 or tensor.element_size() != 2 or tensor.stride(-2) == tensor.shape[-1]:
-        return False
-    message = f"copying what the operator was given: heads must lie {tensor.shape[-1]} elements apart on a GPU in 3-D"
-    if message not in _said:
-        _said.add(message)
-        _LOG.warning(message)
-    return True
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -232,12 +221,12 @@ def _forward(
         tensors = [_prepare(t) for t in (query, key, value, additional_keys, additional_values)]
     try:
         kernel.function(*tensors, scale, output, lse, *spaces)
-    except MisalignedError as error:
+    except MisplacedError as error:
         kernel.function(*_copies(tensors, error), scale, output, lse, *spaces)
     return output, lse
 
 
-def _copies(tensors: Iterable[Tensor], error: MisalignedError) -> list[Tensor]:
+def _copies(tensors: Iterable[Tensor], error: MisplacedError) -> list[Tensor]:
     """Copy tensors that a GPU cannot read where they are, and say so."""
     if str(error) not in _said:
         _said.add(str(error))
@@ -288,7 +277,7 @@ def _backward(
 
     try:
         gradients = differentiate(*tensors)
-    except MisalignedError as error:
+    except MisplacedError as error:
         gradients = differentiate(*_copies(tensors, error))
     if additional_keys is None:
         gradients += (query.new_empty(0), query.new_empty(0))

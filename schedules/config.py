@@ -48,6 +48,10 @@ class Config(ABC):
         """Return the bytes that addresses and strides of query, key, value and the like have to be multiples of."""
         return problem.element_bytes
 
+    def has_adjacent_heads(self, problem: Problem) -> bool:  # noqa: ARG002
+        """Return whether the heads of a token have to lie one after another in query, key, value and the like."""
+        return False
+
 
 @dataclass(frozen=True)
 class QueriesInLanes(Config):

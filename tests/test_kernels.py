@@ -1,5 +1,6 @@
 """`na_compiler.compiler.kernels`: compiled kernels against the reference, over all that a problem can be."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,6 +11,7 @@ from oracle import check_backward, check_forward, draw, guarded, guards_are_whol
 import na_compiler
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
+from na_compiler.runtime.kernel import make_kernel
 from na_compiler.target import Target
 
 PROBLEMS = [
@@ -303,6 +305,38 @@ def test_the_compiled_function_checks_its_arguments():
         except (ValueError, TypeError, RuntimeError):
             continue
         pytest.fail(f"a wrong {name} was accepted")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_tensors_that_a_gpu_cannot_read_are_refused(direction):
+    """Before the function is called: a GPU would fault. Here the function is one that says that it was reached."""
+    spec = KernelSpec.make(Problem((2, 4, 5), 3, 8, 2, additional_kv=True, dtype="float16"), direction=direction)
+    info, reached = dataclasses.replace(spec.info, alignment=16, adjacent_heads=True), []
+    kernel = make_kernel(info, lambda *arguments: reached.append(arguments))
+    token, extra = torch.zeros(1, 2, 4, 5, 3, 8).half(), torch.zeros(1, 6, 3, 8).half()
+    arguments = [token, token, token, extra, extra]
+    names = {"query": 0, "key": 1, "value": 2, "additional_keys": 3, "additional_values": 4}
+    if direction == "backward":
+        arguments += [token, token, token[..., 0]]  # Output, which has to be contiguous anyway; its gradient; lse.
+        names["grad_output"] = 6
+    kernel.function(*arguments)
+    assert len(reached) == 1
+    bad = {
+        "multiple of 16 bytes": torch.zeros(token.numel() + 1).half()[1:].view(token.shape),
+        "multiples of 8": torch.zeros(*token.shape[:-1], 9).half()[..., :8],
+        "heads that lie 8 elements apart": torch.zeros(*token.shape[:-1], 16).half()[..., :8],
+    }
+    for name, place in names.items():
+        for said, tensor in bad.items():
+            is_extra = name.startswith("additional")
+            given = list(arguments)
+            given[place] = tensor[:, 1, 1] if is_extra else tensor
+            if is_extra and "heads" in said:  # These may be anywhere.
+                kernel.function(*given)
+                continue
+            with pytest.raises(ValueError, match=f"^{name} must .*{said}"):
+                kernel.function(*given)
+    assert len(reached) == 3
 
 
 @pytest.mark.full

@@ -28,7 +28,7 @@ __all__ = ["Entry", "clear", "entries", "fetch", "find", "read_entry", "write_en
 
 _LOG = logging.getLogger("na_compiler")
 _MANIFEST = "kernel.json"
-_FORMAT = 1
+_FORMAT = 2
 # A lock is held while one kernel compiles: seconds. This is for a machine that crawls.
 _LOCK_SECONDS = 600.0
 _DEFAULT_LIMIT = 1 << 30

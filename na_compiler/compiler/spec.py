@@ -6,7 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,14 @@ class KernelSpec:
     def info(self) -> KernelInfo:
         """What goes into the manifest."""
         workspace = self.config.workspace(self.problem, self.direction)
-        alignment = 1 if self.target.device_type == "cpu" else self.config.alignment(self.problem)
-        return KernelInfo(self.problem, self.direction, self.target.name, workspace, alignment)
+        info = KernelInfo(self.problem, self.direction, self.target.name, workspace)
+        if self.target.device_type == "cpu":
+            return info
+        return replace(
+            info,
+            alignment=self.config.alignment(self.problem),
+            adjacent_heads=self.config.has_adjacent_heads(self.problem),
+        )
 
     def __str__(self) -> str:
         return f"{self.problem} {self.direction} for {self.target}"

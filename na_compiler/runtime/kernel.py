@@ -10,7 +10,7 @@ from typing import Any
 from na_compiler.problem import Problem
 from na_compiler.workspace import Workspace
 
-__all__ = ["ABI", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "MisalignedError", "make_kernel"]
+__all__ = ["ABI", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "MisplacedError", "make_kernel"]
 
 # Changed whenever the compiled functions' arguments do.
 ABI = 2
@@ -33,6 +33,8 @@ class KernelInfo:
         What it needs beside its inputs and outputs.
     alignment
         Bytes that the addresses and strides of query, key, value and the like are multiples of, on a GPU.
+    adjacent_heads
+        Whether the heads of a token must lie one after another in query, key, value and the like.
     """
 
     problem: Problem
@@ -40,6 +42,7 @@ class KernelInfo:
     target: str
     workspace: Workspace = field(default_factory=Workspace)
     alignment: int = 1
+    adjacent_heads: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, fit for JSON."""
@@ -49,6 +52,7 @@ class KernelInfo:
             "target": self.target,
             "workspace": self.workspace.to_dict(),
             "alignment": self.alignment,
+            "adjacent_heads": self.adjacent_heads,
         }
 
     @classmethod
@@ -62,11 +66,12 @@ class KernelInfo:
         """
         workspace = Workspace.from_dict(data["workspace"])
         problem = Problem.from_dict(data["problem"])
-        return cls(problem, data["direction"], data["target"], workspace, data.get("alignment", 1))
+        wants = (data["alignment"], data["adjacent_heads"])
+        return cls(problem, data["direction"], data["target"], workspace, *wants)
 
 
-class MisalignedError(ValueError):
-    """A tensor does not lie as a GPU has to read it."""
+class MisplacedError(ValueError):
+    """A tensor does not lie in memory as a GPU has to read it; a contiguous copy would."""
 
 
 class Kernel:
@@ -84,7 +89,8 @@ class Kernel:
 
     def __init__(self, info: KernelInfo, function: Callable[..., None] | None, keep: Any = None) -> None:
         self.info = info
-        self._function = _checking_alignment(info, function) if function and info.alignment > 1 else function
+        is_any = info.alignment == 1 and not info.adjacent_heads
+        self._function = function if function is None or is_any else _checking_places(info, function)
         self._keep = keep
 
     @property
@@ -248,7 +254,7 @@ class BackwardKernel(Kernel):
         return gradients
 
 
-def _checking_alignment(info: KernelInfo, function: Callable[..., None]) -> Callable[..., None]:
+def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callable[..., None]:
     """Refuse tensors that a GPU would fault on; TVM does not check addresses."""
     names = ["query", "key", "value", *(["additional_keys", "additional_values"] if info.problem.additional_kv else [])]
     places = list(enumerate(names))
@@ -257,14 +263,25 @@ def _checking_alignment(info: KernelInfo, function: Callable[..., None]) -> Call
     alignment = info.alignment
     elements = max(alignment // info.problem.element_bytes, 1)
 
+    def wants(tensor: Any) -> str | None:
+        """Return what a tensor would have to be, or none."""
+        strides = tensor.stride()
+        if tensor.data_ptr() % alignment or any(stride % elements for stride in strides[:-1]):
+            return (
+                f"lie at a multiple of {alignment} bytes, and have strides that are multiples of {elements}; its "
+                f"address modulo {alignment} is {tensor.data_ptr() % alignment}, its strides are {strides}"
+            )
+        # Additional keys have one axis of tokens only, and strides of their own for heads.
+        if info.adjacent_heads and tensor.dim() > 4 and strides[-2] != tensor.shape[-1]:
+            return f"have heads that lie {tensor.shape[-1]} elements apart; its strides are {strides}"
+        return None
+
     def run(*arguments: Any) -> None:
         for place, name in places:
-            tensor = arguments[place]
-            if tensor.data_ptr() % alignment or any(stride % elements for stride in tensor.stride()[:-1]):
-                raise MisalignedError(
-                    f"{name} must lie at a multiple of {alignment} bytes, and have strides that are multiples of "
-                    f"{elements}; its address modulo {alignment} is {tensor.data_ptr() % alignment}, its strides are "
-                    f"{tensor.stride()}; {name}.clone(memory_format=torch.contiguous_format) would work"
+            wanted = wants(arguments[place])
+            if wanted is not None:
+                raise MisplacedError(
+                    f"{name} must {wanted}; {name}.clone(memory_format=torch.contiguous_format) would work"
                 )
         function(*arguments)
 

@@ -34,8 +34,8 @@ class Arguments:
         self.value = self._input("value", (*tokens, problem.heads_kv, problem.head_dim_v), plan)
         if problem.additional_kv:
             extra = (self.batch, self.additional)
-            self.keys = self._input("additional_keys", (*extra, problem.heads_kv, problem.head_dim), plan, axes=1)
-            self.values = self._input("additional_values", (*extra, problem.heads_kv, problem.head_dim_v), plan, axes=1)
+            self.keys = self._input("additional_keys", (*extra, problem.heads_kv, problem.head_dim), plan)
+            self.values = self._input("additional_values", (*extra, problem.heads_kv, problem.head_dim_v), plan)
         self.scale = I.arg("scale", tirx.Var("scale", "float32"))
         shape = (*tokens, problem.heads, problem.head_dim_v)
         self.output = I.arg("output", I.buffer(_wide(shape), problem.dtype, align=16))
@@ -47,10 +47,10 @@ class Arguments:
         return None if self.additional is None else T.Cast("int32", self.additional)
 
     @staticmethod
-    def _input(name: str, shape: tuple[Expr, ...], plan: Plan, axes: int | None = None) -> Any:
+    def _input(name: str, shape: tuple[Expr, ...], plan: Plan) -> Any:
         """Declare a tensor with strides that the caller chooses."""
         strides: list[Expr] = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
-        if (axes or plan.rank) == 3:  # Heads and head_dim are one axis of the map.
+        if len(shape) == 6:  # Three axes of tokens: heads and head_dim are one axis of the map.
             strides[-1] = tirx.IntImm("int64", shape[-1])
         strides.append(tirx.IntImm("int64", 1))
         return I.arg(name, I.buffer(_wide(shape), plan.problem.dtype, strides=strides, align=16))

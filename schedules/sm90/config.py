@@ -58,3 +58,7 @@ class Sm90(Config):
     def alignment(self, problem: Problem) -> int:  # noqa: ARG002
         """Return what TMA wants of addresses and strides."""
         return 16
+
+    def has_adjacent_heads(self, problem: Problem) -> bool:
+        """Return whether tensor maps have no axis for heads."""
+        return not self.plan(problem).has_head_axis
