@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from na_compiler.runtime.kernel import ForwardKernel
+from na_compiler.torch_kernels import on_cuda, reading
 from na_compiler.torch_ops import OPERATORS
 
 __all__: list[str] = []
@@ -35,7 +38,8 @@ def _bound(
 
     found = kernel_by_key(kernel)
     assert isinstance(found, ForwardKernel)
-    output, lse = found(query, key, value, additional_keys, additional_values, scale)
+    tensors = (query, key, value, additional_keys, additional_values)
+    output, lse = reading(functools.partial(found, scale=scale), tensors)
     return output, lse
 
 
@@ -60,4 +64,5 @@ def _bound_fake(
 
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 _library.impl("bound", _bound, "CompositeExplicitAutograd")
+_library.impl("bound", functools.partial(on_cuda, _bound), "CUDA")
 torch.library.register_fake("na_compiler::bound", _bound_fake, lib=_library)

@@ -6,12 +6,13 @@ it wants an ``autograd.Function``, whose methods are made of the operators here.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from na_compiler.torch_ops import batched, differentiate_twice, refuse_tangents, save_for_backward
+from na_compiler.torch_ops import batched, differentiate, differentiate_twice, refuse_tangents, save_for_backward
 
 __all__ = ["Attention"]
 
@@ -40,15 +41,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Return the gradients of all arguments."""
-        query, key, value, output, lse, *additional = ctx.saved_tensors
-        if all(grad is None for grad in grads):
-            return (None,) * 11
-        results = (output, lse)
-        given = (torch.zeros_like(r) if grad is None else grad for grad, r in zip(grads, results, strict=True))
-        arguments = (*given, query, key, value, *results, *ctx.parameters, *additional)
-        found = _Backward.apply(ctx.rank, *arguments)  # type: ignore[no-untyped-call]
-        extra = (None, None) if additional[0] is None else found[3:]
-        return (None, *found[:3], *[None] * 5, *extra)
+        return (None, *differentiate(functools.partial(_Backward.apply, ctx.rank), ctx, *grads))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004

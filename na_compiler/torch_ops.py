@@ -1,14 +1,13 @@
 """The torch operators: ``torch.ops.na_compiler.na1d``, ``na2d``, ``na3d``, and the backward of each.
 
 One implementation serves the three: the rank is the tensors'. The operators read query, key and value where they are
-and return contiguous tensors. An implementation runs below autograd; everything else that torch wants to know of an
-operator (shapes, gradients, autocast, batching, FLOPs) is registered here beside it.
+and return contiguous tensors. What they do below autograd is in `na_compiler.torch_kernels`; everything else that torch
+wants to know of an operator (shapes, gradients, autocast, batching, FLOPs) is registered here.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -19,20 +18,19 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from na_compiler.problem import Problem
-from na_compiler.runtime.kernel import MisplacedError
-from na_compiler.target import CudaTarget, Target
+from na_compiler.torch_kernels import backward, check_rank, forward, on_cuda
 
 __all__ = [
     "OPERATORS",
     "batched",
     "call",
+    "differentiate",
     "differentiate_twice",
     "refuse_tangents",
     "refuse_unless_dense",
     "save_for_backward",
 ]
 
-_LOG = logging.getLogger("na_compiler")
 _PARAMETERS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 _ADDITIONAL = "Tensor? additional_keys=None, Tensor? additional_values=None"
 _FORWARD = f"(Tensor query, Tensor key, Tensor value, {_PARAMETERS}, {_ADDITIONAL}) -> (Tensor output, Tensor lse)"
@@ -43,11 +41,6 @@ _BACKWARD = (
 )
 
 _library = torch.library.Library("na_compiler", "DEF")
-# Kernels by what decides which one it is, with tensors of one element that have the shapes of output and lse: to make
-# tensors like these is the quickest way to make them. A look-up takes a microsecond, and making a Problem thirty.
-_kernels: dict[tuple[Any, ...], tuple[Any, Tensor, Tensor]] = {}
-_KERNELS = 4096
-_said: set[str] = set()
 
 
 def _keys(*names: str) -> int:
@@ -71,7 +64,7 @@ def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
     """
     if not torch.compiler.is_compiling():
         if torch.is_inference_mode_enabled() and _is_plain(arguments):
-            return _forward(rank, *arguments)
+            return forward(rank, *arguments)
         if torch._C._functorch.peek_interpreter_stack() is not None:
             from na_compiler.torch_func import Attention  # noqa: PLC0415
 
@@ -106,183 +99,6 @@ def _is_plain(arguments: tuple[Any, ...]) -> bool:
         and torch_c._functorch.peek_interpreter_stack() is None
         and torch_c._get_tracing_state() is None
     )
-
-
-def _find(
-    direction: str, rank: int, query: Tensor, key: Tensor, value: Tensor, *parameters: Any
-) -> tuple[Any, Tensor, Tensor]:
-    """Return kernel, and what output and lse are like, for some tensors; checks them when such ones are first seen."""
-    kernel_size, stride, dilation, is_causal, additional_keys, additional_values = parameters
-    at = (
-        direction,
-        query.get_device(),
-        key.get_device(),
-        value.get_device(),
-        query.shape,
-        key.shape,
-        value.shape,
-        query.dtype,
-        key.dtype,
-        value.dtype,
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(dilation),
-        tuple(is_causal),
-        None if additional_keys is None else additional_keys.shape,
-        None if additional_values is None else additional_values.shape,
-    )
-    found = _kernels.get(at)
-    if found is None:
-        _check_rank(rank, query)
-        problem = Problem.of_tensors(query, key, value, *parameters)
-        from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
-
-        if len(_kernels) >= _KERNELS:
-            _kernels.clear()
-        tokens = query.shape[:-1]
-        with torch.inference_mode(mode=False):
-            output = query.new_empty(1).expand(*tokens, value.shape[-1])
-            lse = query.new_empty(1, dtype=torch.float32).expand(tokens)
-        found = _kernels[at] = (find_kernel(problem, direction, _machine(query.device)), output, lse)
-    return found
-
-
-def _machine(device: torch.device) -> Target:
-    """Return what to compile for, for tensors on a device."""
-    if device.type == "cuda":
-        return CudaTarget.of_capability(torch.cuda.get_device_capability(device))
-    return Target.parse("llvm")
-
-
-def _on_cuda(implementation: Callable[..., Any], rank: int, *arguments: Any) -> Any:
-    """Call an implementation with the tensors' device as the current one, which launching a kernel makes it."""
-    device = arguments[0].get_device()
-    if device == torch.cuda.current_device():
-        return implementation(rank, *arguments)
-    with torch.cuda.device(device):
-        return implementation(rank, *arguments)
-
-
-def _check_rank(rank: int, query: Tensor) -> None:
-    if query.dim() != rank + 3:
-        axes = ", ".join("XYZ"[:rank])
-        raise ValueError(
-            f"query must have {rank + 3} dimensions for na{rank}d, [batch, {axes}, heads, head_dim], "
-            f"got shape {tuple(query.shape)}"
-        )
-
-
-def _prepare(tensor: Tensor) -> Tensor:
-    """Kernels take any strides but the last: rows of head_dim elements lie together in anything that is usual."""
-    # Not contiguous(): it returns a tensor as it is whose last dimension has one element, at whatever stride.
-    if tensor.stride(-1) == 1:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous() and tensor.stride(-1) == 1:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _forward(
-    rank: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    kernel, like_output, like_lse = _find(
-        "forward",
-        rank,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        additional_keys,
-        additional_values,
-    )
-    output = torch.empty_like(like_output, memory_format=torch.contiguous_format)
-    lse = torch.empty_like(like_lse, memory_format=torch.contiguous_format)
-    spaces = kernel.spaces(query, additional_keys)
-    if additional_keys is None or additional_values is None:
-        tensors = [_prepare(query), _prepare(key), _prepare(value)]
-    else:
-        tensors = [_prepare(t) for t in (query, key, value, additional_keys, additional_values)]
-    try:
-        kernel.function(*tensors, scale, output, lse, *spaces)
-    except MisplacedError as error:
-        kernel.function(*_copies(tensors, error), scale, output, lse, *spaces)
-    return output, lse
-
-
-def _copies(tensors: Iterable[Tensor], error: MisplacedError) -> list[Tensor]:
-    """Copy tensors that a GPU cannot read where they are, and say so."""
-    if str(error) not in _said:
-        _said.add(str(error))
-        _LOG.warning("copying what the operator was given: %s", error)
-    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-
-
-def _backward(
-    rank: int,
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel, _, _ = _find(
-        "backward",
-        rank,
-        query,
-        key,
-        value,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        additional_keys,
-        additional_values,
-    )
-    tensors = [_prepare(tensor) for tensor in (query, key, value, grad_output)]
-    if additional_keys is not None and additional_values is not None:
-        tensors += [_prepare(additional_keys), _prepare(additional_values)]
-    kept = (_compact(output), _compact(lse), _compact(grad_lse))
-
-    def differentiate(
-        query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, *extra: Tensor
-    ) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = kernel(query, key, value, *kept[:2], grad_output, kept[2], *extra, scale=scale)
-        return found
-
-    try:
-        gradients = differentiate(*tensors)
-    except MisplacedError as error:
-        gradients = differentiate(*_copies(tensors, error))
-    if additional_keys is None:
-        gradients += (query.new_empty(0), query.new_empty(0))
-    grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values = gradients
-    return grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values
 
 
 def _unsupported(rank: int, *arguments: Any) -> Any:
@@ -329,7 +145,7 @@ def _forward_fake(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_rank(rank, query)
+    check_rank(rank, query)
     if _sizes_are_known(query, key, value):  # A problem cannot be made of symbols.
         Problem.of_tensors(
             query, key, value, kernel_size, stride, dilation, is_causal, additional_keys, additional_values
@@ -367,14 +183,14 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(operator: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def differentiate(operator: Any, ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    """Return the gradients of a forward's inputs, by its backward operator."""
     query, key, value, output, lse, *additional = ctx.saved_tensors
     if grad_output is None and grad_lse is None:
         return (None,) * 10
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    arguments = (grad_output, grad_lse, query, key, value, output, lse, *ctx.parameters, *additional)
-    grads = operator(*arguments)
+    grads = operator(grad_output, grad_lse, query, key, value, output, lse, *ctx.parameters, *additional)
     extra = (None, None) if additional[0] is None else grads[3:]
     return (*grads[:3], None, None, None, None, None, *extra)
 
@@ -471,16 +287,17 @@ def _register(rank: int) -> Any:
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
         _library.define(name + schema, tags=tags)
     operators = [getattr(torch.ops.na_compiler, name).default for name in names]
-    differentiate = (functools.partial(_differentiate, operators[1]), differentiate_twice)
+    derivatives = (functools.partial(differentiate, operators[1]), differentiate_twice)
     setup = (save_for_backward, lambda ctx, inputs, output: None)  # noqa: ARG005
     for i, (name, operator) in enumerate(zip(names, operators, strict=True)):
-        _library.impl(name, functools.partial((_forward, _backward)[i], rank), "CPU")
-        _library.impl(name, functools.partial(_on_cuda, (_forward, _backward)[i], rank), "CUDA")
+        implementation = functools.partial((forward, backward)[i], rank)
+        _library.impl(name, implementation, "CPU")
+        _library.impl(name, functools.partial(on_cuda, implementation), "CUDA")
         _library.impl(name, functools.partial(_unsupported, rank), "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"na_compiler::{name}", (functools.partial(_forward_fake, rank), _backward_fake)[i], lib=_library
         )
-        autograd = make_autograd_impl(operator, Info(differentiate[i], setup[i]))
+        autograd = make_autograd_impl(operator, Info(derivatives[i], setup[i]))
         _library.impl(name, functools.partial(_refuse_forward_mode, autograd), "Autograd", with_keyset=True)
         tensors = (tuple(range(3)), tuple(range(7)))[i]
         torch.library.register_vmap(f"na_compiler::{name}", functools.partial(batched, operator, tensors), lib=_library)

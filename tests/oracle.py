@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -157,3 +159,15 @@ def guards_are_whole(*tensors: torch.Tensor) -> bool:
 def poisoned(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Return contiguous tensors of these shapes and dtypes, full of NaN."""
     return [torch.full(tensor.shape, math.nan, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
+
+
+@contextlib.contextmanager
+def copies() -> Iterator[list[str]]:
+    """Yield a list which after the block has torch's operators that copied a tensor in it.
+
+    By the profiler: a dispatch mode does not see what an operator calls.
+    """
+    made: list[str] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield made
+    made += [event.name for event in profile.events() if event.name in ("aten::copy_", "aten::_to_copy")]
