@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle import check_backward, check_forward, draw, guarded, guards_are_whole, poisoned
@@ -194,16 +195,19 @@ def test_numpy_arrays(seed):
     check_forward(example, torch.from_numpy(output), torch.from_numpy(lse))
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_empty_batch(direction):
-    problem = Problem((6, 10), 2, 16, 3)
-    query, key, value = torch.zeros(3, 0, 6, 10, 2, 16)
-    output, lse = na_compiler.compile(problem)(query, key, value)
-    assert output.shape == (0, 6, 10, 2, 16)
-    assert lse.shape == (0, 6, 10, 2)
-    if direction == "backward":
-        kernel = na_compiler.compile(problem, direction="backward")
-        assert [grad.shape for grad in kernel(query, key, value, output, lse, output)] == [query.shape] * 3
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("make", [torch.zeros, np.zeros])
+def test_nothing_in_the_batch_and_no_additional_keys(make, batch):
+    """Tensors without elements, whose strides torch and NumPy choose each in its way."""
+    problem = Problem((6, 10), 2, 16, 3, additional_kv=True)
+    dtype = (torch if make is torch.zeros else np).float32
+    query, extra = make((batch, 6, 10, 2, 16), dtype=dtype), make((batch, 0, 2, 16), dtype=dtype)
+    output, lse = na_compiler.compile(problem)(query, query, query, extra, extra)
+    assert output.shape == (batch, 6, 10, 2, 16)
+    assert lse.shape == (batch, 6, 10, 2)
+    kernel = na_compiler.compile(problem, direction="backward")
+    grads = kernel(query, query, query, output, lse, output, None, extra, extra)
+    assert [grad.shape for grad in grads] == [query.shape] * 3 + [extra.shape] * 2
 
 
 @pytest.mark.parametrize("problem", [Problem((12, 13), 2, 16, 5), Problem(5200, 1, 4, 4500)], ids=str)

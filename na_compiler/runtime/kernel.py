@@ -187,7 +187,9 @@ class ForwardKernel(Kernel):
         batch = _check(problem, query, key, value, *extra)
         output = _empty(query, (batch, *problem.layout, problem.heads, problem.head_dim_v))
         lse = _empty(query, (batch, *problem.layout, problem.heads), "float32")
-        function(query, key, value, *extra, _scale(problem, scale), output, lse, *self.spaces(query, *extra[:1]))
+        read = map(_compact, (query, key, value, *extra))
+        written = map(_compact, (output, lse, *self.spaces(query, *extra[:1])))
+        function(*read, _scale(problem, scale), *written)
         return output, lse
 
 
@@ -248,9 +250,8 @@ class BackwardKernel(Kernel):
             grad_lse = _zeros(lse)
         gradients = tuple(_empty(tensor, tuple(tensor.shape)) for tensor in (query, key, value, *extra))
         spaces = self.spaces(query, *extra[:1])
-        scaled = _scale(problem, scale)
-        written = map(_compact, (*gradients, *spaces))
-        function(query, key, value, *extra, output, grad_output, lse, grad_lse, scaled, *written)
+        read = map(_compact, (query, key, value, *extra, output, grad_output, lse, grad_lse))
+        function(*read, _scale(problem, scale), *map(_compact, (*gradients, *spaces)))
         return gradients
 
 
@@ -336,11 +337,16 @@ def _is_torch(tensor: Any) -> bool:
 
 
 def _compact(tensor: Any) -> Any:
-    """Return a tensor without elements with the strides that compiled functions expect; others as they are."""
-    if not _is_torch(tensor) or tensor.numel():
+    """Return a tensor without elements with the strides that TVM's check expects, which are not torch's nor NumPy's."""
+    shape = tensor.shape
+    if math.prod(shape):
         return tensor
-    strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.dim())]
-    return tensor.as_strided(tensor.shape, strides)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if _is_torch(tensor):
+        return tensor.as_strided(shape, strides)
+    import numpy as np  # noqa: PLC0415
+
+    return np.lib.stride_tricks.as_strided(tensor, strides=[stride * tensor.itemsize for stride in strides])
 
 
 def _empty(like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:

@@ -74,21 +74,15 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
         "grad_key": f.tensor(keys),
         "grad_value": f.tensor(values),
     }
-    # With symbolic strides: without additional keys these have no elements, and TVM's check does not take the strides
-    # that torch gives such a tensor for compact.
     if extra:
-        parameters["grad_additional_keys"] = f.strided("grad_additional_keys", more_keys)
-        parameters["grad_additional_values"] = f.strided("grad_additional_values", more_values)
+        parameters["grad_additional_keys"] = f.tensor(more_keys)
+        parameters["grad_additional_values"] = f.tensor(more_values)
     box = [chunk * count for chunk, count in zip(plan.extents("chunk"), plan.extents("chunks"), strict=True)]
     parameters["key_space"] = f.tensor(f.space(*box, f.staged_dim), "float32")
     parameters["value_space"] = f.tensor(f.space(*box, f.staged_dim_v), "float32")
     if extra:
-        parameters["additional_key_space"] = f.strided(
-            "additional_key_space", f.space(f.staged_additional, f.staged_dim), "float32"
-        )
-        parameters["additional_value_space"] = f.strided(
-            "additional_value_space", f.space(f.staged_additional, f.staged_dim_v), "float32"
-        )
+        parameters["additional_key_space"] = f.tensor(f.space(f.staged_additional, f.staged_dim), "float32")
+        parameters["additional_value_space"] = f.tensor(f.space(f.staged_additional, f.staged_dim_v), "float32")
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))

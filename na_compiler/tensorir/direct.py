@@ -70,10 +70,10 @@ class DirectFrame:
         dtype = dtype or self.dtype
         return {"shape": shape, "dtype": dtype, "align": _ELEMENT_BYTES[dtype]}
 
-    def strided(self, name: str, shape: tuple[Expr, ...], dtype: str | None = None) -> dict[str, Any]:
+    def strided(self, name: str, shape: tuple[Expr, ...]) -> dict[str, Any]:
         """Return the arguments of ``T.match_buffer`` for a tensor used where it is, at any strides but the last's."""
         strides = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
-        return {**self.tensor(shape, dtype), "strides": [*strides, tirx.IntImm("int64", 1)]}
+        return {**self.tensor(shape), "strides": [*strides, tirx.IntImm("int64", 1)]}
 
     def inputs(self) -> dict[str, Any]:
         """Return the parameters that forward and backward begin with."""

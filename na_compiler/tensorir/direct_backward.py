@@ -60,16 +60,14 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
         "grad_key": f.tensor(f.tokens(p.heads_kv, p.head_dim)),
         "grad_value": f.tensor(f.tokens(p.heads_kv, p.head_dim_v)),
     }
-    # With symbolic strides: without additional keys these have no elements, and TVM's check does not take the strides
-    # that torch gives such a tensor for compact.
     if p.additional_kv:
-        parameters["grad_additional_keys"] = f.strided("grad_additional_keys", f.extra(p.heads_kv, p.head_dim))
-        parameters["grad_additional_values"] = f.strided("grad_additional_values", f.extra(p.heads_kv, p.head_dim_v))
+        parameters["grad_additional_keys"] = f.tensor(f.extra(p.heads_kv, p.head_dim))
+        parameters["grad_additional_values"] = f.tensor(f.extra(p.heads_kv, p.head_dim_v))
     parameters["delta"] = f.tensor(f.shape(f.batch, p.heads, p.tokens), "float32")
     if p.additional_kv:
         parts = (f.batch, p.heads_kv, plan.strips, f.additional)
         for name, width in (("additional_key_space", plan.head_dim), ("additional_value_space", plan.head_dim_v)):
-            parameters[name] = f.strided(name, f.shape(*parts, width), "float32")
+            parameters[name] = f.tensor(f.shape(*parts, width), "float32")
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))

@@ -70,10 +70,10 @@ class Frame:
         # TVM assumes 64-byte alignment otherwise, and a tensor that lies elsewhere (a slice, NumPy's memory) crashes.
         return {"shape": shape, "dtype": dtype, "align": _ELEMENT_BYTES[dtype]}
 
-    def strided(self, name: str, shape: Index, dtype: str | None = None) -> dict[str, Any]:
+    def strided(self, name: str, shape: Index) -> dict[str, Any]:
         """Return the arguments of ``T.match_buffer`` for a tensor used where it is, at any strides but the last's."""
         strides = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
-        return {**self.tensor(shape, dtype), "strides": [*strides, tirx.IntImm("int64", 1)]}
+        return {**self.tensor(shape), "strides": [*strides, tirx.IntImm("int64", 1)]}
 
     def lane(self, lane: Expr) -> Place:
         """Return the place in its tile of a lane."""
