@@ -20,7 +20,9 @@ from na_compiler.cli import main
 from na_compiler.onnx import build_library, register
 from na_compiler.onnx.ort import build
 from na_compiler.problem import Problem
+from na_compiler.runtime import native
 from na_compiler.runtime.bundle import MANIFEST, digest_of
+from na_compiler.runtime.host import cxx_compiler
 
 SMALL = Problem((8, 9), 4, 8, (3, 4), (2, 1), (1, 2), (False, True), heads_kv=2)
 HALF = [p.replace(dtype=dtype) for p in (PROBLEMS[5], PROBLEMS[6]) for dtype in ("float16", "bfloat16")]
@@ -118,15 +120,30 @@ def test_an_empty_batch_and_no_additional_keys(bundle, seed):
     example.check(*run(open_session(one_node(example.problem, body=None), bundle), feeds(example.inputs)))
 
 
+def misaligned(array):
+    memory = np.zeros(array.size + 1, array.dtype)
+    memory[1:] = array.ravel()
+    moved = memory[1:].reshape(array.shape)
+    assert moved.ctypes.data % 16
+    return moved
+
+
 def test_inputs_may_lie_anywhere(bundle, seed):
     example = Forward(SMALL)
-    inputs = {}
-    for name, array in feeds(example.inputs).items():
-        memory = np.zeros(array.size + 1, np.float32)
-        memory[1:] = array.ravel()
-        inputs[name] = memory[1:].reshape(array.shape)
-    assert any(array.ctypes.data % 16 for array in inputs.values())
+    inputs = {name: misaligned(array) for name, array in feeds(example.inputs).items()}
     example.check(*open_session(one_node(SMALL), bundle).run(None, inputs))
+
+
+def test_inputs_that_a_kernel_cannot_read_are_an_error(tmp_path, seed):
+    """A GPU would fault on them; a manifest that says so is believed of any kernel."""
+    folder = make_bundle(tmp_path / "bundle", [SMALL])
+    edit_manifest(folder, lambda text: text.replace('"alignment": 1', '"alignment": 16'))
+    example = Forward(SMALL)
+    inputs = feeds(example.inputs)
+    made = open_session(one_node(SMALL), folder)
+    for name in inputs:
+        with refused(f"{name} cannot be read where it is: its address must be a multiple of 16"):
+            made.run(None, inputs | {name: misaligned(inputs[name])})
 
 
 def tasks():
@@ -408,7 +425,8 @@ def test_the_library_is_small_and_needs_no_header(tmp_path):
     assert library == tmp_path / "deployment" / build.LIBRARY
     assert library.stat().st_size < 100_000
     assert build_library() == build_library()
-    sources = "".join(path.read_text() for path in build.source_folder().glob("*.[ch]*"))
+    sources = "".join(path.read_text() for path in native.sources(build.source_folder()))
+    assert sources.count("OrtStatus* RegisterCustomOps(") == 1
     assert "#include <onnxruntime" not in sources
 
 
@@ -470,7 +488,7 @@ def test_the_slots_are_those_of_the_header(tmp_path):
     if header is None:
         pytest.skip("no onnxruntime_c_api.h is installed here; NA_COMPILER_ORT_INCLUDE names the folder of one")
     (tmp_path / "check.cc").write_text(CHECK)
-    command = [build.cxx_compiler(), "-std=c++17", "-fsyntax-only", "-w", f"-I{header.parent}"]
+    command = [cxx_compiler(), "-std=c++17", "-fsyntax-only", "-w", f"-I{header.parent}"]
     result = subprocess.run(
         [*command, f"-I{build.source_folder()}", tmp_path / "check.cc"], capture_output=True, text=True, check=False
     )

@@ -19,13 +19,7 @@
 #include <unordered_map>
 #include <vector>
 
-// Bundles and the loading of TVM are those of the operator library for ONNX Runtime.
-// clang-format off
-#include "../onnx/ort/json.cc"
-#include "../onnx/ort/sha256.cc"
-#include "../onnx/ort/tvm.cc"
-#include "../onnx/ort/bundle.cc"
-// clang-format on
+#include "../runtime/native/native.cc"
 #include "na_compiler.h"
 
 // launcher.c, which is linked in: parallel loops of kernels on a pool of the host.
@@ -125,13 +119,12 @@ Problem problem_of(const std::array<Tensor, 3>& tensors, bool has_additional, co
 
 Match look(const Problem& problem, bool is_cuda, int device) {
   problem.check();
-  int capability = is_cuda ? cuda_capability(device) : 0;
-  std::string why;
-  for (const Bundle* bundle : bundles().all()) {
-    if (const Kernel* kernel = bundle->find(problem, is_cuda, capability, why)) return {kernel, &bundle->function(*kernel)};
+  std::vector<const Bundle*> loaded = bundles().all();
+  if (loaded.empty()) {
+    throw Error("there is no kernel for " + problem.text() +
+                ": no bundle is loaded; call na_compiler_load_bundle, or set NA_COMPILER_BUNDLE");
   }
-  if (why.empty()) why = "no bundle is loaded; call na_compiler_load_bundle, or set NA_COMPILER_BUNDLE";
-  throw Error("there is no kernel for " + problem.text() + ": " + why + "; add it with na-compile");
+  return find(loaded, problem, is_cuda, device, "");
 }
 
 // ---- Calling -------------------------------------------------------------------------------------------------------
@@ -144,25 +137,6 @@ void use_torchs_pool(const Function& function) {
   }();
   static_cast<void>(set);
   __atomic_store_n(function.parallel_launch, reinterpret_cast<void*>(&na_compiler_launch), __ATOMIC_RELEASE);
-}
-
-// A view of a tensor for a kernel; shape and strides are the tensor's own.
-DLTensor view(const Tensor& tensor) {
-  DLTensor made;
-  std::memset(&made, 0, sizeof made);
-  ScalarType type = tensor.scalar_type();
-  made.data = const_cast<void*>(tensor.const_data_ptr());
-  made.device = {tensor.is_cuda() ? kDLCUDA : kDLCPU, tensor.is_cuda() ? tensor.get_device_index() : 0};
-  made.ndim = static_cast<int32_t>(tensor.dim());
-  made.dtype = {static_cast<uint8_t>(type == ScalarType::BFloat16 ? kDLBfloat : kDLFloat),
-                static_cast<uint8_t>(type == ScalarType::Float ? 32 : 16), 1};
-  made.shape = const_cast<int64_t*>(tensor.sizes().data());
-  made.strides = const_cast<int64_t*>(tensor.strides().data());
-  return made;
-}
-
-Tensor with_rows(const Tensor& tensor) {
-  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 Tensor empty(const Tensor& like, const Ints& sizes, ScalarType type) {
@@ -178,27 +152,32 @@ void* current_stream(int device) {
   return stream;
 }
 
-void run(const Function& function, const std::vector<Tensor>& tensors, size_t scale_at, double scale) {
-  std::vector<DLTensor> views;
-  views.reserve(tensors.size());
-  std::vector<TVMFFIAny> arguments;
-  for (const Tensor& tensor : tensors) {
-    if (views.size() == scale_at) {
-      arguments.push_back(make(kTVMFFIFloat));
-      arguments.back().v_float64 = scale;
-    }
-    views.push_back(view(tensor));
-    arguments.push_back(make(kTVMFFIDLTensorPtr));
-    arguments.back().v_ptr = &views.back();
+DLTensor view_of(const Tensor& tensor) {
+  return view(tensor.const_data_ptr(), tensor.is_cuda(), tensor.is_cuda() ? tensor.get_device_index() : 0,
+              dtype_name(tensor), static_cast<size_t>(tensor.dim()), tensor.sizes().data(), tensor.strides().data());
+}
+
+// Not torch::stable::contiguous: it returns a tensor as it is whose last dimension has one element, at whatever stride.
+Tensor copy(const Tensor& tensor) {
+  Tensor copied = torch::stable::new_empty(tensor, tensor.sizes());
+  torch::stable::copy_(copied, tensor);
+  return copied;
+}
+
+// Calls a kernel; the first tensors are read, and the scale is between these and the others.
+void run(const Match& match, std::vector<Tensor> tensors, size_t read, double scale) {
+  Arguments arguments(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (i == read) arguments.add(scale);
+    if (i < read && !match.kernel->misplaced(view_of(tensors[i])).empty()) tensors[i] = copy(tensors[i]);
+    arguments.add(view_of(tensors[i]));
   }
   std::unique_ptr<CurrentStream> stream;
   if (tensors[0].is_cuda()) {
     int device = tensors[0].get_device_index();
     stream = std::make_unique<CurrentStream>(device, current_stream(device));
   }
-  TVMFFIAny result = make(kTVMFFINone);
-  int failed = ffi().call(function.handle, arguments.data(), static_cast<int>(arguments.size()), &result);
-  if (failed) throw Error(error_message());
+  arguments.call(*match.function);
 }
 
 template <int rank>
@@ -215,13 +194,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   if (additional_keys.has_value() != additional_values.has_value()) {
     throw Error("additional_keys and additional_values come together");
   }
-  std::array<Tensor, 3> own = {with_rows(query), with_rows(key), with_rows(value)};
-  std::vector<Tensor> tensors(own.begin(), own.end());
   bool has_additional = additional_keys.has_value() && additional_keys->size(1) > 0;
-  if (has_additional) {
-    tensors.push_back(with_rows(*additional_keys));
-    tensors.push_back(with_rows(*additional_values));
-  }
+  std::vector<Tensor> tensors = {query, key, value};
+  if (has_additional) tensors.insert(tensors.end(), {*additional_keys, *additional_values});
   bool is_cuda = query.is_cuda();
   int device = is_cuda ? query.get_device_index() : 0;
 
@@ -238,7 +213,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
     if (found != table().end()) match = found->second;
   }
   if (match.kernel == nullptr) {
-    match = look(problem_of(own, has_additional, kernel_size, stride, dilation, is_causal), is_cuda, device);
+    match = look(problem_of({query, key, value}, has_additional, kernel_size, stride, dilation, is_causal), is_cuda,
+                 device);
     if (!is_cuda) use_torchs_pool(*match.function);
     std::unique_lock<std::shared_mutex> lock(table_mutex);
     table()[at] = match;
@@ -250,17 +226,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   sizes.push_back(value.size(rank + 2));
   Tensor output = empty(query, sizes, query.scalar_type());
   if (query.size(0) == 0) return {output, lse};
-  size_t scale_at = tensors.size();
-  tensors.push_back(output);
-  tensors.push_back(lse);
-  int64_t count = has_additional ? additional_keys->size(1) : 0;
-  int64_t padded = (count + match.kernel->multiple - 1) / match.kernel->multiple * match.kernel->multiple;
+  size_t read = tensors.size();
+  tensors.insert(tensors.end(), {output, lse});
+  int64_t additional = has_additional ? additional_keys->size(1) : 0;
   for (const Buffer& buffer : match.kernel->workspace) {
-    Ints space = {query.size(0)};
-    for (int64_t extent : buffer) space.push_back(extent < 0 ? padded : extent);
-    tensors.push_back(empty(query, space, ScalarType::Float));
+    tensors.push_back(empty(query, match.kernel->shape_of(buffer, query.size(0), additional), ScalarType::Float));
   }
-  run(*match.function, tensors, scale_at, scale);
+  run(match, std::move(tensors), read, scale);
   return {output, lse};
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 from na_compiler.compiler import cuda, pipeline
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.runtime import threads
+from na_compiler.runtime.host import c_compiler
 from na_compiler.target import CpuTarget, CudaTarget
 
 __all__ = ["build_in_memory", "build_library", "can_link", "scheduled"]
@@ -28,7 +29,7 @@ _SKIPPED_PASSES = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
 
 def can_link() -> bool:
     """Return whether there is a C compiler, with which TVM makes shared libraries."""
-    return threads.c_compiler() is not None
+    return c_compiler() is not None
 
 
 def build_library(spec: KernelSpec, path: Path) -> None:
@@ -46,7 +47,7 @@ def build_library(spec: KernelSpec, path: Path) -> None:
     else:
         assert isinstance(spec.target, CpuTarget)
         module = _compile(spec)
-        compiler = threads.c_compiler() if spec.target.is_native else shutil.which(f"{spec.target.triple}-gcc")
+        compiler = c_compiler() if spec.target.is_native else shutil.which(f"{spec.target.triple}-gcc")
         if compiler or spec.target.is_native:
             _link(module, path, compiler)
         else:

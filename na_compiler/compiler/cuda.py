@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from na_compiler.runtime import threads
+from na_compiler.runtime.host import HostLibrary, c_compiler
 
 if TYPE_CHECKING:
     from na_compiler.compiler.spec import KernelSpec
@@ -152,7 +152,7 @@ _lock = threading.Lock()
 def _ask(spec: KernelSpec, path: Path | None) -> Build:
     """Have a spec compiled; without a path, only to CUDA C++."""
     toolkit = find_toolkit() if path is not None else None
-    compiler = threads.c_compiler()
+    compiler = c_compiler()
     if compiler is None:
         raise RuntimeError(f"compiling {spec} needs a C compiler beside nvcc; install one, or set CC")
     request = {
@@ -187,7 +187,7 @@ def _exchange(request: Any, toolkit: Toolkit | None) -> Any:
 def _worker(toolkit: Toolkit | None) -> subprocess.Popen[bytes]:
     global _process, _owner  # noqa: PLW0603
     if _process is None or _owner != os.getpid() or _process.poll() is not None:
-        driver = threads.host_library(_STUB, "libcuda.so.1")
+        driver = HostLibrary("libcuda.so.1", "a stand-in for CUDA's driver", (_STUB,), ("-O2", "-std=c11")).build()
         folders = [driver.parent, toolkit.libraries if toolkit else None, os.environ.get("LD_LIBRARY_PATH")]
         environment = {
             **os.environ,

@@ -15,9 +15,9 @@ from typing import Any
 from na_compiler.compiler import cache
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
-from na_compiler.runtime import threads
 from na_compiler.runtime.bundle import loaded_bundles
 from na_compiler.runtime.folders import cache_folder
+from na_compiler.runtime.host import c_compiler
 from na_compiler.runtime.jit import MissingKernelError, is_compiling_allowed
 from na_compiler.runtime.kernel import Kernel, make_kernel
 from na_compiler.runtime.library import load_function
@@ -101,7 +101,7 @@ def _load(spec: KernelSpec) -> Kernel:
         raise MissingKernelError(spec.problem, spec.direction, spec.target.name)
     if spec.reason:
         _say_once(f"{spec.problem} for {spec.target}: {spec.reason}")
-    if device_type == "cpu" and spec.target.runs_here and threads.c_compiler() is None and not is_cached:
+    if device_type == "cpu" and spec.target.runs_here and c_compiler() is None and not is_cached:
         _say_once(
             "no C compiler was found: kernels are built in memory, again in every process; install one, or set CC"
         )

@@ -20,9 +20,10 @@ from typing import IO, Any
 
 from na_compiler.compiler.kernels import cached_library
 from na_compiler.compiler.spec import KernelSpec
-from na_compiler.runtime.threads import c_compiler
+from na_compiler.runtime.host import c_compiler
+from na_compiler.runtime.threads import cores
 
-__all__ = ["CompileError", "Compiled", "Progress", "compile_all", "cores"]
+__all__ = ["CompileError", "Compiled", "Progress", "compile_all"]
 
 # Called with a kernel that is done, how many are, and how many there are.
 Progress = Callable[["Compiled", int, int], None]
@@ -54,11 +55,6 @@ class Compiled:
     def was_cached(self) -> bool:
         """Whether it was in the cache."""
         return self.seconds == 0.0
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
-from na_compiler.runtime.folders import cache_folder
+from na_compiler.runtime.host import HostCompileError, HostLibrary, NoCompilerError, digest
 
-__all__ = ["attach", "c_compiler", "host_library", "launcher_library", "prepare", "use_launcher", "warm"]
+__all__ = ["attach", "cores", "launcher_library", "prepare", "use_launcher", "warm"]
 
 _LOG = logging.getLogger("na_compiler")
 _SOURCE = Path(__file__).with_name("launcher.c")
@@ -31,10 +27,14 @@ _slots: list[ctypes.c_void_p] = []
 _given_launcher: list[Path] = []
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare() -> None:
     """Set the size of TVM's own pool, before its first use; without this TVM takes half of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("TVM_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(cores)))
+    os.environ.setdefault("TVM_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(cores())))
     # Threads bound to cores wait for one that another program uses, while others are free.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
 
@@ -88,12 +88,6 @@ def _after_fork() -> None:
         slot.value = address
 
 
-def c_compiler() -> str | None:
-    """Return the system's C compiler: ``CC``, or the first of the usual names on the path."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    return next(filter(None, map(shutil.which, names)), None)
-
-
 def _slot(path: Path) -> ctypes.c_void_p | None:
     library = ctypes.CDLL(str(path))
     try:
@@ -131,46 +125,12 @@ def _launcher() -> ctypes.CDLL | None:
 
 def launcher_library() -> Path | None:
     """Return the compiled launcher, from the cache or compiled now; ``None`` without a C compiler."""
+    # The name is its own in each version: a process that has a library of a name is not given another one.
+    library = HostLibrary(f"launcher-{digest(_SOURCE)}.so", "the launcher", (_SOURCE,), ("-O2", "-std=c11", "-pthread"))
     try:
-        return host_library(_SOURCE, f"launcher-{host_digest(_SOURCE)}.so", "-pthread")
-    except FileNotFoundError:
+        return library.build()
+    except NoCompilerError:
         return None
-    except (OSError, subprocess.CalledProcessError) as error:
-        _LOG.warning("could not compile the launcher: %s", error)
+    except (OSError, HostCompileError) as error:
+        _LOG.warning("%s", error)
         return None
-
-
-def host_library(source: Path, name: str, *options: str) -> Path:
-    """Compile a C source of this package to a shared library, in a folder of its own in the cache, or find it there.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no C compiler.
-    OSError, subprocess.CalledProcessError
-        If it fails.
-    """
-    path = cache_folder() / "host" / host_digest(source) / name
-    if path.is_file():
-        return path
-    compiler = c_compiler()
-    if compiler is None:
-        raise FileNotFoundError("no C compiler was found; install one, or set CC")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=path.parent)
-    except OSError:
-        path = Path(tempfile.mkdtemp()) / name
-        folder = str(path.parent)
-    built = Path(folder) / name
-    command = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", *options, "-o", str(built), str(source)]
-    subprocess.run(command, check=True, capture_output=True)  # noqa: S603
-    built.replace(path)
-    if built.parent != path.parent:
-        built.parent.rmdir()
-    return path
-
-
-def host_digest(source: Path) -> str:
-    """Return a hash of a C source."""
-    return hashlib.sha256(source.read_bytes()).hexdigest()[:16]

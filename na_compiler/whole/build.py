@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from na_compiler.problem import Problem
-from na_compiler.runtime import threads
+from na_compiler.runtime.host import c_compiler
 from na_compiler.target import CpuTarget, Target
 
 __all__ = ["compile_whole"]
@@ -52,7 +52,7 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
     parsed = Target.parse(target)
     if not isinstance(parsed, CpuTarget) or not parsed.is_native:
         raise ValueError(f"whole models are compiled for this machine's architecture, got target {parsed}")
-    if threads.c_compiler() is None:
+    if c_compiler() is None:
         raise RuntimeError("there is no C compiler to link the model with; install gcc or clang, or set CC")
     import tvm  # noqa: PLC0415
 
@@ -87,5 +87,5 @@ def _export(executable: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as temporary:
         made = Path(temporary) / path.name
-        executable.export_library(str(made), cc=threads.c_compiler())
+        executable.export_library(str(made), cc=c_compiler())
         made.replace(path)

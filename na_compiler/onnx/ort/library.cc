@@ -1,7 +1,6 @@
-// The whole library as one translation unit: it is built on users' machines, and so in half of the time.
+// The whole library as one translation unit.
 // clang-format off
-#include "json.cc"
-#include "sha256.cc"
-#include "tvm.cc"
-#include "bundle.cc"
+#include "../../runtime/native/native.cc"
+#include "pool.cc"
+#include "node.cc"
 #include "operators.cc"

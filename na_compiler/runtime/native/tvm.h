@@ -6,11 +6,7 @@
 #include <string>
 #include <vector>
 
-struct OrtKernelContext;
-
 namespace na {
-
-struct Api;
 
 // A compiled function and what belongs to it.
 struct Function {
@@ -24,8 +20,32 @@ struct Function {
 Function load_function(const std::string& library, const std::string& name, bool is_cuda,
                        const std::vector<std::string>& folders, const std::string& ffi_version);
 
-// Calls a function; its parallel loops run on the pool of the session that the context belongs to. Throws Error.
-void call(const Api& api, const Function& function, OrtKernelContext* context, const TVMFFIAny* arguments, int count);
+// A function that runs the parallel loops of a kernel, as TVM declares it (tvm/runtime/c_backend_api.h).
+struct Environment {
+  void* sync_handle;
+  int32_t num_task;
+};
+using Loop = int (*)(int task, Environment* environment, void* data);
+using Launcher = int (*)(Loop loop, void* data, int tasks);
+
+// A view of a tensor for a kernel; shape and strides stay the caller's, and have to live as long.
+DLTensor view(const void* data, bool is_cuda, int device, const std::string& dtype, size_t rank, const int64_t* shape,
+              const int64_t* strides);
+
+// What a kernel is called with.
+class Arguments {
+ public:
+  // So many tensors at most.
+  explicit Arguments(size_t tensors) { views_.reserve(tensors); }
+  void add(const DLTensor& view);
+  void add(double number);
+  // Throws Error.
+  void call(const Function& function);
+
+ private:
+  std::vector<DLTensor> views_;
+  std::vector<TVMFFIAny> values_;
+};
 
 // Makes a stream the current one of a CUDA device for this thread, as long as it lives.
 class CurrentStream {

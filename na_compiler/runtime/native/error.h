@@ -5,7 +5,7 @@
 
 namespace na {
 
-// What went wrong, in a sentence. Becomes a status of ONNX Runtime's where the library is left.
+// What went wrong, in a sentence. Becomes an error of the host's where the library is left.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -1,5 +1,6 @@
 #include "bundle.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -73,6 +74,9 @@ Kernel read_kernel(const Json& json) {
     kernel.multiple = (*workspace)["multiple"].integer();
     if (kernel.multiple < 1) throw Error("it has a workspace that is none");
   }
+  kernel.alignment = json["alignment"].integer();
+  kernel.adjacent_heads = json["adjacent_heads"].boolean();
+  if (kernel.alignment < 1) throw Error("it has an alignment that is none");
   return kernel;
 }
 
@@ -151,6 +155,31 @@ void Problem::check() const {
     throw Error("query's heads must be a multiple of key's, got " + std::to_string(heads) + " and " +
                 std::to_string(heads_kv));
   }
+}
+
+std::vector<int64_t> Kernel::shape_of(const Buffer& buffer, int64_t batch, int64_t additional) const {
+  int64_t padded = (additional + multiple - 1) / multiple * multiple;
+  std::vector<int64_t> shape = {batch};
+  for (int64_t extent : buffer) shape.push_back(extent < 0 ? padded : extent);
+  return shape;
+}
+
+std::string Kernel::misplaced(const DLTensor& tensor) const {
+  int64_t last = tensor.ndim - 1;
+  if (tensor.strides[last] != 1) return "the elements of its rows must lie together";
+  int64_t elements = std::max<int64_t>(8 * alignment / tensor.dtype.bits, 1);
+  std::string multiple_of = " must be a multiple of ";
+  if (reinterpret_cast<uintptr_t>(tensor.data) % alignment != 0) {
+    return "its address" + multiple_of + std::to_string(alignment);
+  }
+  for (int64_t axis = 0; axis < last; ++axis) {
+    if (tensor.strides[axis] % elements != 0) return "its strides" + multiple_of + std::to_string(elements) + " elements";
+  }
+  // Additional keys have one axis of tokens only, and strides of their own for heads.
+  if (adjacent_heads && last > 3 && tensor.strides[last - 1] != tensor.shape[last]) {
+    return "its heads must lie " + std::to_string(tensor.shape[last]) + " elements apart";
+  }
+  return "";
 }
 
 Bundle::Bundle(std::string folder, const std::string& manifest) : folder_(std::move(folder)) {
@@ -233,7 +262,8 @@ const Function& Bundle::function(const Kernel& kernel) const {
   }
 }
 
-Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bool is_cuda, int device) {
+Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bool is_cuda, int device,
+           const char* advice) {
   int capability = is_cuda ? cuda_capability(device) : 0;
   std::string why;
   for (const Bundle* bundle : bundles) {
@@ -246,9 +276,8 @@ Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bo
     place = "CUDA device " + std::to_string(device) + ", compute capability " + std::to_string(capability / 10) + "." +
             std::to_string(capability % 10);
   }
-  throw Error("there is no kernel for " + problem.text() + " on " + place + ": " + why +
-              "; compile it with na-compile, or make the session without the operator library: then the model's own "
-              "function runs");
+  throw Error("there is no kernel for " + problem.text() + " on " + place + ": " + why + "; compile it with na-compile" +
+              advice);
 }
 
 }  // namespace na

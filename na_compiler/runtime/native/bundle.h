@@ -34,8 +34,16 @@ struct Kernel {
   std::string target, library, name, sha256;
   std::vector<Buffer> workspace;
   int64_t multiple = 1;
+  // What it asks of query, key, value and the like: bytes that addresses and strides are multiples of, and whether heads
+  // lie one after another.
+  int64_t alignment = 1;
+  bool adjacent_heads = false;
 
   bool is_cuda() const { return target.rfind("cuda", 0) == 0; }
+  // The shape of a buffer of its workspace.
+  std::vector<int64_t> shape_of(const Buffer& buffer, int64_t batch, int64_t additional) const;
+  // In a few words, why it cannot read a tensor where it is, on which a GPU might fault; empty if it can.
+  std::string misplaced(const DLTensor& tensor) const;
 };
 
 class Bundle {
@@ -70,7 +78,8 @@ struct Match {
   const Function* function;
 };
 
-// The kernel for a problem of the first bundle that has one. Throws Error if none has.
-Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bool is_cuda, int device);
+// The kernel for a problem of the first bundle that has one. Throws Error if none has, with some advice.
+Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bool is_cuda, int device,
+           const char* advice);
 
 }  // namespace na

@@ -4,16 +4,12 @@
 #include <tvm/ffi/extra/c_env_api.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <thread>
 
 #include "error.h"
 #include "paths.h"
-#include "ort_api.h"
 
 // Folders of TVM's libraries on the machine that this was built on, colons between them.
 #ifndef NA_TVM_FOLDERS
@@ -131,68 +127,6 @@ TVMFFIAny call_global(const char* name, TVMFFIAny* arguments, int count) {
   return result;
 }
 
-// ---- Parallel loops ------------------------------------------------------------------------------------------------
-
-// A kernel hands its loop to a launcher as TVM declares it (tvm/runtime/c_backend_api.h).
-struct Environment {
-  void* sync_handle;
-  int32_t num_task;
-};
-using Loop = int (*)(int task, Environment* environment, void* data);
-using Launcher = int (*)(Loop loop, void* data, int tasks);
-
-// Who runs a kernel on this thread; null outside of it.
-thread_local OrtKernelContext* current_context = nullptr;
-thread_local const Api* current_api = nullptr;
-// The launcher that was there before ours. The library of a kernel is one to a process: where torch runs kernels from
-// it as well, those keep the launcher that they had.
-std::atomic<Launcher> other_launcher{nullptr};
-
-struct Launch {
-  Loop loop;
-  void* data;
-  Environment environment;
-  std::atomic<int> error;
-};
-
-void run_task(void* context, size_t task) {
-  auto launch = static_cast<Launch*>(context);
-  int error = launch->loop(static_cast<int>(task), &launch->environment, launch->data);
-  if (error) launch->error.store(error);
-}
-
-// Into how many parts a loop is cut. The pool does not say how many threads it has; parts are only ranges of
-// iterations, so their number changes nothing in the results, and a thread takes the next one when it is done.
-int parts() {
-  static const int count = 4 * static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  return count;
-}
-
-int launch_on_session_pool(Loop loop, void* data, int tasks) {
-  OrtKernelContext* context = current_context;
-  if (context == nullptr) {
-    if (Launcher other = other_launcher.load()) return other(loop, data, tasks);
-    Environment alone{nullptr, 1};
-    return loop(0, &alone, data);
-  }
-  Launch launch{loop, data, {nullptr, parts()}, {0}};
-  const Api* api = current_api;
-  OrtStatus* status = api->KernelContext_ParallelFor(context, run_task, static_cast<size_t>(parts()), 0, &launch);
-  if (status != nullptr) {
-    api->ReleaseStatus(status);
-    return -1;
-  }
-  return launch.error.load();
-}
-
-void take_over(void** slot) {
-  void* ours = reinterpret_cast<void*>(&launch_on_session_pool);
-  void* there = __atomic_load_n(slot, __ATOMIC_RELAXED);
-  if (there == ours) return;
-  other_launcher.store(reinterpret_cast<Launcher>(there));
-  __atomic_store_n(slot, ours, __ATOMIC_RELEASE);
-}
-
 }  // namespace
 
 Function load_function(const std::string& library, const std::string& name, bool is_cuda,
@@ -223,20 +157,35 @@ Function load_function(const std::string& library, const std::string& name, bool
   return result;
 }
 
-void call(const Api& api, const Function& function, OrtKernelContext* context, const TVMFFIAny* arguments, int count) {
-  if (function.parallel_launch != nullptr) take_over(function.parallel_launch);
-  struct Entered {
-    OrtKernelContext* context_before = current_context;
-    const Api* api_before = current_api;
-    ~Entered() {
-      current_context = context_before;
-      current_api = api_before;
-    }
-  } entered;
-  current_context = context;
-  current_api = &api;
+DLTensor view(const void* data, bool is_cuda, int device, const std::string& dtype, size_t rank, const int64_t* shape,
+              const int64_t* strides) {
+  DLTensor made;
+  std::memset(&made, 0, sizeof made);
+  made.data = const_cast<void*>(data);
+  made.device = {is_cuda ? kDLCUDA : kDLCPU, device};
+  made.ndim = static_cast<int32_t>(rank);
+  made.dtype = {static_cast<uint8_t>(dtype == "bfloat16" ? kDLBfloat : kDLFloat),
+                static_cast<uint8_t>(dtype == "float32" ? 32 : 16), 1};
+  made.shape = const_cast<int64_t*>(shape);
+  made.strides = const_cast<int64_t*>(strides);
+  return made;
+}
+
+void Arguments::add(const DLTensor& view) {
+  views_.push_back(view);
+  values_.push_back(make(kTVMFFIDLTensorPtr));
+  values_.back().v_ptr = &views_.back();
+}
+
+void Arguments::add(double number) {
+  values_.push_back(make(kTVMFFIFloat));
+  values_.back().v_float64 = number;
+}
+
+void Arguments::call(const Function& function) {
   TVMFFIAny result = make(kTVMFFINone);
-  if (ffi().call(function.handle, const_cast<TVMFFIAny*>(arguments), count, &result) != 0) throw Error(error_message());
+  int failed = ffi().call(function.handle, values_.data(), static_cast<int>(values_.size()), &result);
+  if (failed) throw Error(error_message());
 }
 
 CurrentStream::CurrentStream(int device, void* stream) : device_(device) {

@@ -1,0 +1,301 @@
+#include "node.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "error.h"
+#include "pool.h"
+#include "status.h"
+
+namespace na {
+namespace {
+
+std::string text(const Shape& shape) {
+  std::string result;
+  for (int64_t size : shape) result += (result.empty() ? "" : ", ") + (size < 0 ? "?" : std::to_string(size));
+  return "[" + result + "]";
+}
+
+const char* dtype_name(int element) {
+  return element == kFloat ? "float32" : element == kFloat16 ? "float16" : element == kBFloat16 ? "bfloat16" : nullptr;
+}
+
+// ---- Attributes ----------------------------------------------------------------------------------------------------
+
+// Whether a node has an attribute at all, of any type that can be asked for.
+bool has_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
+  int64_t integer;
+  float number;
+  size_t size = 0;
+  return succeeds(api, api.KernelInfoGetAttribute_int64(info, name, &integer)) ||
+         succeeds(api, api.KernelInfoGetAttribute_float(info, name, &number)) ||
+         succeeds(api, api.KernelInfoGetAttribute_string(info, name, nullptr, &size)) ||
+         succeeds(api, api.KernelInfoGetAttributeArray_float(info, name, nullptr, &(size = 0)));
+}
+
+std::vector<int64_t> integers(const Api& api, const OrtKernelInfo* info, const char* name, size_t rank,
+                              const int64_t* otherwise) {
+  size_t size = 0;
+  std::string wanted = std::string(name) + " must be " + std::to_string(rank) + " ints, one per axis";
+  if (!succeeds(api, api.KernelInfoGetAttributeArray_int64(info, name, nullptr, &size))) {
+    if (otherwise == nullptr || has_attribute(api, info, name)) throw Error(wanted + ", and is missing or something else");
+    return std::vector<int64_t>(rank, *otherwise);
+  }
+  // ONNX Runtime gives an attribute of another type as a list of no ints.
+  if (size == 0) throw Error(wanted + ", and is empty or something else");
+  if (size != rank) throw Error(wanted + ", got " + std::to_string(size));
+  std::vector<int64_t> values(size);
+  check(api, api.KernelInfoGetAttributeArray_int64(info, name, values.data(), &size));
+  return values;
+}
+
+}  // namespace
+
+void read_type(const Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor& tensor) {
+  size_t rank = 0;
+  check(api, api.GetTensorElementType(info, &tensor.element));
+  check(api, api.GetDimensionsCount(info, &rank));
+  tensor.shape.resize(rank);
+  check(api, api.GetDimensions(info, tensor.shape.data(), rank));
+}
+
+Node::Node(const Operator& op, const OrtKernelInfo* info) : op_(op), api_(*op.api) {
+  char name[256];
+  size_t size = sizeof name;
+  if (succeeds(api_, api_.KernelInfo_GetNodeName(info, name, &size)) && name[0] != '\0') {
+    where_ = "node " + std::string(name) + " (" + op.name + "): ";
+  } else {
+    where_ = std::string(op.name) + ": ";
+  }
+}
+
+void Node::read(const OrtKernelInfo* info) {
+  static const int64_t kOne = 1, kZero = 0;
+  attributes_.kernel_size = integers(api_, info, "kernel_size", op_.rank, nullptr);
+  attributes_.stride = integers(api_, info, "stride", op_.rank, &kOne);
+  attributes_.dilation = integers(api_, info, "dilation", op_.rank, &kOne);
+  attributes_.is_causal = integers(api_, info, "is_causal", op_.rank, &kZero);
+  for (int64_t flag : attributes_.is_causal) {
+    if (flag != 0 && flag != 1) throw Error("is_causal must be 0 or 1 per axis, got " + std::to_string(flag));
+  }
+  if (succeeds(api_, api_.KernelInfoGetAttribute_float(info, "scale", &scale_))) {
+    has_scale_ = true;
+    if (!std::isfinite(scale_)) throw Error("scale must be finite");
+  } else if (has_attribute(api_, info, "scale")) {
+    throw Error("scale must be a float, and is of another type");
+  }
+  look_ahead(info);
+}
+
+void Node::compute(OrtKernelContext* context) {
+  Tensor inputs[kInputCount];
+  read_inputs(context, inputs);
+  Problem problem = pose(inputs);
+  Found found = find(inputs, problem);
+  Shape lse_shape(inputs[0].shape.begin(), inputs[0].shape.end() - 1);
+  Shape output_shape = lse_shape;
+  output_shape.push_back(inputs[2].shape.back());
+  Tensor output = make_output(context, 0, output_shape, inputs[0].element);
+  Tensor lse = make_output(context, 1, lse_shape, kFloat);
+  if (inputs[0].shape[0] == 0) return;
+  run(context, found, inputs, output, lse);
+}
+
+// Finds the kernel when the session is made, if the model fixes the shapes: better an error then than later.
+void Node::look_ahead(const OrtKernelInfo* info) {
+  size_t count = 0;
+  if (op_.is_cuda || !succeeds(api_, api_.KernelInfo_GetInputCount(info, &count))) return;
+  Tensor inputs[kInputCount];
+  for (size_t i = 0; i < std::min(count, kInputCount); ++i) {
+    OrtTypeInfo* type = nullptr;
+    if (!succeeds(api_, api_.KernelInfo_GetInputTypeInfo(info, i, &type)) || type == nullptr) continue;
+    const OrtTensorTypeAndShapeInfo* tensor = nullptr;
+    if (succeeds(api_, api_.CastTypeInfoToTensorInfo(type, &tensor)) && tensor != nullptr) {
+      read_type(api_, tensor, inputs[i]);
+      inputs[i].is_there = true;
+    }
+    api_.ReleaseTypeInfo(type);
+  }
+  for (Tensor& input : inputs) {
+    if (!input.is_there) continue;
+    // Batch, and the number of additional keys, are any.
+    size_t axes = &input < inputs + 3 ? 1 : 2;
+    for (size_t axis = 0; axis < input.shape.size(); ++axis) {
+      if (axis < axes && input.shape[axis] < 0) input.shape[axis] = 1;
+      if (input.shape[axis] < 0) return;
+    }
+    if (input.shape.empty()) return;  // A shape that is not known at all looks like a scalar's.
+  }
+  if (inputs[0].is_there && inputs[1].is_there && inputs[2].is_there) find(inputs, pose(inputs));
+}
+
+void Node::read_inputs(OrtKernelContext* context, Tensor (&inputs)[kInputCount]) const {
+  size_t count = 0;
+  check(api_, api_.KernelContext_GetInputCount(context, &count));
+  for (size_t i = 0; i < std::min(count, kInputCount); ++i) {
+    const OrtValue* value = nullptr;
+    check(api_, api_.KernelContext_GetInput(context, i, &value));
+    if (value == nullptr) continue;
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api_, api_.GetTensorTypeAndShape(value, &info));
+    std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> owner(
+        info, api_.ReleaseTensorTypeAndShapeInfo);
+    Tensor& tensor = inputs[i];
+    read_type(api_, info, tensor);
+    tensor.is_there = true;
+    tensor.value = const_cast<OrtValue*>(value);
+    check(api_, api_.GetTensorMutableData(tensor.value, &tensor.data));
+  }
+}
+
+Tensor Node::make_output(OrtKernelContext* context, size_t index, const Shape& shape, int element) const {
+  Tensor tensor;
+  size_t count = 0;
+  check(api_, api_.KernelContext_GetOutputCount(context, &count));
+  if (index < count) {
+    check(api_, api_.KernelContext_GetOutput(context, index, shape.data(), shape.size(), &tensor.value));
+  }
+  if (tensor.value != nullptr) check(api_, api_.GetTensorMutableData(tensor.value, &tensor.data));
+  tensor.is_there = tensor.value != nullptr;
+  tensor.shape = shape;
+  tensor.element = element;
+  return tensor;
+}
+
+// Checks the inputs, and returns the problem that they pose.
+Problem Node::pose(const Tensor (&inputs)[kInputCount]) const {
+  const Shape& query = inputs[0].shape;
+  if (inputs[3].is_there != inputs[4].is_there) {
+    throw Error("additional_keys and additional_values come together, and one is missing");
+  }
+  if (dtype_name(inputs[0].element) == nullptr) {
+    throw Error("query must be float32, float16 or bfloat16, and has ONNX's element type " +
+                std::to_string(inputs[0].element));
+  }
+  if (query.size() != op_.rank + 3) {
+    throw Error("query must have " + std::to_string(op_.rank + 3) + " dimensions, got shape " + text(query));
+  }
+  Problem problem = attributes_;
+  problem.layout.assign(query.begin() + 1, query.end() - 2);
+  problem.heads = query[op_.rank + 1];
+  problem.head_dim = query[op_.rank + 2];
+  problem.dtype = dtype_name(inputs[0].element);
+  const Shape &key = inputs[1].shape, &value = inputs[2].shape;
+  problem.heads_kv = key.size() == query.size() ? key[op_.rank + 1] : 0;
+  problem.head_dim_v = value.size() == query.size() ? value[op_.rank + 2] : 0;
+  Shape keys(query.begin(), query.end() - 2);
+  int64_t additional = inputs[3].is_there && inputs[3].shape.size() == 4 ? inputs[3].shape[1] : 0;
+  Shape more{query[0], additional};
+  for (Shape* shape : {&keys, &more}) shape->push_back(problem.heads_kv);
+  for (size_t i = 1; i < kInputCount; ++i) {
+    if (i >= 3 && !inputs[i].is_there) continue;
+    Shape expected = i < 3 ? keys : more;
+    expected.push_back(i % 2 == 1 ? problem.head_dim : problem.head_dim_v);
+    if (inputs[i].shape != expected) {
+      throw Error(std::string(kInputs[i]) + " must have shape " + text(expected) + " where query has " + text(query) +
+                  ", got " + text(inputs[i].shape));
+    }
+    if (inputs[i].element != inputs[0].element) {
+      throw Error(std::string(kInputs[i]) + " must have query's type, " + problem.dtype);
+    }
+  }
+  problem.check();
+  problem.additional_kv = inputs[3].is_there && additional > 0;
+  return problem;
+}
+
+// The kernel for some inputs: the last one that was found, if it is for the same.
+Node::Found Node::find(const Tensor (&inputs)[kInputCount], const Problem& problem) {
+  const Found* last = last_.load(std::memory_order_acquire);
+  const Shape &query = inputs[0].shape, &key = inputs[1].shape, &value = inputs[2].shape;
+  auto same = [](const Shape& one, const Shape& other) {
+    return one.size() == other.size() && std::equal(one.begin() + 1, one.end(), other.begin() + 1);
+  };
+  if (last != nullptr && last->element == inputs[0].element && last->additional == problem.additional_kv &&
+      same(last->query, query) && same(last->key, key) && same(last->value, value)) {
+    return *last;
+  }
+  int device = 0;
+  if (op_.is_cuda && inputs[0].value != nullptr) device = device_of(inputs[0]);
+  Match match = na::find(op_.bundles, problem, op_.is_cuda, device,
+                         ", or make the session without the operator library: then the model's own function runs");
+  auto found = std::make_unique<Found>(Found{query, key, value, inputs[0].element, problem.additional_kv, match});
+  std::lock_guard<std::mutex> lock(mutex_);
+  last_.store(found.get(), std::memory_order_release);
+  found_.push_back(std::move(found));  // Another thread may still read the one before.
+  return *found_.back();
+}
+
+const OrtMemoryInfo* Node::memory_of(const Tensor& tensor) const {
+  const OrtMemoryInfo* memory = nullptr;
+  check(api_, api_.GetTensorMemoryInfo(tensor.value, &memory));
+  return memory;
+}
+
+int Node::device_of(const Tensor& tensor) const {
+  int device = 0;
+  check(api_, api_.MemoryInfoGetId(memory_of(tensor), &device));
+  return device;
+}
+
+void Node::run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[kInputCount], Tensor& output, Tensor& lse) {
+  std::vector<Tensor> spaces;
+  std::vector<std::unique_ptr<float[]>> memory;
+  auto allocate = [&](Tensor& tensor) {
+    size_t count = 1;
+    for (int64_t size : tensor.shape) count *= static_cast<size_t>(size);
+    if (op_.is_cuda) {
+      check(api_, api_.KernelContext_GetScratchBuffer(context, memory_of(inputs[0]), count * sizeof(float),
+                                                      &tensor.data));
+    } else {
+      memory.emplace_back(new float[count]);
+      tensor.data = memory.back().get();
+    }
+  };
+  if (!lse.is_there) allocate(lse);
+  int64_t additional = found.additional ? inputs[3].shape[1] : 0;
+  for (const Buffer& buffer : found.match.kernel->workspace) {
+    Tensor space;
+    space.element = kFloat;
+    space.shape = found.match.kernel->shape_of(buffer, inputs[0].shape[0], additional);
+    allocate(space);
+    spaces.push_back(std::move(space));
+  }
+  std::vector<Tensor*> tensors;
+  size_t read = found.additional ? kInputCount : 3;
+  for (size_t i = 0; i < read; ++i) tensors.push_back(&inputs[i]);
+  tensors.push_back(&output);
+  tensors.push_back(&lse);
+  for (Tensor& space : spaces) tensors.push_back(&space);
+  call(context, found, tensors, read);
+}
+
+// The first ones are read, and the scale is between these and the others.
+void Node::call(OrtKernelContext* context, const Found& found, const std::vector<Tensor*>& tensors, size_t read) {
+  const Kernel& kernel = *found.match.kernel;
+  int device = op_.is_cuda ? device_of(*tensors[0]) : 0;
+  std::vector<Shape> strides(tensors.size());
+  Arguments arguments(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& tensor = *tensors[i];
+    size_t rank = tensor.shape.size();
+    strides[i].assign(rank, 1);
+    for (size_t axis = rank - 1; axis > 0; --axis) strides[i][axis - 1] = strides[i][axis] * tensor.shape[axis];
+    DLTensor view = na::view(tensor.data, op_.is_cuda, device, dtype_name(tensor.element), rank, tensor.shape.data(),
+                             strides[i].data());
+    if (i == read) arguments.add(has_scale_ ? scale_ : 1.0 / std::sqrt(static_cast<double>(found.query.back())));
+    std::string misplaced = i < read ? kernel.misplaced(view) : "";
+    if (!misplaced.empty()) throw Error(std::string(kInputs[i]) + " cannot be read where it is: " + misplaced);
+    arguments.add(view);
+  }
+  std::unique_ptr<CurrentStream> current;
+  if (op_.is_cuda) {
+    void* stream = nullptr;
+    check(api_, api_.KernelContext_GetGPUComputeStream(context, &stream));
+    current = std::make_unique<CurrentStream>(device, stream);
+  }
+  OnSessionPool pool(api_, context, *found.match.function);
+  arguments.call(*found.match.function);
+}
+
+}  // namespace na

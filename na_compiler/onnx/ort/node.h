@@ -1,0 +1,86 @@
+// A node NA1D, NA2D or NA3D of a session.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "bundle.h"
+#include "ort_api.h"
+
+namespace na {
+
+constexpr const char* kInputs[] = {"query", "key", "value", "additional_keys", "additional_values"};
+constexpr size_t kInputCount = 5, kOutputCount = 2;
+
+// Of ONNXTensorElementDataType.
+enum { kUndefined = 0, kFloat = 1, kFloat16 = 10, kBFloat16 = 16 };
+
+using Shape = std::vector<int64_t>;
+
+// An operator of one rank, for one kind of device and one type.
+struct Operator : OrtCustomOp {
+  const Api* api;
+  std::vector<const Bundle*> bundles;
+  const char* name;
+  size_t rank;
+  bool is_cuda;
+  ONNXTensorElementDataType element;
+};
+
+struct Tensor {
+  bool is_there = false;
+  int element = kUndefined;
+  Shape shape;
+  void* data = nullptr;
+  OrtValue* value = nullptr;
+};
+
+void read_type(const Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor& tensor);
+
+class Node {
+ public:
+  Node(const Operator& op, const OrtKernelInfo* info);
+
+  const Api& api() const { return api_; }
+  // The node's name and operator, to begin what is said of it.
+  const std::string& where() const { return where_; }
+
+  // Reads its attributes. Throws Error.
+  void read(const OrtKernelInfo* info);
+  // Runs it. Throws Error.
+  void compute(OrtKernelContext* context);
+
+ private:
+  // A kernel for the shapes that it was found for.
+  struct Found {
+    Shape query, key, value;
+    int element;
+    bool additional;
+    Match match;
+  };
+
+  void look_ahead(const OrtKernelInfo* info);
+  void read_inputs(OrtKernelContext* context, Tensor (&inputs)[kInputCount]) const;
+  Tensor make_output(OrtKernelContext* context, size_t index, const Shape& shape, int element) const;
+  Problem pose(const Tensor (&inputs)[kInputCount]) const;
+  Found find(const Tensor (&inputs)[kInputCount], const Problem& problem);
+  const OrtMemoryInfo* memory_of(const Tensor& tensor) const;
+  int device_of(const Tensor& tensor) const;
+  void run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[kInputCount], Tensor& output, Tensor& lse);
+  void call(OrtKernelContext* context, const Found& found, const std::vector<Tensor*>& tensors, size_t read);
+
+  const Operator& op_;
+  const Api& api_;
+  std::string where_;
+  Problem attributes_;
+  float scale_ = 0;
+  bool has_scale_ = false;
+  std::atomic<const Found*> last_{nullptr};
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<const Found>> found_;
+};
+
+}  // namespace na

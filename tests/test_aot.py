@@ -1,0 +1,153 @@
+"""`na_compiler.aot`: the library of torch operators, in processes that do not import this package."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import check_forward, draw
+
+import na_compiler
+from na_compiler import aot
+from na_compiler.problem import Problem
+from na_compiler.runtime.bundle import MANIFEST, digest_of
+
+PROBLEMS = [
+    Problem(40, 2, 8, 7, 2, 3, is_causal=True, dtype="float16"),
+    Problem((8, 9), 4, 12, (3, 4), (2, 1), (1, 2), (False, True), heads_kv=2, head_dim_v=20, additional_kv=True),
+    Problem((4, 5, 6), 2, 8, 3, dtype="bfloat16"),
+]
+# Reads calls, and writes for each output and lse, how often tensors were copied, or what was said.
+RUN = """
+import ctypes, sys, torch
+library, bundle, calls, results = sys.argv[1:]
+torch.ops.load_library(library)
+if bundle and ctypes.CDLL(library).na_compiler_load_bundle(bundle.encode()):
+    sys.exit("no bundle")
+made = []
+for name, *arguments in torch.load(calls):
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            output, lse = getattr(torch.ops.na_compiler, name)(*arguments)
+        made.append((output, lse, sum(event.name == "aten::copy_" for event in profile.events())))
+    except RuntimeError as error:
+        made.append(str(error))
+assert not any(name.startswith(("na_compiler", "tvm")) for name in sys.modules)
+torch.save(made, results)
+"""
+
+
+@pytest.fixture(scope="module")
+def library():
+    return aot.build_library()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aot") / "bundle"
+    na_compiler.save_bundle(folder, [na_compiler.KernelSpec.make(problem) for problem in PROBLEMS])
+    return folder
+
+
+def call(problem, inputs, scale=0.3):
+    """Return what `RUN` reads."""
+    parameters = (problem.kernel_size, problem.stride, problem.dilation)
+    return (f"na{problem.rank}d", *inputs[:3], *map(list, parameters), list(problem.is_causal), scale, *inputs[3:])
+
+
+def run(library, bundle, calls, folder):
+    torch.save(calls, folder / "calls.pt")
+    command = [sys.executable, "-c", RUN, library, bundle, folder / "calls.pt", folder / "results.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "results.pt")
+
+
+def padded(tensor):
+    """Rows that are longer than they are: strides and the places of heads change."""
+    return torch.cat([tensor, torch.full_like(tensor, float("nan"))], -1)[..., : tensor.shape[-1]]
+
+
+def test_results(library, bundle, tmp_path, seed):
+    examples = [draw(problem, batch=2, scale=0.3) for problem in PROBLEMS]
+    moves = (lambda tensor: tensor, padded, lambda tensor: padded(tensor.movedim(1, -2)).movedim(-2, 1))
+    calls = [call(e.problem, [move(t) for t in e.inputs]) for e, move in itertools.product(examples, moves)]
+    results = run(library, bundle, calls, tmp_path)
+    for (example, _), (output, lse, copies) in zip(itertools.product(examples, moves), results, strict=True):
+        check_forward(example, output, lse)
+        assert copies == 0
+
+
+def test_tensors_that_a_kernel_cannot_read_are_copied(library, bundle, tmp_path, seed):
+    """Those of a GPU cannot read all; a manifest that says so is believed of any."""
+    problem = PROBLEMS[2]
+    na_compiler.save_bundle(tmp_path / "bundle", [na_compiler.KernelSpec.make(problem)])
+    path = tmp_path / "bundle" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["kernels"][0] |= {"alignment": 16, "adjacent_heads": True}
+    path.write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
+    example = draw(problem, scale=0.3)
+    query, key, value = example.inputs
+
+    def misaligned(tensor):
+        # What is saved is the whole storage, and so lies in it as here when it is loaded.
+        return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+    columns = query.transpose(-1, -2).contiguous().transpose(-1, -2)
+    wanted = {
+        0: (query, key, value),
+        1: (query, key, padded(value)),
+        2: (misaligned(query), misaligned(key), value),
+        3: (columns, padded(key), misaligned(value)),
+    }
+    results = run(library, tmp_path / "bundle", [call(problem, inputs) for inputs in wanted.values()], tmp_path)
+    for count, (output, lse, copies) in zip(wanted, results, strict=True):
+        check_forward(example, output, lse)
+        assert copies == count
+    # Where no kernel asks for it, only rows have to lie together.
+    *_, (output, lse, copies) = run(library, bundle, [call(problem, inputs) for inputs in wanted.values()], tmp_path)
+    check_forward(example, output, lse)
+    assert copies == 1
+
+
+def test_an_empty_batch_and_no_additional_keys(library, bundle, tmp_path):
+    problem = PROBLEMS[0]
+    empty = torch.zeros(0, *problem.layout, problem.heads, problem.head_dim).half()
+    ((output, lse, _),) = run(library, bundle, [call(problem, [empty] * 3)], tmp_path)
+    assert output.shape == empty.shape
+    assert lse.shape == empty.shape[:-1]
+
+
+def test_what_is_wrong_is_said(library, bundle, tmp_path):
+    query = torch.zeros(1, 40, 2, 8).half()
+    problem, inputs = PROBLEMS[0], [query] * 3
+    good = call(problem, inputs)
+    wrong = {
+        "there is no kernel for na1d layout=40 heads=2 head_dim=8 kernel_size=5": call(
+            problem.replace(kernel_size=5), inputs
+        ),
+        "query, key and value must have 5 dimensions": ("na2d", *good[1:]),
+        "kernel_size, stride, dilation and is_causal must have 1 values": (*good[:4], [7, 7], *good[5:]),
+        "additional_keys and additional_values come together": (*good, query, None),
+        "tensors must be float32, bfloat16 or float16": call(problem, [query.double()] * 3),
+        r"kernel_size \* dilation must be at most the layout's 40 tokens": (*good[:4], [20], *good[5:]),
+        r"Invalid key\.shape\[1\] .*\n.*\n.*expected 40": call(problem, [query, query[:, 1:], query]),
+    }
+    for said, result in zip(wrong, run(library, bundle, list(wrong.values()), tmp_path), strict=True):
+        assert isinstance(result, str), said
+        assert re.search(said, result), result
+    (result,) = run(library, "", [good], tmp_path)
+    assert "no bundle is loaded; call na_compiler_load_bundle, or set NA_COMPILER_BUNDLE" in result
+
+
+def test_a_missing_bundle_is_said(library, tmp_path):
+    code = (
+        "import ctypes, sys, torch; library = ctypes.CDLL(sys.argv[1]); "
+        "library.na_compiler_last_error.restype = ctypes.c_char_p; "
+        "print(library.na_compiler_load_bundle(b'/nowhere'), library.na_compiler_last_error().decode())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True, check=True)
+    assert done.stdout == "-1 there is no bundle in /nowhere: no such folder\n"

@@ -1,0 +1,89 @@
+"""`na_compiler.runtime.host`: libraries that the system's compiler makes, once, in the cache or where it is said."""
+
+import ctypes
+import logging
+
+import pytest
+
+from na_compiler.runtime import host
+from na_compiler.runtime.host import HostCompileError, HostLibrary, NoCompilerError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NA_COMPILER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def library(folder, **options):
+    """A library whose function is 3 in C++ and 4 in C."""
+    folder.mkdir(exist_ok=True)
+    (folder / "one.cc").write_text('extern "C" int two(void); extern "C" int one() { return two() - N; }')
+    (folder / "two.c").write_text("int new(void) { return 4; } int two(void) { return new(); }")
+    sources = (folder / "one.cc", folder / "two.c")
+    return HostLibrary("libone.so", "the library", sources, **{"options": ("-DN=1",), **options})
+
+
+@pytest.mark.parametrize("variable", ["CC", "CXX"])
+def test_the_compiler_is_found(variable, monkeypatch, tmp_path):
+    find = {"CC": host.c_compiler, "CXX": host.cxx_compiler}[variable]
+    monkeypatch.setenv(variable, "/nowhere/compiler")
+    assert find() is None
+    monkeypatch.delenv(variable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find() is None
+    name = {"CC": "clang", "CXX": "clang++"}[variable]
+    (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / name).chmod(0o755)
+    assert find() == str(tmp_path / name)
+
+
+def test_built_once_and_again_when_anything_of_it_changes(tmp_path, cache, caplog):
+    caplog.set_level(logging.INFO)
+    made = library(tmp_path / "sources").build()
+    assert made.is_relative_to(cache)
+    assert ctypes.CDLL(str(made)).one() == 3
+    assert library(tmp_path / "sources").build() == made
+    assert len([message for message in caplog.messages if message.startswith("built ")]) == 1
+    other = library(tmp_path / "sources", options=("-DN=2",)).build()
+    assert ctypes.CDLL(str(other)).one() == 2
+    part = tmp_path / "sources" / "part.h"
+    part.write_text("")
+    parts = [library(tmp_path / "sources", parts=(part,)).build()]
+    part.write_text("// Another one.")
+    parts.append(library(tmp_path / "sources", parts=(part,)).build())
+    assert len({made, other, *parts}) == 4
+    assert sorted(path.name for path in cache.rglob("*") if path.is_file()) == ["libone.so"] * 4
+
+
+def test_found_without_a_compiler(tmp_path, monkeypatch):
+    made = library(tmp_path / "sources").build()
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert library(tmp_path / "sources").build() == made
+    said = r"the library needs a C\+\+ compiler, and none was found; install one, set CXX, or bring libone.so"
+    with pytest.raises(NoCompilerError, match=said):
+        library(tmp_path / "sources").build(tmp_path / "elsewhere")
+
+
+def test_a_folder_is_written_every_time(tmp_path, cache):
+    made = library(tmp_path / "sources").build(tmp_path / "made" / "here")
+    assert made == tmp_path / "made" / "here" / "libone.so"
+    assert not cache.exists()
+    library(tmp_path / "sources", options=("-DN=2",)).build(tmp_path / "made" / "here")
+    assert ctypes.CDLL(str(made)).one() == 2
+    assert [path.name for path in made.parent.iterdir()] == ["libone.so"]
+
+
+def test_without_a_cache_there_is_a_temporary_one(tmp_path, cache):
+    cache.write_text("no folder")
+    made = library(tmp_path / "sources").build()
+    assert ctypes.CDLL(str(made)).one() == 3
+    assert library(tmp_path / "sources").build() == made
+    with pytest.raises(OSError, match="cache"):
+        library(tmp_path / "sources").build(cache / "within")
+
+
+def test_a_failure_has_the_compilers_words(tmp_path, cache):
+    with pytest.raises(HostCompileError, match=r"(?s)could not build the library: .*one.cc.*NONE"):
+        library(tmp_path / "sources", options=("-DN=NONE",)).build()
+    assert not [path for path in cache.rglob("*") if path.is_file()]
