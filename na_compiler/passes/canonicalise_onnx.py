@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from na_compiler.onnx.bodies import add_bodies
 from na_compiler.onnx.signature import DOMAIN, VERSION
-from na_compiler.passes.masks import Mask, Neighborhood, recognize
+from na_compiler.passes.masks import Mask, Neighborhood, mask_of_bias, recognize
 
 __all__ = ["canonicalise_onnx"]
 
@@ -199,10 +200,11 @@ def _mask(value: ir.Value) -> Mask | None:
     mask = found.reshape(found.shape[-2:])
     if mask.dtype == bool:
         return mask
-    if not np.issubdtype(mask.dtype, np.floating):
+    try:
+        lowest = ml_dtypes.finfo(mask.dtype).min  # Of bfloat16 too, which NumPy does not know.
+    except ValueError:
         return None
-    hidden = np.isneginf(mask) | (mask == np.finfo(mask.dtype).min)
-    return ~hidden if bool((hidden | (mask == 0)).all()) else None
+    return mask_of_bias(mask.astype(np.float64), float(lowest))
 
 
 def _fits(masked: _Masked, neighborhood: Neighborhood) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from na_compiler.problem import MAX_RANK
 from na_compiler.window import group_length, window_bounds
 
-__all__ = ["Neighborhood", "axis_mask", "recognize"]
+__all__ = ["Neighborhood", "axis_mask", "mask_of_bias", "recognize"]
 
 Mask = NDArray[np.bool_]
 
@@ -37,6 +38,20 @@ def axis_mask(tokens: int, kernel_size: int, stride: int = 1, dilation: int = 1,
         start, end = window_bounds(index, group_length(tokens, dilation, group), kernel_size, stride, is_causal)
         mask[query, group + start * dilation : group + (end - 1) * dilation + 1 : dilation] = True
     return mask
+
+
+def mask_of_bias(bias: NDArray[Any], lowest: float) -> Mask | None:
+    """Return which scores a bias leaves as they are, where it hides the others; ``None`` where it does more.
+
+    Parameters
+    ----------
+    bias
+        What is added to scores, in a dtype of NumPy's own.
+    lowest
+        The lowest number of the dtype that it came in: it stands for minus infinity as well.
+    """
+    hidden = np.isneginf(bias) | (bias == lowest)
+    return ~hidden if bool((hidden | (bias == 0)).all()) else None
 
 
 def recognize(mask: Mask) -> Neighborhood | None:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 from na_compiler.passes.graph import graph_module, is_pure, layer_of, operator_node, propagate, replace_node, tensor_of
-from na_compiler.passes.masks import Mask, Neighborhood, recognize
+from na_compiler.passes.masks import Mask, Neighborhood, mask_of_bias, recognize
 
 __all__ = ["replace_sdpa"]
 
@@ -112,10 +112,8 @@ def _as_bool(mask: torch.Tensor) -> Mask | None:
         return np.asarray(mask.cpu().numpy())
     if not mask.is_floating_point():
         return None
-    hidden = (mask == -torch.inf) | (mask == torch.finfo(mask.dtype).min)
-    if not bool((hidden | (mask == 0)).all()):
-        return None
-    return np.asarray((~hidden).cpu().numpy())
+    bias = mask.cpu().to(torch.promote_types(mask.dtype, torch.float32))  # NumPy has no bfloat16.
+    return mask_of_bias(bias.numpy(), torch.finfo(mask.dtype).min)
 
 
 class _Constants:
