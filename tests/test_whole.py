@@ -85,7 +85,8 @@ def test_attention_is_the_scheduled_function_and_linear_layers_are_ours(seed):
     assert text.count("R.call_tir") == 6
 
 
-def test_masked_attention_becomes_neighborhood_attention_here_too(tmp_path, seed):
+@pytest.mark.parametrize("kind", ["program", "onnx_ir", "proto"])
+def test_masked_attention_becomes_neighborhood_attention_here_too(kind, tmp_path, seed):
     from na_compiler.passes.masks import axis_mask
 
     class Masked(nn.Module):
@@ -101,9 +102,12 @@ def test_masked_attention_becomes_neighborhood_attention_here_too(tmp_path, seed
 
     model, x = Masked().eval(), torch.randn(2, 60, 32)
     with torch.no_grad():
-        assert compile_whole(torch.export.export(model, (x,)), tmp_path / "model.so") == {
-            Problem((6, 10), 2, 16, (5, 3)): 1
-        }
+        if kind == "program":
+            exported = torch.export.export(model, (x,))
+        else:
+            program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+            exported = program.model if kind == "onnx_ir" else program.model_proto
+        assert compile_whole(exported, tmp_path / "model.so") == {Problem((6, 10), 2, 16, (5, 3)): 1}
         torch.testing.assert_close(
             torch.from_dlpack(load_whole(tmp_path / "model.so")(x)), model(x), rtol=1e-4, atol=1e-5
         )

@@ -201,7 +201,7 @@ def _mask(value: ir.Value) -> Mask | None:
     if mask.dtype == bool:
         return mask
     try:
-        lowest = ml_dtypes.finfo(mask.dtype).min  # Of bfloat16 too, which NumPy does not know.
+        lowest = ml_dtypes.finfo(mask.dtype).min  # type: ignore[no-untyped-call]  # Of bfloat16 too, which NumPy does not know.
     except ValueError:
         return None
     return mask_of_bias(mask.astype(np.float64), float(lowest))

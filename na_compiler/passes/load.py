@@ -63,7 +63,7 @@ def _sites_of_program(path: str, shapes: Shapes | None) -> Sites:
 
 
 def load_whole_model(model: str) -> Any:
-    """Load a model with its weights: an exported program, or an ``onnx.ModelProto``; canonicalised.
+    """Load a model with its weights: an exported program, or an ``onnx_ir.Model``.
 
     Raises
     ------
@@ -75,13 +75,7 @@ def load_whole_model(model: str) -> Any:
         if len(programs) > 1:
             raise ValueError(f"--whole compiles for one shape of inputs, and {model} returns {len(programs)}")
         return programs[0]
-    if Path(model).suffix != ".onnx":
-        return load_program(model)
-    loaded = load_onnx(model)
-    canonicalise(loaded)
-    import onnx_ir  # noqa: PLC0415
-
-    return onnx_ir.serde.serialize_model(loaded)
+    return load_onnx(model) if Path(model).suffix == ".onnx" else load_program(model)
 
 
 def load_program(path: str) -> Any:
@@ -111,7 +105,7 @@ def load_program(path: str) -> Any:
 
 
 def load_onnx(path: str) -> Any:
-    """Load an ONNX model; weights are not read.
+    """Load an ONNX model; weights are not read before they are used.
 
     Raises
     ------

@@ -24,8 +24,8 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
     Parameters
     ----------
     model
-        A ``torch.export.ExportedProgram``, or an ``onnx.ModelProto``. Its batch may be dynamic, its layouts not. It is
-        canonicalised first.
+        A ``torch.export.ExportedProgram``, an ``onnx_ir.Model`` or an ``onnx.ModelProto``. Its batch may be dynamic,
+        its layouts not. It is canonicalised first.
     path
         The shared library to write, weights and all.
     target
@@ -56,7 +56,6 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
         raise RuntimeError("there is no C compiler to link the model with; install gcc or clang, or set CC")
     import tvm  # noqa: PLC0415
 
-    from na_compiler.passes import canonicalise  # noqa: PLC0415
     from na_compiler.whole.attention import Attention  # noqa: PLC0415
     from na_compiler.whole.frontend import from_onnx, from_program  # noqa: PLC0415
     from na_compiler.whole.linear import schedule_linear  # noqa: PLC0415
@@ -64,11 +63,8 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
 
     started = time.perf_counter()
     attention = Attention(parsed)
-    if type(model).__module__.startswith("torch"):
-        canonicalise(model)
-        module = from_program(model, attention)
-    else:
-        module = from_onnx(model, attention)
+    is_program = type(model).__module__.partition(".")[0] == "torch"
+    module = (from_program if is_program else from_onnx)(model, attention)
     if not attention.problems:
         raise ValueError("the model has no neighborhood attention in it")
     module, linear = schedule_linear(module, parsed)

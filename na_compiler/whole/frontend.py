@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from na_compiler.passes import canonicalise
 from na_compiler.whole.attention import Attention
 
 __all__ = ["from_onnx", "from_program"]
@@ -14,8 +15,10 @@ _NAMES = ("kernel_size", "stride", "dilation", "is_causal")
 
 
 def from_program(program: Any, attention: Attention) -> Any:
-    """Import an exported program."""
+    """Import an exported program, which is canonicalised in place."""
     from tvm.relax.frontend.torch import from_exported_program  # noqa: PLC0415
+
+    canonicalise(program)
 
     def convert(node: Any, importer: Any) -> Any:
         arguments = [argument.name for argument in node.target._schema.arguments]  # noqa: SLF001
@@ -30,11 +33,14 @@ def from_program(program: Any, attention: Attention) -> Any:
 
 
 def from_onnx(model: Any, attention: Attention) -> Any:
-    """Import an ONNX model, an ``onnx.ModelProto``."""
+    """Import an ONNX model, canonicalised: an ``onnx_ir.Model``, that in place, or an ``onnx.ModelProto``."""
+    import onnx_ir as ir  # noqa: PLC0415
     from tvm.relax.frontend import onnx as frontend  # noqa: PLC0415
 
+    loaded = model if isinstance(model, ir.Model) else ir.from_proto(model)
+    canonicalise(loaded)
     with _converters(attention):
-        return frontend.from_onnx(model, keep_params_in_input=False)
+        return frontend.from_onnx(ir.to_proto(loaded), keep_params_in_input=False)
 
 
 @contextlib.contextmanager
