@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 from na_compiler.problem import Problem
 from na_compiler.schedules import planner, simt_planner
+from na_compiler.schedules.candidate import Candidate
 from na_compiler.schedules.config import Config
 from na_compiler.schedules.sm90 import planner as sm90_planner
 from na_compiler.target import CpuTarget, CudaTarget, Target
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "candidates", "choose"]
 
 # The families of schedules for CUDA, the fastest first. Each has ``choose(problem, target, direction)``, which returns
-# a config, or in a sentence why it does not take the problem. The last one takes everything.
+# a config, or in a sentence why it does not take the problem, and ``candidates(problem, count)``. The last one takes
+# everything.
 _CUDA = (sm90_planner, simt_planner)
 
 
@@ -46,7 +48,7 @@ def choose(problem: Problem, target: Target, direction: str) -> Choice:
         ``"forward"`` or ``"backward"``.
     """
     if isinstance(target, CpuTarget):
-        return Choice(planner.choose(problem, planner.Machine(target.vector, target.registers), direction))
+        return Choice(planner.choose(problem, _machine(target), direction))
     assert isinstance(target, CudaTarget)
     reasons: list[str] = []
     for family in _CUDA:
@@ -55,3 +57,28 @@ def choose(problem: Problem, target: Target, direction: str) -> Choice:
             return Choice(found, " ".join(reasons) or None)
         reasons.append(found)
     raise NotImplementedError(f"no schedule takes {problem} {direction} on {target}: {' '.join(reasons)}")
+
+
+def candidates(problem: Problem, target: Target, direction: str, count: int = 8) -> tuple[Candidate, ...]:
+    """Return what `choose` chose from, the best first; nothing where a schedule has no choices to rank.
+
+    Parameters
+    ----------
+    problem
+        What to compute.
+    target
+        What to compile for.
+    direction
+        ``"forward"`` or ``"backward"``.
+    count
+        How many at most.
+    """
+    if isinstance(target, CpuTarget):
+        return planner.candidates(problem, _machine(target), direction, count)
+    assert isinstance(target, CudaTarget)
+    family = next(family for family in _CUDA if isinstance(family.choose(problem, target, direction), Config))
+    return tuple(family.candidates(problem, count))
+
+
+def _machine(target: CpuTarget) -> planner.Machine:
+    return planner.Machine(target.vector, target.registers)

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from na_compiler.problem import Problem
+from na_compiler.schedules import candidate
 from na_compiler.schedules.config import QueriesInLanes
 from na_compiler.tensorir.tiling import AXES, Extents, Tiling, TilingPlan, round_up
 
-__all__ = ["Machine", "choose"]
+__all__ = ["Candidate", "Machine", "candidates", "choose"]
 
 # Bytes of staged keys and values that a task may keep: about what a second-level cache holds beside the rest.
 _STAGED_BYTES = 512 * 1024
@@ -68,14 +69,61 @@ class Machine:
         return 8 if self.registers == 16 else 16
 
 
+@dataclass(frozen=True)
+class Candidate(candidate.Candidate):
+    """A config, and what it would do for one head of one batch entry.
+
+    Parameters
+    ----------
+    config
+        The choices.
+    cycles
+        Estimated time.
+    waste
+        Scores computed for each one that is needed.
+    tasks
+        What threads take one after another.
+    """
+
+    config: QueriesInLanes
+    cycles: float
+    waste: float
+    tasks: int
+
+    def columns(self) -> dict[str, str]:
+        """Return its row of a table."""
+        tiling = self.config.tiling
+        boxes = {"tile": tiling.tile, "patch": tiling.patch, "tiles of a strip": tiling.strip}
+        shown = {name: "x".join(map(str, box)) for name, box in boxes.items()}
+        return shown | {"keys at once": str(tiling.key_block[-1]), "tasks": str(self.tasks)}
+
+    def __str__(self) -> str:
+        columns = self.columns()
+        return (
+            f"tiles of {columns['tile']} queries, weighted sums for {columns['patch']} at once, "
+            f"{columns['tiles of a strip']} tiles share staged keys: "
+            f"{self.waste:.2f} scores computed for each one needed, {self.tasks} tasks"
+        )
+
+
 def choose(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes:
     """Return the config to compile a problem with."""
-    return min(
-        _candidates(problem, machine, direction), key=lambda config: _cycles(problem, machine, config, direction)
-    )
+    return min(_configs(problem, machine, direction), key=lambda config: _cycles(problem, machine, config, direction))
 
 
-def _candidates(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:
+def candidates(problem: Problem, machine: Machine, direction: str, count: int = 8) -> tuple[Candidate, ...]:
+    """Return the best configs of a problem, the best first."""
+    found = [_measure(problem, machine, config, direction) for config in _configs(problem, machine, direction)]
+    return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
+
+
+def _measure(problem: Problem, machine: Machine, config: QueriesInLanes, direction: str) -> Candidate:
+    plan = config.plan(problem)
+    waste = plan.visited_pairs() / problem.pairs()
+    return Candidate(config, _cycles(problem, machine, config, direction), waste, plan.tasks)
+
+
+def _configs(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:
     extents = (1,) * (AXES - problem.rank) + problem.layout
     tiles = [tile for lanes in machine.lanes for tile in _factorizations(lanes)]
 

@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterator
 
 from na_compiler.problem import Problem
+from na_compiler.schedules.candidate import Candidate
 from na_compiler.schedules.config import Simt
 from na_compiler.target import CudaTarget
 from na_compiler.tensorir.direct_plan import DirectPlan
 from na_compiler.tensorir.tiling import AXES, Extents, round_up
 
-__all__ = ["choose"]
+__all__ = ["candidates", "choose"]
 
 _THREADS = 128  # Of a block.
 _WARP = 32
@@ -47,6 +48,11 @@ def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt | str:
         vector=vector,
         strip=_STRIP,
     )
+
+
+def candidates(problem: Problem, count: int) -> tuple[Candidate, ...]:  # noqa: ARG001
+    """Return nothing: each choice follows from the problem by a rule of its own, and none is ranked."""
+    return ()
 
 
 def _vector(problem: Problem, target: CudaTarget) -> int:

@@ -9,7 +9,10 @@ from na_compiler.cli import bench_hopper, main
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime.bundle import read_bundle
+from na_compiler.schedules.choose import candidates, choose
+from na_compiler.schedules.config import Simt
 from na_compiler.schedules.sm90.config import Sm90
+from na_compiler.target import Target
 
 _ARGUMENTS = ["plan", "--layout", "64x64", "--heads", "8", "--head-dim", "64", "--kernel-size", "13"]
 
@@ -30,8 +33,23 @@ def test_plan_says_why_another_schedule_is_chosen(capsys):
 
 
 def test_plan_of_a_cpu(capsys):
-    assert main([*_ARGUMENTS, "--target", "llvm:x86-64-v3"]) == 0
-    assert "QueriesInLanes(" in capsys.readouterr().out
+    assert main([*_ARGUMENTS, "--target", "llvm:x86-64-v3", "--count", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "QueriesInLanes(" in printed
+    assert sum(line.startswith("│ 1x") for line in printed.splitlines()) == 2
+
+
+@pytest.mark.parametrize("target", ["llvm:x86-64-v4", "llvm:x86-64-v3", "llvm:x86-64", "cuda:sm_90a", "cuda:sm_80"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_first_candidate_is_what_is_chosen(target, direction):
+    problem, parsed = Problem((20, 33), 2, 64, (5, 7), dilation=(1, 2), dtype="float16"), Target.parse(target)
+    found = candidates(problem, parsed, direction, 3)
+    chosen = choose(problem, parsed, direction).config
+    assert isinstance(chosen, Simt) == (not found)
+    if found:
+        assert found[0].config == chosen
+        assert found[0].cycles <= found[1].cycles <= found[2].cycles
+        assert found[0].waste >= 1
 
 
 def test_plan_refuses_no_candidates(capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvcc import needs_nvcc
 from processes import run_python
 
 import na_compiler
@@ -14,17 +15,6 @@ from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 
 PROBLEM = Problem((9, 10), 2, 32, (3, 5), heads_kv=1, additional_kv=True, dtype="bfloat16")
-
-
-def _has_nvcc():
-    try:
-        cuda.find_toolkit()
-    except RuntimeError:
-        return False
-    return True
-
-
-needs_nvcc = pytest.mark.skipif(not _has_nvcc(), reason="nvcc is not here: pip install nvidia-cuda-nvcc")
 
 
 @needs_nvcc

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from nvcc import needs_nvcc
 
 from na_compiler.compiler import cuda
 from na_compiler.compiler.spec import KernelSpec
@@ -20,14 +21,6 @@ from na_compiler.target import Target
 TARGET = Target.parse("cuda:sm_90a")
 
 
-def _has_nvcc():
-    try:
-        cuda.find_toolkit()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _nvdisasm():
     packages = importlib.util.find_spec("nvidia")
     folders = packages.submodule_search_locations if packages else ()
@@ -35,7 +28,7 @@ def _nvdisasm():
     return next((str(path) for path in found if path.is_file()), shutil.which("nvdisasm"))
 
 
-pytestmark = pytest.mark.skipif(not _has_nvcc(), reason="nvcc is not here: pip install nvidia-cuda-nvcc")
+pytestmark = needs_nvcc
 
 
 def _build(problem, config, folder):

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from na_compiler.cli.timing import Run, interleave
 from na_compiler.compiler.bundle import save_bundle
 from na_compiler.compiler.kernels import compile as compile_kernel
 from na_compiler.compiler.spec import KernelSpec
@@ -37,9 +36,6 @@ __all__ = ["run"]
 PROBLEM = Problem((56, 56), heads=4, head_dim=32, kernel_size=13)
 _TOLERANCE = 1e-5
 _REST_SECONDS = 0.03
-_ROUNDS = 4
-
-Run = Callable[[], Any]
 
 
 class _Attention(torch.nn.Module):
@@ -135,7 +131,7 @@ def _times(models: dict[str, Path], folder: Path, options: argparse.Namespace) -
         runs[name] = lambda session=session, feeds=feeds: session.run(None, feeds)  # type: ignore[misc]
         if name != "empty session":
             _check(name, runs[name]()[0], expected)
-    return _interleave(runs, options.seconds)
+    return interleave(runs, options.seconds, _REST_SECONDS)
 
 
 def _session(path: Path, threads: int, bundle: Path | None = None) -> onnxruntime.InferenceSession:
@@ -154,21 +150,6 @@ def _check(name: str, output: np.ndarray[Any, Any], expected: torch.Tensor) -> N
     error = ((result - expected).norm() / expected.norm()).item()
     if not error < _TOLERANCE:
         raise RuntimeError(f"{name} is wrong: relative error {error:.1e}")
-
-
-def _interleave(runs: dict[str, Run], seconds: float) -> dict[str, float]:
-    """Run everything in turn until the time is up; returns medians in seconds."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times["bare kernel"]) < 10:
-        for name, one in runs.items():
-            time.sleep(_REST_SECONDS)
-            one()  # Caches and threads are its own again.
-            for _ in range(_ROUNDS if name in {"bare kernel", "library", "empty session"} else 1):
-                start = time.perf_counter()
-                one()
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _speeds(times: dict[str, float]) -> list[_Figure]:

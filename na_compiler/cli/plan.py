@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from na_compiler.cli.model import add_problem_arguments, problem_of
-from na_compiler.target import CudaTarget, Target
+from na_compiler.target import Target
 
 __all__ = ["add_parser"]
 
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from na_compiler.schedules.choose import choose  # noqa: PLC0415
+    from na_compiler.schedules.choose import candidates, choose  # noqa: PLC0415
 
     if options.count < 1:
         raise ValueError(f"--count must be at least 1, got {options.count}")
@@ -36,24 +36,14 @@ def _run(options: argparse.Namespace) -> None:
     if choice.reason:
         console.print(choice.reason)
     console.print(repr(choice.config))
-    from na_compiler.schedules.sm90.config import Sm90  # noqa: PLC0415
-
-    if not isinstance(choice.config, Sm90):
+    found = candidates(problem, target, options.direction, options.count)
+    if not found:
         return
-    assert isinstance(target, CudaTarget)
-    from na_compiler.schedules.sm90.planner import candidates  # noqa: PLC0415
-
-    found = candidates(problem, options.count)
     console.print(f"{found[0]}.")
     table = Table(title="candidates, the best first")
-    for name in ("queries", "keys", "stages", "computed / needed", "masked", "blocks", "waves", "KB", "time"):
+    for name in (*found[0].columns(), "computed / needed", "time"):
         table.add_column(name, justify="right")
     for candidate in found:
-        config = candidate.config
-        queries = "x".join(map(str, config.query_tile))
-        table.add_row(
-            f"{config.warpgroups} x {queries}", "x".join(map(str, config.key_tile)), str(config.stages),
-            f"{candidate.waste:.2f}", f"{candidate.masked:.0%}", str(candidate.blocks), f"{candidate.waves:.1f}",
-            f"{candidate.shared_bytes / 1024:.0f}", f"{candidate.cycles / found[0].cycles:.2f}",
-        )  # fmt: skip
+        time = candidate.cycles / found[0].cycles
+        table.add_row(*candidate.columns().values(), f"{candidate.waste:.2f}", f"{time:.2f}")
     Console(width=110).print(table)

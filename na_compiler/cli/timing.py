@@ -17,12 +17,21 @@ _QUICK = 0.02
 _TIMES_A_ROUND = 3
 
 
-def interleave(runs: dict[str, Run], seconds: float) -> dict[str, float]:
+def interleave(runs: dict[str, Run], seconds: float, rest: float = 0.0) -> dict[str, float]:
     """Run everything in turn until the time is up; returns medians in seconds.
 
     Each has a run that is not timed before those that are, so that it finds its own data in the caches, as after the
     layer that made them, and not what another one left there. What takes longer than a tenth of the time runs in the
     first three rounds only.
+
+    Parameters
+    ----------
+    runs
+        What to run, by name.
+    seconds
+        Time for all of them.
+    rest
+        Seconds to wait before each, for what has threads of its own, which spin for a while after their work.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     until = time.perf_counter() + seconds
@@ -32,6 +41,7 @@ def interleave(runs: dict[str, Run], seconds: float) -> dict[str, float]:
             latest = times[name][-1] if times[name] else seconds
             if rounds >= 3 and latest > 0.1 * seconds:
                 continue
+            time.sleep(rest)
             run()
             for _ in range(_TIMES_A_ROUND if latest < _QUICK else 1):
                 start = time.perf_counter()

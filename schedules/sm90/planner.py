@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from na_compiler.problem import Problem
+from na_compiler.schedules import candidate
 from na_compiler.schedules.config import Config
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, pieces_of
@@ -49,7 +50,7 @@ _REGISTERS_KEPT = {2: (128, 236, 216), 3: (64, 152, 144)}
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(candidate.Candidate):
     """A config, and what it would do for one batch entry.
 
     Parameters
@@ -79,6 +80,18 @@ class Candidate:
     def waves(self) -> float:
         """Thread blocks for each multiprocessor, which has one at a time."""
         return self.blocks / _PROCESSORS
+
+    def columns(self) -> dict[str, str]:
+        """Return its row of a table."""
+        return {
+            "queries": f"{self.config.warpgroups} x {'x'.join(map(str, self.config.query_tile))}",
+            "keys": "x".join(map(str, self.config.key_tile)),
+            "stages": str(self.config.stages),
+            "masked": f"{self.masked:.0%}",
+            "blocks": str(self.blocks),
+            "waves": f"{self.waves:.1f}",
+            "KB": f"{self.shared_bytes / 1024:.0f}",
+        }
 
     def __str__(self) -> str:
         queries = "x".join(map(str, self.config.query_tile))

@@ -1,0 +1,31 @@
+"""What a planner ranks: configs of a problem, and what it counted of each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from na_compiler.schedules.config import Config
+
+__all__ = ["Candidate"]
+
+
+class Candidate(ABC):
+    """A config, and what it would do for one batch entry.
+
+    Attributes
+    ----------
+    config
+        The choices.
+    cycles
+        Estimated time; only the order of these means something.
+    waste
+        Scores computed for each one that is needed.
+    """
+
+    config: Config
+    cycles: float
+    waste: float
+
+    @abstractmethod
+    def columns(self) -> dict[str, str]:
+        """Return what tells it from the others, for a table: by what it is called."""
