@@ -307,4 +307,9 @@ def _register(rank: int) -> Any:
     return operators[0]
 
 
+if hasattr(torch.ops.na_compiler, "na1d"):
+    raise ImportError(
+        "libna_compiler_torch.so has defined na_compiler's operators in this process: import na_compiler before the "
+        "library is loaded, or do not load it, since Python does not need it"
+    )
 OPERATORS = {rank: _register(rank) for rank in (1, 2, 3)}

@@ -9,11 +9,14 @@ import sys
 import pytest
 import torch
 from oracle import check_forward, draw
+from processes import run_python
 
 import na_compiler
 from na_compiler import aot
+from na_compiler.aot.build import operator_library
 from na_compiler.problem import Problem
 from na_compiler.runtime.bundle import MANIFEST, digest_of
+from na_compiler.runtime.host import HostLibrary
 
 PROBLEMS = [
     Problem(40, 2, 8, 7, 2, 3, is_causal=True, dtype="float16"),
@@ -141,6 +144,45 @@ def test_what_is_wrong_is_said(library, bundle, tmp_path):
         assert re.search(said, result), result
     (result,) = run(library, "", [good], tmp_path)
     assert "no bundle is loaded; call na_compiler_load_bundle, or set NA_COMPILER_BUNDLE" in result
+
+
+def test_beside_the_package(library):
+    before = """
+        import sys, torch, na_compiler
+        torch.ops.load_library(sys.argv[1])
+        query = torch.randn(1, 9, 2, 8, requires_grad=True)
+        na_compiler.na1d(query, query, query, 3).sum().backward()  # The library has no gradients.
+        print(query.grad.isfinite().all().item())
+    """
+    assert run_python(before, str(library)) == "True\n"
+    after = """
+        import sys, torch
+        torch.ops.load_library(sys.argv[1])
+        try:
+            import na_compiler
+        except ImportError as error:
+            print(error)
+    """
+    assert "import na_compiler before the library is loaded" in run_python(after, str(library))
+
+
+def test_the_stream_of_a_torch_whose_symbols_are_not_global(tmp_path):
+    """As in a Python process: a stand-in for torch's CUDA library, and the library with a function that asks."""
+    cuda, asks = tmp_path / "cuda.c", tmp_path / "asks.cc"
+    cuda.write_text("int aoti_torch_get_current_cuda_stream(int device, void** stream) {"
+                    " *stream = (void*)(long)(40 + device); return 0; }")  # fmt: skip
+    asks.write_text(f'#include "{aot.header_folder() / "torch_library.cc"}"\n'
+                    'extern "C" NA_EXPORT void* ask(int device) { return na::current_stream(device); }')  # fmt: skip
+    options = ("-Wl,-soname,libtorch_cuda.so",)
+    built = HostLibrary("libtorch_cuda.so", "a stand-in", (cuda,), options).build(tmp_path)
+    code = """
+        import ctypes, sys, torch
+        asks = ctypes.CDLL(sys.argv[2])
+        asks.ask.restype = ctypes.c_void_p
+        ctypes.CDLL(sys.argv[1], ctypes.RTLD_LOCAL)
+        print(asks.ask(2))
+    """
+    assert run_python(code, str(built), str(operator_library(asks).build(tmp_path))) == "42\n"
 
 
 def test_a_missing_bundle_is_said(library, tmp_path):

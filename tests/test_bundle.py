@@ -12,6 +12,7 @@ from processes import WITHOUT_TORCH, run_python
 import na_compiler
 from na_compiler import KernelSpec, Problem, cli, load_bundle, save_bundle
 from na_compiler.runtime import bundle as bundle_module
+from na_compiler.runtime.folders import runtime_library
 
 PROBLEM = Problem((5, 6), 2, 8, 3)
 OTHER = Problem(20, 2, 8, 5, additional_kv=True)
@@ -277,6 +278,16 @@ def test_brings_tvms_runtime(tmp_path, seed):
         assert [line for line in open("/proc/self/maps") if sys.argv[1] in line and "libtvm_runtime" in line]
     """
     run_python(code, str(folder), NA_COMPILER_TVM_LIB=None)
+
+
+def test_runtime_in_a_list_of_folders(tmp_path, monkeypatch):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    monkeypatch.setenv("NA_COMPILER_TVM_LIB", f"{tmp_path}/first:{tmp_path}/second")
+    with pytest.raises(FileNotFoundError, match=f"no libtvm_runtime.so in {tmp_path}/first or {tmp_path}/second"):
+        runtime_library()
+    (tmp_path / "second" / "libtvm_runtime.so").touch()
+    assert runtime_library() == tmp_path / "second" / "libtvm_runtime.so"
 
 
 def rewrite(folder, change):

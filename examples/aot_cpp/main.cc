@@ -44,14 +44,15 @@ int main(int argc, char** argv) {
   try {
     // Linked with libna_compiler_torch.so, the program has the operators. This is where their kernels are.
     if (na_compiler_load_bundle(argv[2]) != 0) throw std::runtime_error(na_compiler_last_error());
-    std::vector<at::Tensor> inputs;
-    for (int i = 4; i < argc; i += 2) inputs.push_back(read(argv[i], parse_shape(argv[i + 1])));
     torch::inductor::AOTIModelPackageLoader model(argv[1]);
-    at::Tensor output = model.run(inputs)[0].contiguous();
+    at::Device device(model.get_metadata().at("AOTI_DEVICE_KEY"));
+    std::vector<at::Tensor> inputs;
+    for (int i = 4; i < argc; i += 2) inputs.push_back(read(argv[i], parse_shape(argv[i + 1])).to(device));
+    at::Tensor output = model.run(inputs)[0].cpu().contiguous();
 
     constexpr int kRuns = 20;
     auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < kRuns; ++i) model.run(inputs);
+    for (int i = 0; i < kRuns; ++i) model.run(inputs)[0].cpu();
     std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
     std::cout << "output " << output.sizes() << ", " << elapsed.count() / kRuns << " ms a run\n";
 

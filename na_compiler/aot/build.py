@@ -8,7 +8,7 @@ from na_compiler import runtime
 from na_compiler.runtime import native
 from na_compiler.runtime.host import HostLibrary
 
-__all__ = ["LIBRARY", "build_library", "header_folder"]
+__all__ = ["LIBRARY", "build_library", "header_folder", "operator_library"]
 
 LIBRARY = "libna_compiler_torch.so"
 # The stable ABI of torch 2.11: the library runs with every later version as well.
@@ -45,16 +45,27 @@ def build_library(folder: str | Path | None = None) -> Path:
 
     Notes
     -----
-    A Python process needs it not, and cannot have it beside ``import na_compiler``: both define the same operators.
+    A Python process does not need it. The operators of one that imported ``na_compiler`` before stay the package's; to
+    import it after loading the library is an `ImportError`.
+    """
+    return operator_library(header_folder() / "torch_library.cc").build(None if folder is None else Path(folder))
+
+
+def operator_library(source: Path) -> HostLibrary:
+    """Return how the library is built from its C++ source, or from another that includes it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the headers of apache-tvm-ffi or torch are not installed.
     """
     torch = native.installed("torch")
     launcher = Path(runtime.__file__).with_name("launcher.c")
-    library = HostLibrary(
+    return HostLibrary(
         LIBRARY,
         "the library of torch operators",
-        (header_folder() / "torch_library.cc", launcher),
+        (source, launcher),
         (*_OPTIONS, f"-I{torch / 'include'}", *native.flags()),
         (f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"),
         (*native.sources(header_folder()), launcher),
     )
-    return library.build(None if folder is None else Path(folder))

@@ -1,12 +1,14 @@
 // torch.ops.na_compiler.na1d, na2d and na3d on torch's stable ABI: for programs without Python, such as one that runs a
 // package of AOTInductor. The schemas are those of na_compiler/torch_ops.py; kernels come from bundles.
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -143,10 +145,15 @@ Tensor empty(const Tensor& like, const Ints& sizes, ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), type);
 }
 
-// The stream that torch launches on; the function is there in a torch for CUDA only.
+// The stream that torch launches on. The function is there in a torch for CUDA only, and not among the global symbols of
+// a Python process, which loads torch's libraries each for itself: it is asked for where it is.
 void* current_stream(int device) {
   using Get = int (*)(int32_t, void**);
-  static auto get = reinterpret_cast<Get>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  static auto get = reinterpret_cast<Get>([] {
+    constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return dlsym(library == nullptr ? RTLD_DEFAULT : library, kName);
+  }());
   void* stream = nullptr;
   if (get == nullptr || get(device, &stream) != 0) throw Error("torch does not say on which CUDA stream it is");
   return stream;
@@ -172,9 +179,12 @@ void run(const Match& match, std::vector<Tensor> tensors, size_t read, double sc
     if (i < read && !match.kernel->misplaced(view_of(tensors[i])).empty()) tensors[i] = copy(tensors[i]);
     arguments.add(view_of(tensors[i]));
   }
+  std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard;
   std::unique_ptr<CurrentStream> stream;
   if (tensors[0].is_cuda()) {
     int device = tensors[0].get_device_index();
+    // A kernel makes its tensors' device the current one; torch does not expect that of an operator.
+    guard = std::make_unique<torch::stable::accelerator::DeviceGuard>(device);
     stream = std::make_unique<CurrentStream>(device, current_stream(device));
   }
   arguments.call(*match.function);
@@ -255,19 +265,37 @@ std::tuple<Tensor, Tensor> guarded(const Tensor query, const Tensor key, const T
   "(Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "    \
   "float scale, Tensor? additional_keys=None, Tensor? additional_values=None) -> (Tensor output, Tensor lse)"
 
-STABLE_TORCH_LIBRARY(na_compiler, library) {
-  library.def("na1d" NA_SCHEMA);
-  library.def("na2d" NA_SCHEMA);
-  library.def("na3d" NA_SCHEMA);
+namespace na {
+namespace {
+
+// Whether the operators are this library's: in a process that imported the Python package they are the package's, which
+// finds the same bundles, and nothing is registered here. An exception in a static initializer would end the process.
+bool defined = false;
+
+}  // namespace
+}  // namespace na
+
+// A fragment: a second definition of a namespace as a whole crashes torch.
+STABLE_TORCH_LIBRARY_FRAGMENT(na_compiler, library) {
+  try {
+    library.def("na1d" NA_SCHEMA);
+    library.def("na2d" NA_SCHEMA);
+    library.def("na3d" NA_SCHEMA);
+    na::defined = true;
+  } catch (const std::exception&) {
+    std::fprintf(stderr, "na_compiler: the operators are the Python package's in this process, not the library's\n");
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(na_compiler, CPU, library) {
+  if (!na::defined) return;
   library.impl("na1d", TORCH_BOX(&na::guarded<1>));
   library.impl("na2d", TORCH_BOX(&na::guarded<2>));
   library.impl("na3d", TORCH_BOX(&na::guarded<3>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(na_compiler, CUDA, library) {
+  if (!na::defined) return;
   library.impl("na1d", TORCH_BOX(&na::guarded<1>));
   library.impl("na2d", TORCH_BOX(&na::guarded<2>));
   library.impl("na3d", TORCH_BOX(&na::guarded<3>));

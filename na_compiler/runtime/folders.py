@@ -10,6 +10,7 @@ import platformdirs
 
 __all__ = ["cache_folder", "runtime_library", "use_runtime"]
 
+_RUNTIME = "libtvm_runtime.so"
 _given_runtime: list[Path] = []
 
 
@@ -27,25 +28,28 @@ def runtime_library() -> Path:
     FileNotFoundError
         If there is none.
     """
+    folders = _runtime_folders()
+    found = next((folder / _RUNTIME for folder in folders if (folder / _RUNTIME).is_file()), None)
+    if found is None:
+        looked = " or ".join(map(str, folders))
+        raise FileNotFoundError(f"no {_RUNTIME} in {looked}; set NA_COMPILER_TVM_LIB to the folder that has it")
+    return found
+
+
+def _runtime_folders() -> list[Path]:
     named = os.environ.get("NA_COMPILER_TVM_LIB")
     if named:
-        folder = Path(named)
-    else:
-        # Found, not imported: importing tvm loads the compiler, which takes seconds.
-        spec = importlib.util.find_spec("tvm")
-        if spec is not None and spec.origin is not None:
-            folder = Path(spec.origin).parent / "lib"
-        elif _given_runtime:
-            folder = _given_runtime[-1]
-        else:
-            raise FileNotFoundError(
-                "kernels need TVM's runtime library: install apache-tvm, load a bundle made with --with-runtime, or "
-                "set NA_COMPILER_TVM_LIB to the folder that holds libtvm_runtime.so"
-            )
-    path = folder / "libtvm_runtime.so"
-    if not path.is_file():
-        raise FileNotFoundError(f"no libtvm_runtime.so in {folder}; set NA_COMPILER_TVM_LIB to the folder that has it")
-    return path
+        return [Path(folder) for folder in named.split(os.pathsep) if folder]
+    # Found, not imported: importing tvm loads the compiler, which takes seconds.
+    spec = importlib.util.find_spec("tvm")
+    if spec is not None and spec.origin is not None:
+        return [Path(spec.origin).parent / "lib"]
+    if _given_runtime:
+        return _given_runtime[-1:]
+    raise FileNotFoundError(
+        "kernels need TVM's runtime library: install apache-tvm, load a bundle made with --with-runtime, or "
+        f"set NA_COMPILER_TVM_LIB to the folder that holds {_RUNTIME}"
+    )
 
 
 def use_runtime(folder: Path) -> None:

@@ -294,7 +294,7 @@ class Checks:
         moved = [_moved(tensor, "misaligned") for tensor in example.inputs]
         for place in range(3):
             inputs = [*example.inputs[:place], moved[place], *example.inputs[place + 1 :]]
-            with _raises(ValueError, "must lie at a multiple of 16 bytes"):
+            with raises(ValueError, "must lie at a multiple of 16 bytes"):
                 self.attend(example, inputs)
         torch.cuda.synchronize()
 
@@ -304,11 +304,11 @@ class Checks:
         for moved in range(3):
             inputs = [tensor.cpu() if i == moved else tensor for i, tensor in enumerate(example.inputs)]
             for _ in range(2):
-                with _raises(ValueError, "must be on query's device"):
+                with raises(ValueError, "must be on query's device"):
                     self.operate(PLAIN, inputs)
         kernel = self.kernel(PLAIN, "forward").function
         output, lse = torch.empty(example.output.shape), torch.empty(example.lse.shape)
-        with _raises((ValueError, RuntimeError, TypeError), ""):
+        with raises((ValueError, RuntimeError, TypeError), ""):
             kernel(*example.inputs, 1.0, output, lse)
 
     def gpu_no_synchronisation(self) -> None:
@@ -477,7 +477,7 @@ def _moved(tensor: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _raises(errors: Any, text: str) -> Iterator[None]:
+def raises(errors: Any, text: str) -> Iterator[None]:
     try:
         yield
     except errors as error:
