@@ -28,6 +28,8 @@ _UNROLL = 4
 def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     """Return the scheduled forward."""
     steps = _Steps(forward(plan), plan, config)
+    if not plan.merges:
+        steps.unroll("ahead")
     for prefix in steps.prefixes:
         steps.stage(prefix)
         steps.queries(f"{prefix}query", plan.problem.head_dim)
@@ -48,6 +50,8 @@ def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
 def schedule_backward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     """Return the scheduled backward."""
     steps = _Steps(backward(plan), plan, config)
+    if not plan.merges:
+        steps.unroll("ahead")
     problem = plan.problem
     for prefix in steps.prefixes:
         steps.stage(prefix)

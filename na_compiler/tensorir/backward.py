@@ -21,7 +21,17 @@ from tvm.tirx.script import builder as T
 from na_compiler.tensorir.arithmetic import LN2, LOG2_E, exp2
 from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
 from na_compiler.tensorir.frame import Additional, Frame, Place, Window
-from na_compiler.tensorir.steps import Bias, Buffer, Keys, products, stage_keys, stage_queries, to_lanes, weighted_rows
+from na_compiler.tensorir.steps import (
+    Bias,
+    Buffer,
+    Keys,
+    fetch_ahead,
+    products,
+    stage_keys,
+    stage_queries,
+    to_lanes,
+    weighted_rows,
+)
 from na_compiler.tensorir.tiling import AXES, TilingPlan
 
 __all__ = ["backward"]
@@ -158,6 +168,9 @@ class _Task:
         with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
             T.reads(*self.whole("query", "output", "grad_output", "lse", "grad_lse"), *map(f.whole, staged), *spaces)
             T.writes(*self.whole("grad_query"), *spaces)
+            names = (("query", f.head_dim), ("output", f.head_dim_v), ("grad_output", f.head_dim_v))
+            read = [(self.tensors[name], width) for name, width in names]
+            fetch_ahead(f, self.at, (member, *tile), read, [(self.tensors["grad_query"], f.head_dim)])
             gradient = local((*f.patches, *f.patch, f.staged_dim))
             self.differentiate(keys, staged, member, tile, _ALL, gradient)
             self.finish(gradient, member, tile)

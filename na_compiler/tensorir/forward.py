@@ -22,6 +22,7 @@ from na_compiler.tensorir.steps import (
     Bias,
     Buffer,
     Keys,
+    fetch_ahead,
     products,
     stage_keys,
     stage_queries,
@@ -117,6 +118,8 @@ class _Task:
         with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
             T.reads(*map(f.whole, (self.query, *staged)))
             T.writes(f.whole(self.output), f.whole(self.lse))
+            rows = (self.query, f.head_dim), (self.output, f.head_dim_v)
+            fetch_ahead(f, self.at, (member, *tile), [rows[0]], [rows[1]])
             sums = _Sums(f)
             self.attend(keys, staged, member, tile, _ALL, sums, None)
             self.finish(sums, member, tile)

@@ -32,7 +32,7 @@ class Frame:
         self.plan = plan
         self.problem = problem
         self.axes = tuple(AxisPlaces(axis) for axis in plan)
-        self.dtype = problem.dtype
+        self.dtype, self.element_bytes = problem.dtype, problem.element_bytes
         self.heads, self.heads_kv, self.group_size = problem.heads, problem.heads_kv, problem.group_size
         self.head_dim, self.head_dim_v = problem.head_dim, problem.head_dim_v
         self.staged_dim, self.staged_dim_v = plan.head_dim, plan.head_dim_v

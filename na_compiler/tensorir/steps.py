@@ -8,9 +8,11 @@ three axes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from na_compiler.tensorir.arithmetic import LOWEST
@@ -22,12 +24,17 @@ __all__ = [
     "Bias",
     "Buffer",
     "Keys",
+    "fetch_ahead",
     "products",
     "stage_keys",
     "stage_queries",
     "to_lanes",
     "weighted_rows",
 ]
+
+# What LLVM's prefetch is told: which cache, and that it is no code.
+_SECOND_LEVEL, _DATA = 2, 1
+_LINE_BYTES = 64
 
 Buffer = Any
 Keys = Window | Additional
@@ -51,6 +58,42 @@ def stage_queries(name: str, source: Buffer, at: Callable[..., Any], factor: Any
     if padded > width:
         with block(f"{name}_padding", (count, padded - width)) as (lane, d):
             T.buffer_store(rows, T.float32(0), [lane, width + d])
+
+
+def fetch_ahead(
+    f: Frame, at: Callable[..., Any], tile: Place, read: list[tuple[Buffer, int]], written: list[tuple[Buffer, int]]
+) -> None:
+    """Have the rows of the tile after this one brought near, while this one is computed.
+
+    They are few, and far apart: no prefetcher finds them. Keys and values lie in long rows, and need no help.
+
+    Parameters
+    ----------
+    at
+        ``at(member, tile)``, the ``index(lane, ...)`` of a tile.
+    tile
+        ``member, *tile`` of this one.
+    read, written
+        Tensors, and the widths of their rows.
+    """
+    extents = (f.group_size, *f.tiles)
+    number = 0
+    for place, extent in zip(tile, extents, strict=True):
+        number = number * extent + place
+    after = tirx.min(number + 1, math.prod(extents) - 1)
+    places: list[Any] = []
+    for extent in reversed(extents):
+        places.insert(0, after % extent)
+        after = after // extent
+    index = at(places[0], places[1:])
+    with block("ahead", (f.lanes,)) as (lane,):
+        T.reads()
+        T.writes()
+        for tensors, is_written in ((read, 0), (written, 1)):
+            for tensor, width in tensors:
+                for d in range(0, width, _LINE_BYTES // f.element_bytes):
+                    address = T.address_of(tensor[index(lane, d)])
+                    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, is_written, _SECOND_LEVEL, _DATA))
 
 
 def to_lanes(name: str, rows: Buffer) -> Buffer:
