@@ -10,6 +10,7 @@ from torch.export import Dim
 from torch.nn import functional
 
 from na_compiler import NeighborhoodAttention1D, NeighborhoodAttention2D, Problem
+from na_compiler.passes.load import load_whole_model
 from na_compiler.runtime.whole import load_whole
 from na_compiler.target import Target
 from na_compiler.whole import compile_whole
@@ -85,7 +86,7 @@ def test_attention_is_the_scheduled_function_and_linear_layers_are_ours(seed):
     assert text.count("R.call_tir") == 6
 
 
-@pytest.mark.parametrize("kind", ["program", "onnx_ir", "proto"])
+@pytest.mark.parametrize("kind", ["program", "onnx_ir", "proto", "external"])
 def test_masked_attention_becomes_neighborhood_attention_here_too(kind, tmp_path, seed):
     from na_compiler.passes.masks import axis_mask
 
@@ -106,7 +107,11 @@ def test_masked_attention_becomes_neighborhood_attention_here_too(kind, tmp_path
             exported = torch.export.export(model, (x,))
         else:
             program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-            exported = program.model if kind == "onnx_ir" else program.model_proto
+            exported = program.model_proto if kind == "proto" else program.model
+        if kind == "external":
+            program.save(tmp_path / "model.onnx", external_data=True)
+            assert (tmp_path / "model.onnx.data").is_file()
+            exported = load_whole_model(str(tmp_path / "model.onnx"))
         assert compile_whole(exported, tmp_path / "model.so") == {Problem((6, 10), 2, 16, (5, 3)): 1}
         torch.testing.assert_close(
             torch.from_dlpack(load_whole(tmp_path / "model.so")(x)), model(x), rtol=1e-4, atol=1e-5
@@ -120,6 +125,8 @@ def test_what_cannot_be_compiled_whole(tmp_path, seed):
     for target, told in (("cuda:sm_90a", "got target cuda:sm_90a"), ("llvm:aarch64", "got target llvm:aarch64")):
         with pytest.raises(ValueError, match=told):
             compile_whole(program, tmp_path / "model.so", target)
+    with pytest.raises(TypeError, match=r"model must be a torch\.export.* got NeighborhoodAttention1D"):
+        compile_whole(layer, tmp_path / "model.so")
     with pytest.raises(ValueError, match="has no neighborhood attention in it"):
         compile_whole(torch.export.export(nn.Linear(32, 3), (x,)), tmp_path / "model.so")
     dynamic = torch.export.export(layer, (x,), dynamic_shapes=({1: Dim("X", min=3, max=64)},))

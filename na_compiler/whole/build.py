@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
     Parameters
     ----------
     model
-        A ``torch.export.ExportedProgram``, an ``onnx_ir.Model`` or an ``onnx.ModelProto``. Its batch may be dynamic,
-        its layouts not. It is canonicalised first.
+        A ``torch.export.ExportedProgram``, an ``onnx_ir.Model``, or an ``onnx.ModelProto`` that holds its weights. Its
+        batch may be dynamic, its layouts not. It is canonicalised first, in place unless it is a proto.
     path
         The shared library to write, weights and all.
     target
@@ -38,6 +39,8 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
 
     Raises
     ------
+    TypeError
+        For another kind of model.
     ValueError
         For another target, or a model with a dynamic layout or without neighborhood attention.
     RuntimeError
@@ -49,6 +52,7 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
     >>> from na_compiler.runtime.whole import load_whole  # doctest: +SKIP
     >>> output = load_whole("model.so")(image)  # doctest: +SKIP
     """
+    importer = _importer(model)
     parsed = Target.parse(target)
     if not isinstance(parsed, CpuTarget) or not parsed.is_native:
         raise ValueError(f"whole models are compiled for this machine's architecture, got target {parsed}")
@@ -57,14 +61,12 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
     import tvm  # noqa: PLC0415
 
     from na_compiler.whole.attention import Attention  # noqa: PLC0415
-    from na_compiler.whole.frontend import from_onnx, from_program  # noqa: PLC0415
     from na_compiler.whole.linear import schedule_linear  # noqa: PLC0415
     from na_compiler.whole.rest import legalize, schedule_rest  # noqa: PLC0415
 
     started = time.perf_counter()
     attention = Attention(parsed)
-    is_program = type(model).__module__.partition(".")[0] == "torch"
-    module = (from_program if is_program else from_onnx)(model, attention)
+    module = importer(model, attention)
     if not attention.problems:
         raise ValueError("the model has no neighborhood attention in it")
     module, linear = schedule_linear(module, parsed)
@@ -76,6 +78,25 @@ def compile_whole(model: Any, path: str | os.PathLike[str], target: str | Target
     count = sum(attention.problems.values())
     _LOG.info("compiled %s in %.1f s: %d attentions, %d linear layers", path, seconds, count, linear)
     return attention.problems
+
+
+def _importer(model: Any) -> Callable[[Any, Any], Any]:
+    from na_compiler.whole import frontend  # noqa: PLC0415
+
+    # By name: neither torch nor onnx need be installed for the other's models.
+    importers = {
+        ("torch", "ExportedProgram"): frontend.from_program,
+        ("onnx_ir", "Model"): frontend.from_onnx,
+        ("onnx", "ModelProto"): frontend.from_onnx,
+    }
+    kind = type(model)
+    found = importers.get((kind.__module__.partition(".")[0], kind.__name__))
+    if found is None:
+        raise TypeError(
+            "model must be a torch.export.ExportedProgram, an onnx_ir.Model or an onnx.ModelProto, "
+            f"got {kind.__name__}; na_compiler.passes.load reads files"
+        )
+    return found
 
 
 def _export(executable: Any, path: Path) -> None:

@@ -38,6 +38,8 @@ def from_onnx(model: Any, attention: Attention) -> Any:
     from tvm.relax.frontend import onnx as frontend  # noqa: PLC0415
 
     loaded = model if isinstance(model, ir.Model) else ir.from_proto(model)
+    # A proto says only the name of a file of weights, not where it is.
+    ir.external_data.load_to_model(loaded)
     canonicalise(loaded)
     with _converters(attention):
         return frontend.from_onnx(ir.to_proto(loaded), keep_params_in_input=False)
