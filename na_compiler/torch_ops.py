@@ -40,6 +40,11 @@ _BACKWARD = (
     f"{_PARAMETERS}, {_ADDITIONAL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
+if hasattr(torch.ops.na_compiler, "na1d"):
+    raise ImportError(
+        "libna_compiler_torch.so has defined na_compiler's operators in this process: import torch and na_compiler "
+        "before it is loaded, or do not load it, since Python does not need it"
+    )
 _library = torch.library.Library("na_compiler", "DEF")
 
 
@@ -307,9 +312,4 @@ def _register(rank: int) -> Any:
     return operators[0]
 
 
-if hasattr(torch.ops.na_compiler, "na1d"):
-    raise ImportError(
-        "libna_compiler_torch.so has defined na_compiler's operators in this process: import na_compiler before the "
-        "library is loaded, or do not load it, since Python does not need it"
-    )
 OPERATORS = {rank: _register(rank) for rank in (1, 2, 3)}

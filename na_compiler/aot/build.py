@@ -45,14 +45,15 @@ def build_library(folder: str | Path | None = None) -> Path:
 
     Notes
     -----
-    A Python process does not need it. The operators of one that imported ``na_compiler`` before stay the package's; to
-    import it after loading the library is an `ImportError`.
+    A Python process does not need it. Where ``na_compiler`` has registered its operators, as it does when it is
+    imported after torch, they stay the package's, and the library loads no bundles. Where the library has, the package
+    refuses to be imported.
     """
-    return operator_library(header_folder() / "torch_library.cc").build(None if folder is None else Path(folder))
+    return operator_library().build(None if folder is None else Path(folder))
 
 
-def operator_library(source: Path) -> HostLibrary:
-    """Return how the library is built from its C++ source, or from another that includes it.
+def operator_library() -> HostLibrary:
+    """Return what the library is built from, and how.
 
     Raises
     ------
@@ -64,7 +65,7 @@ def operator_library(source: Path) -> HostLibrary:
     return HostLibrary(
         LIBRARY,
         "the library of torch operators",
-        (source, launcher),
+        (header_folder() / "torch_library.cc", launcher),
         (*_OPTIONS, f"-I{torch / 'include'}", *native.flags()),
         (f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"),
         (*native.sources(header_folder()), launcher),

@@ -268,9 +268,9 @@ std::tuple<Tensor, Tensor> guarded(const Tensor query, const Tensor key, const T
 namespace na {
 namespace {
 
-// Whether the operators are this library's: in a process that imported the Python package they are the package's, which
-// finds the same bundles, and nothing is registered here. An exception in a static initializer would end the process.
-bool defined = false;
+// Why the operators are not this library's; empty where they are. In a process in which the Python package has
+// registered its own, nothing is registered here: an exception in a static initializer would end the process.
+std::string not_defined = "their definition did not run";
 
 }  // namespace
 }  // namespace na
@@ -281,21 +281,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(na_compiler, library) {
     library.def("na1d" NA_SCHEMA);
     library.def("na2d" NA_SCHEMA);
     library.def("na3d" NA_SCHEMA);
-    na::defined = true;
-  } catch (const std::exception&) {
-    std::fprintf(stderr, "na_compiler: the operators are the Python package's in this process, not the library's\n");
+    na::not_defined.clear();
+  } catch (const std::exception& error) {
+    na::not_defined = error.what();
+    std::fprintf(stderr, "na_compiler: this process has the operators already, and keeps those\n");
   }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(na_compiler, CPU, library) {
-  if (!na::defined) return;
+  if (!na::not_defined.empty()) return;
   library.impl("na1d", TORCH_BOX(&na::guarded<1>));
   library.impl("na2d", TORCH_BOX(&na::guarded<2>));
   library.impl("na3d", TORCH_BOX(&na::guarded<3>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(na_compiler, CUDA, library) {
-  if (!na::defined) return;
+  if (!na::not_defined.empty()) return;
   library.impl("na1d", TORCH_BOX(&na::guarded<1>));
   library.impl("na2d", TORCH_BOX(&na::guarded<2>));
   library.impl("na3d", TORCH_BOX(&na::guarded<3>));
@@ -305,6 +306,10 @@ STABLE_TORCH_LIBRARY_IMPL(na_compiler, CUDA, library) {
 
 extern "C" NA_EXPORT int na_compiler_load_bundle(const char* folder) {
   try {
+    if (!na::not_defined.empty()) {
+      throw na::Error("the operators of this process are not this library's, which would not use the bundle: " +
+                      na::not_defined);
+    }
     na::bundles().add(folder);
     return 0;
   } catch (const std::exception& error) {

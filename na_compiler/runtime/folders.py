@@ -37,9 +37,9 @@ def runtime_library() -> Path:
 
 
 def _runtime_folders() -> list[Path]:
-    named = os.environ.get("NA_COMPILER_TVM_LIB")
+    named = [folder for folder in os.environ.get("NA_COMPILER_TVM_LIB", "").split(os.pathsep) if folder]
     if named:
-        return [Path(folder) for folder in named.split(os.pathsep) if folder]
+        return list(map(Path, named))
     # Found, not imported: importing tvm loads the compiler, which takes seconds.
     spec = importlib.util.find_spec("tvm")
     if spec is not None and spec.origin is not None:
