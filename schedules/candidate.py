@@ -10,14 +10,14 @@ __all__ = ["Candidate"]
 
 
 class Candidate(ABC):
-    """A config, and what it would do for one batch entry.
+    """A config, and what it would do; its text says so in words.
 
     Attributes
     ----------
     config
         The choices.
     cycles
-        Estimated time; only the order of these means something.
+        Estimated time; only their order means something, and only within one planner.
     waste
         Scores computed for each one that is needed.
     """
@@ -25,6 +25,10 @@ class Candidate(ABC):
     config: Config
     cycles: float
     waste: float
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Return what it would do, in words."""
 
     @abstractmethod
     def columns(self) -> dict[str, str]:

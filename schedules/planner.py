@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from na_compiler.problem import Problem
-from na_compiler.schedules import candidate
+from na_compiler.schedules.candidate import Candidate as Base
 from na_compiler.schedules.config import QueriesInLanes
 from na_compiler.tensorir.tiling import AXES, Extents, Tiling, TilingPlan, round_up
 
@@ -70,19 +70,19 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Candidate(candidate.Candidate):
-    """A config, and what it would do for one head of one batch entry.
+class Candidate(Base):
+    """A config, and what it would do.
 
     Parameters
     ----------
     config
         The choices.
     cycles
-        Estimated time.
+        Estimated time of one head of one batch entry.
     waste
         Scores computed for each one that is needed.
     tasks
-        What threads take one after another.
+        Iterations of the parallel loop for one batch entry.
     """
 
     config: QueriesInLanes

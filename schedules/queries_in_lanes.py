@@ -23,13 +23,13 @@ __all__ = ["schedule_backward", "schedule_forward"]
 
 _CHAINS = 4  # Independent partial results of a reduction: enough to cover the latency of an addition.
 _UNROLL = 4
+_SHORT_ROW = 64
 
 
 def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     """Return the scheduled forward."""
     steps = _Steps(forward(plan), plan, config)
-    if not plan.merges:
-        steps.unroll("ahead")
+    steps.ahead()
     for prefix in steps.prefixes:
         steps.stage(prefix)
         steps.queries(f"{prefix}query", plan.problem.head_dim)
@@ -50,9 +50,8 @@ def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
 def schedule_backward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     """Return the scheduled backward."""
     steps = _Steps(backward(plan), plan, config)
-    if not plan.merges:
-        steps.unroll("ahead")
     problem = plan.problem
+    steps.ahead()
     for prefix in steps.prefixes:
         steps.stage(prefix)
         steps.queries(f"{prefix}query", problem.head_dim)
@@ -109,6 +108,12 @@ class _Steps:
         """Unroll the innermost loop of blocks that gather or scatter, lane by lane."""
         for name in names:
             self.schedule.unroll(self.loops(name, 1)[0])
+
+    def ahead(self) -> None:
+        """Unroll what is fetched ahead where rows are short: long ones are many lines of code, slow to compile."""
+        plan = self.plan
+        if plan.fetches_ahead and max(plan.head_dim, plan.head_dim_v) <= _SHORT_ROW:
+            self.unroll("ahead")
 
     def stage(self, prefix: str) -> None:
         """Copy rows of keys and values by vectors."""

@@ -4,6 +4,8 @@ Cut trivially (a query a tile, a tile a task) they say what neighborhood attenti
 the same.
 """
 
+import itertools
+
 import pytest
 import torch
 from oracle import check_backward, check_forward, draw, poisoned
@@ -28,6 +30,16 @@ PROBLEMS = [
     Problem((9, 11), 4, 8, (3, 5), (1, 2), (2, 1), (False, True), 2, 6, additional_kv=True),
     Problem((5, 6, 7), 2, 4, (3, 2, 5), (2, 1, 3), (1, 2, 1), (True, False, False)),
 ]
+
+
+@pytest.mark.parametrize("extents", [(1, 1, 1, 1), (2, 3, 1, 4), (3, 1, 5, 2)])
+def test_the_place_after_one_is_the_next_that_loops_visit(extents):
+    pytest.importorskip("tvm")
+    from na_compiler.tensorir.steps import following
+
+    places = list(itertools.product(*map(range, extents)))
+    for place, after in zip(places, [*places[1:], places[-1]], strict=True):
+        assert tuple(following(place, extents)) == after
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

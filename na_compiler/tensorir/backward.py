@@ -168,9 +168,10 @@ class _Task:
         with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
             T.reads(*self.whole("query", "output", "grad_output", "lse", "grad_lse"), *map(f.whole, staged), *spaces)
             T.writes(*self.whole("grad_query"), *spaces)
-            names = (("query", f.head_dim), ("output", f.head_dim_v), ("grad_output", f.head_dim_v))
-            read = [(self.tensors[name], width) for name, width in names]
-            fetch_ahead(f, self.at, (member, *tile), read, [(self.tensors["grad_query"], f.head_dim)])
+            if f.plan.fetches_ahead:
+                names = (("query", f.head_dim), ("output", f.head_dim_v), ("grad_output", f.head_dim_v))
+                read = [(self.tensors[name], width) for name, width in names]
+                fetch_ahead(f, self.at, (member, *tile), read, [(self.tensors["grad_query"], f.head_dim)])
             gradient = local((*f.patches, *f.patch, f.staged_dim))
             self.differentiate(keys, staged, member, tile, _ALL, gradient)
             self.finish(gradient, member, tile)

@@ -118,8 +118,9 @@ class _Task:
         with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
             T.reads(*map(f.whole, (self.query, *staged)))
             T.writes(f.whole(self.output), f.whole(self.lse))
-            rows = (self.query, f.head_dim), (self.output, f.head_dim_v)
-            fetch_ahead(f, self.at, (member, *tile), [rows[0]], [rows[1]])
+            if f.plan.fetches_ahead:
+                rows = [(self.query, f.head_dim)], [(self.output, f.head_dim_v)]
+                fetch_ahead(f, self.at, (member, *tile), *rows)
             sums = _Sums(f)
             self.attend(keys, staged, member, tile, _ALL, sums, None)
             self.finish(sums, member, tile)

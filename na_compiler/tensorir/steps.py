@@ -25,6 +25,7 @@ __all__ = [
     "Buffer",
     "Keys",
     "fetch_ahead",
+    "following",
     "products",
     "stage_keys",
     "stage_queries",
@@ -60,12 +61,26 @@ def stage_queries(name: str, source: Buffer, at: Callable[..., Any], factor: Any
             T.buffer_store(rows, T.float32(0), [lane, width + d])
 
 
+def following(place: Place, extents: tuple[int, ...], minimum: Callable[[Any, Any], Any] = min) -> list[Any]:
+    """Return the place that loops of some extents visit after one; the last one after itself."""
+    number = 0
+    for index, extent in zip(place, extents, strict=True):
+        number = number * extent + index
+    number = minimum(number + 1, math.prod(extents) - 1)
+    after: list[Any] = []
+    for extent in reversed(extents):
+        after.insert(0, number % extent)
+        number = number // extent
+    return after
+
+
 def fetch_ahead(
     f: Frame, at: Callable[..., Any], tile: Place, read: list[tuple[Buffer, int]], written: list[tuple[Buffer, int]]
 ) -> None:
     """Have the rows of the tile after this one brought near, while this one is computed.
 
-    They are few, and far apart: no prefetcher finds them. Keys and values lie in long rows, and need no help.
+    They are few, and far apart: no prefetcher finds them. Keys and values lie in long rows, and need no help. Places
+    beyond the layout are asked for as well, at its end: to prefetch what does not exist does nothing.
 
     Parameters
     ----------
@@ -76,16 +91,8 @@ def fetch_ahead(
     read, written
         Tensors, and the widths of their rows.
     """
-    extents = (f.group_size, *f.tiles)
-    number = 0
-    for place, extent in zip(tile, extents, strict=True):
-        number = number * extent + place
-    after = tirx.min(number + 1, math.prod(extents) - 1)
-    places: list[Any] = []
-    for extent in reversed(extents):
-        places.insert(0, after % extent)
-        after = after // extent
-    index = at(places[0], places[1:])
+    member, *place = following(tile, (f.group_size, *f.tiles), minimum=tirx.min)
+    index = at(member, place)
     with block("ahead", (f.lanes,)) as (lane,):
         T.reads()
         T.writes()

@@ -233,6 +233,11 @@ class TilingPlan:
         return self.is_chunked or self.problem.additional_kv
 
     @property
+    def fetches_ahead(self) -> bool:
+        """Whether a task has further tiles, each finished at once, whose rows can be fetched before their turn."""
+        return not self.merges and self.problem.group_size * self.size("tiles") > 1
+
+    @property
     def head_dim(self) -> int:
         """head_dim in the staged copies."""
         return round_up(self.problem.head_dim, self.tiling.vector)

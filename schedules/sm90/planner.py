@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from na_compiler.problem import Problem
-from na_compiler.schedules import candidate
+from na_compiler.schedules.candidate import Candidate as Base
 from na_compiler.schedules.config import Config
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, pieces_of
@@ -50,7 +50,7 @@ _REGISTERS_KEPT = {2: (128, 236, 216), 3: (64, 152, 144)}
 
 
 @dataclass(frozen=True)
-class Candidate(candidate.Candidate):
+class Candidate(Base):
     """A config, and what it would do for one batch entry.
 
     Parameters
