@@ -47,6 +47,8 @@ _SHORT = 8
 # to a length and for longer ones.
 _REGISTERS = {2: 240, 3: 152}
 _REGISTERS_KEPT = {2: (128, 236, 216), 3: (64, 152, 144)}
+# How many fewer with queries longer than this, by warpgroups.
+_LONG_QUERY, _FEWER = 128, {2: 0, 3: 12}
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,7 @@ def _may_persist(problem: Problem, config: Sm90) -> bool:
     """Whether the registers suffice for a persistent block."""
     width, most, most_of_longer = _REGISTERS_KEPT[config.warpgroups]
     limit = most if problem.head_dim_v <= width else most_of_longer
+    limit -= _FEWER[config.warpgroups] if problem.head_dim > _LONG_QUERY else 0
     return config.plan(problem).needed_registers <= limit
 
 
