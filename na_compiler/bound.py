@@ -7,9 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
+from na_compiler.ops.kernels import on_cuda, reading
+from na_compiler.ops.operators import OPERATORS
 from na_compiler.runtime.kernel import ForwardKernel
-from na_compiler.torch_kernels import on_cuda, reading
-from na_compiler.torch_ops import OPERATORS
 
 __all__: list[str] = []
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from na_compiler.ops.operators import call, refuse_unless_dense
 from na_compiler.problem import flags_per_axis, ints_per_axis
-from na_compiler.torch_ops import call, refuse_unless_dense
 
 __all__ = ["na1d", "na2d", "na3d"]
 

@@ -1,1 +1,1 @@
-"""How a description is run: one file a target family, and the planner that chooses among their configs."""
+"""How neighborhood attention is computed: a folder a family of kernels, and what chooses among them."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from na_compiler.problem import Problem
-from na_compiler.schedules import planner, simt_planner
-from na_compiler.schedules.candidate import Candidate
-from na_compiler.schedules.config import Config
+from na_compiler.schedules.cpu import planner
+from na_compiler.schedules.shared.candidate import Candidate
+from na_compiler.schedules.shared.config import Config
+from na_compiler.schedules.simt import planner as simt_planner
 from na_compiler.schedules.sm90 import planner as sm90_planner
 from na_compiler.target import CpuTarget, CudaTarget, Target
 

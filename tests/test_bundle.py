@@ -55,7 +55,7 @@ def test_holds_what_was_put_in(folder, seed):
 
 
 def test_the_functions_use_it_before_the_cache(folder, monkeypatch, seed):
-    monkeypatch.setattr(na_compiler.torch_kernels, "_kernels", {})
+    monkeypatch.setattr(na_compiler.ops.kernels, "_kernels", {})
     bundle = load_bundle(folder)
     query = torch.randn(1, 5, 6, 2, 8)
     na_compiler.na2d(query, query, query, 3)

@@ -10,7 +10,7 @@ from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime.bundle import read_bundle
 from na_compiler.schedules.choose import candidates, choose
-from na_compiler.schedules.config import Simt
+from na_compiler.schedules.simt.config import Simt
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.target import Target
 

@@ -152,7 +152,7 @@ def test_aotinductor_in_python_and_without(case, tmp_path, monkeypatch, cpp_prog
     assert Counter(info.problem for info in na_compiler.load_bundle(tmp_path / "kernels")) == Counter(
         set(case.problems)
     )
-    monkeypatch.setattr(na_compiler.torch_kernels, "_kernels", {})
+    monkeypatch.setattr(na_compiler.ops.kernels, "_kernels", {})
     with na_compiler.compiling(False):
         case.check(torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))(*case.inputs))
     command = [cpp_program, tmp_path / "model.pt2", tmp_path / "kernels", tmp_path / "output.bin"]

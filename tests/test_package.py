@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 USE = """
 import numpy as np
 import na_compiler
-from na_compiler.schedules import planner
+from na_compiler.schedules.cpu import planner
 assert "site-packages" in planner.__file__
 kernel = na_compiler.compile(na_compiler.Problem((5, 6), 1, 8, 3))
 query = np.ones((1, 5, 6, 1, 8), np.float32)

@@ -16,7 +16,7 @@ from na_compiler.passes.canonicalise_torch import Canonicalise
 from na_compiler.passes.masks import axis_mask
 from na_compiler.passes.views import copies
 
-OURS = list(na_compiler.torch_ops.OPERATORS.values())
+OURS = list(na_compiler.ops.operators.OPERATORS.values())
 
 
 def close(result, expected):

@@ -1,4 +1,4 @@
-"""`na_compiler.schedules.simt`: its CUDA in the emulator, forward and backward, against the reference."""
+"""`na_compiler.schedules.simt.schedule`: its CUDA in the emulator, forward and backward, against the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from oracle import check_backward, check_forward, draw, poisoned
 from na_compiler.compiler import build
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
-from na_compiler.schedules import simt_planner
+from na_compiler.schedules.simt import planner as simt_planner
 from na_compiler.target import Target
 
 TARGET = Target.parse("cuda:sm_80")

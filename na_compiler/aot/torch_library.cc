@@ -1,5 +1,5 @@
 // torch.ops.na_compiler.na1d, na2d and na3d on torch's stable ABI: for programs without Python, such as one that runs a
-// package of AOTInductor. The schemas are those of na_compiler/torch_ops.py; kernels come from bundles.
+// package of AOTInductor. The schemas are those of na_compiler/ops/operators.py; kernels come from bundles.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

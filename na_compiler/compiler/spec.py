@@ -14,7 +14,7 @@ from na_compiler import schedules
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import ABI, DIRECTIONS, KernelInfo
 from na_compiler.schedules.choose import choose
-from na_compiler.schedules.config import Config
+from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
 
 __all__ = ["KernelSpec"]
@@ -99,14 +99,14 @@ class KernelSpec:
 def source_fingerprint() -> str:
     """Return a hash of the sources that decide what code is generated."""
     package = Path(__file__).parent.parent
-    folders = [package / "tensorir", Path(schedules.__file__).parent]
-    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
-    compiler = package / "compiler"
-    files += [package / "window.py", package / "target.py"]
-    files += [compiler / name for name in ("build.py", "cuda_worker.py", "pipeline.py")]
+    families = Path(schedules.__file__).parent
+    named = ("window.py", "target.py", "compiler/build.py", "compiler/cuda_worker.py", "compiler/pipeline.py")
+    files = [(path.relative_to(families), path) for path in sorted(families.rglob("*.py"))]
+    files += [(path.relative_to(package), path) for path in sorted((package / "tensorir").glob("*.py"))]
+    files += [(Path(name), package / name) for name in named]
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, path in files:
+        digest.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ import torch
 from na_compiler.onnx.bodies import BODIES, add_bodies
 from na_compiler.onnx.nodes import attention_nodes, node_signature
 from na_compiler.onnx.signature import DOMAIN, OPERATORS, VERSION
-from na_compiler.torch_ops import OPERATORS as TORCH_OPERATORS
+from na_compiler.ops.operators import OPERATORS as TORCH_OPERATORS
 
 __all__ = ["export", "translation_table"]
 

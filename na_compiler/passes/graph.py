@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from na_compiler.torch_ops import OPERATORS
+from na_compiler.ops.operators import OPERATORS
 
 __all__ = [
     "Attention",

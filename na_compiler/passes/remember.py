@@ -69,6 +69,7 @@ def _write(path: Path, text: str) -> None:
 def _fingerprint() -> str:
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in [*sorted(package.glob("*.py")), package.parent / "problem.py", package.parent / "torch_ops.py"]:
-        digest.update(path.name.encode() + path.read_bytes())
+    operators = sorted((package.parent / "ops").glob("*.py"))
+    for path in [*sorted(package.glob("*.py")), *operators, package.parent / "problem.py"]:
+        digest.update(path.relative_to(package.parent).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

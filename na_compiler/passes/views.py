@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from na_compiler.ops.operators import OPERATORS
 from na_compiler.passes.graph import attentions, refresh, tensor_of
-from na_compiler.torch_ops import OPERATORS
 
 __all__ = ["copies", "drop_copies"]
 

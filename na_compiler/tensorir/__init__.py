@@ -1,1 +1,1 @@
-"""What neighborhood attention is, in TensorIR."""
+"""What the families of kernels share, in TensorIR: arithmetic, blocks, axes."""

@@ -9,7 +9,7 @@ import numpy as np
 from tvm import IRModule, relax, runtime, tirx
 from tvm.relax.dpl import is_const, is_op, rewrite_call, wildcard
 
-from na_compiler.schedules.dense import dense, pack
+from na_compiler.schedules.cpu.dense import dense, pack
 from na_compiler.target import CpuTarget
 
 __all__ = ["schedule_linear"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.config import Config
+from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.sm90.plan import Plan
 from na_compiler.workspace import Workspace
 

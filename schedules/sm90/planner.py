@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.candidate import Candidate as Base
-from na_compiler.schedules.config import Config
+from na_compiler.schedules.shared.candidate import Candidate as Base
+from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, pieces_of
 from na_compiler.target import CudaTarget

@@ -91,7 +91,7 @@ class Checks:
         self.failed = 0
         os.environ["NA_COMPILER_BUNDLE"] = str(folder / "bundle")
         torch.ops.load_library(folder / "libna_compiler_torch.so")
-        assert "na_compiler.torch_ops" not in sys.modules, "the operators are the package's"
+        assert "na_compiler.ops.operators" not in sys.modules, "the operators are the package's"
         torch.manual_seed(time.time_ns() % 2**31)
 
     def run(self) -> int:

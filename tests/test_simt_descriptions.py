@@ -1,4 +1,4 @@
-"""The direct descriptions, which `na_compiler.schedules.simt` schedules: compiled for the CPU as they are, and right.
+"""The descriptions of `na_compiler.schedules.simt`, compiled for the CPU as they are, without a schedule, and right.
 
 What the schedule makes of them is checked in the emulator by ``tests/test_simt.py``, and on a GPU by
 ``tests/gpu/check.py``.
@@ -10,7 +10,7 @@ from oracle import check_backward, check_forward, draw, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
-from na_compiler.tensorir.direct_plan import DirectPlan
+from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.window import query_bounds, window_bounds
 
 PROBLEMS = [
@@ -30,8 +30,8 @@ def plans(problem):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_direct_descriptions_are_right_as_they_are(problem, cut, seed):
     tvm = pytest.importorskip("tvm")
-    from na_compiler.tensorir.direct_backward import direct_backward
-    from na_compiler.tensorir.direct_forward import direct_forward
+    from na_compiler.schedules.simt.backward import direct_backward
+    from na_compiler.schedules.simt.forward import direct_forward
 
     plan = list(plans(problem))[cut]
     example = draw(problem, batch=2)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from na_compiler.problem import Problem
-from na_compiler.tensorir.tiling import AXES, Extents, round_up
+from na_compiler.tensorir.axes import AXES, Extents, round_up
 from na_compiler.window import group_length, query_bounds
 
 __all__ = ["DirectAxis", "DirectPlan"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from na_compiler.torch_ops import batched, differentiate, differentiate_twice, refuse_tangents, save_for_backward
+from na_compiler.ops.operators import batched, differentiate, differentiate_twice, refuse_tangents, save_for_backward
 
 __all__ = ["Attention"]
 

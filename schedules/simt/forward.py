@@ -1,6 +1,6 @@
 """The forward, directly: a query at a time, over exactly the keys of its window.
 
-The same function as `na_compiler.tensorir.forward`, with the same parameters. The softmax is merged from chunk to
+The same function as `na_compiler.schedules.cpu.forward`, with the same parameters. The softmax is merged from chunk to
 chunk: sums are kept relative to the highest score so far. Scores are in units of ``log2(e)``.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from na_compiler.schedules.simt.frame import AdditionalChunks, Buffer, Chunks, DirectFrame, KeyChunks, registers, scalar
+from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST
 from na_compiler.tensorir.blocks import block, prim_func, reduction
-from na_compiler.tensorir.direct import AdditionalChunks, Buffer, Chunks, DirectFrame, KeyChunks, registers, scalar
-from na_compiler.tensorir.direct_plan import DirectPlan
 
 __all__ = ["direct_forward"]
 

@@ -1,8 +1,8 @@
 """The backward, directly: query by query for the gradient of queries, key by key for those of keys and values.
 
-The same function as `na_compiler.tensorir.backward`, with the same parameters but for the workspace. A key collects
-from the queries that see it, which are consecutive on every axis; no two tasks add to one place, so there are no
-atomics, and the bits are the same every time. The price is that scores are computed twice.
+The same function as `na_compiler.schedules.cpu.backward`, with the same parameters but for the workspace. A key
+collects from the queries that see it, which are consecutive on every axis; no two tasks add to one place, so there
+are no atomics, and the bits are the same every time. The price is that scores are computed twice.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from na_compiler.tensorir.arithmetic import LOG2_E
-from na_compiler.tensorir.blocks import block, prim_func, reduction
-from na_compiler.tensorir.direct import (
+from na_compiler.schedules.simt.frame import (
     AdditionalChunks,
     At,
     Buffer,
@@ -27,7 +25,9 @@ from na_compiler.tensorir.direct import (
     registers,
     scalar,
 )
-from na_compiler.tensorir.direct_plan import DirectPlan
+from na_compiler.schedules.simt.plan import DirectPlan
+from na_compiler.tensorir.arithmetic import LOG2_E
+from na_compiler.tensorir.blocks import block, prim_func, reduction
 
 __all__ = ["direct_backward"]
 

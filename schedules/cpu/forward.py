@@ -15,10 +15,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST, exp2, log2
-from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
-from na_compiler.tensorir.frame import Additional, Frame, Place, Window
-from na_compiler.tensorir.steps import (
+from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
+from na_compiler.schedules.cpu.steps import (
     Bias,
     Buffer,
     Keys,
@@ -29,7 +27,9 @@ from na_compiler.tensorir.steps import (
     to_lanes,
     weighted_rows,
 )
-from na_compiler.tensorir.tiling import TilingPlan
+from na_compiler.schedules.cpu.tiling import TilingPlan
+from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST, exp2, log2
+from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
 
 __all__ = ["forward"]
 

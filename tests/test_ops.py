@@ -1,4 +1,4 @@
-"""`na_compiler.torch_ops`: what torch has to know of the operators, asked the way that torch asks."""
+"""`na_compiler.ops.operators`: what torch has to know of the operators, asked the way that torch asks."""
 
 import io
 import subprocess
@@ -10,7 +10,7 @@ from oracle import check_backward, check_forward, draw
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-import na_compiler.torch_ops
+import na_compiler.ops.operators
 from na_compiler import na1d, na2d, na3d
 from na_compiler.problem import Problem
 from na_compiler.reference import neighborhood_attention

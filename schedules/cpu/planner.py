@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.candidate import Candidate as Base
-from na_compiler.schedules.config import QueriesInLanes
-from na_compiler.tensorir.tiling import AXES, Extents, Tiling, TilingPlan, round_up
+from na_compiler.schedules.cpu.config import QueriesInLanes
+from na_compiler.schedules.cpu.tiling import Tiling, TilingPlan
+from na_compiler.schedules.shared.candidate import Candidate as Base
+from na_compiler.tensorir.axes import AXES, Extents, round_up
 
 __all__ = ["Candidate", "Machine", "candidates", "choose"]
 

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.candidate import Candidate
-from na_compiler.schedules.config import Simt
+from na_compiler.schedules.shared.candidate import Candidate
+from na_compiler.schedules.simt.config import Simt
+from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.target import CudaTarget
-from na_compiler.tensorir.direct_plan import DirectPlan
-from na_compiler.tensorir.tiling import AXES, Extents, round_up
+from na_compiler.tensorir.axes import AXES, Extents, round_up
 
 __all__ = ["candidates", "choose"]
 

@@ -1,4 +1,4 @@
-"""`na_compiler.tensorir`: the descriptions, compiled as they are, without a schedule: slow and right.
+"""The descriptions of `na_compiler.schedules.cpu`, compiled as they are, without a schedule: slow and right.
 
 Cut trivially (a query a tile, a tile a task) they say what neighborhood attention is; cut otherwise they must say
 the same.
@@ -13,9 +13,9 @@ from oracle import check_backward, check_forward, draw, poisoned
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import make_kernel
-from na_compiler.schedules.config import QueriesInLanes
+from na_compiler.schedules.cpu.config import QueriesInLanes
+from na_compiler.schedules.cpu.tiling import Tiling, TilingPlan
 from na_compiler.target import Target
-from na_compiler.tensorir.tiling import Tiling, TilingPlan
 
 WHOLE = Tiling()
 TILED = Tiling(
@@ -35,7 +35,7 @@ PROBLEMS = [
 @pytest.mark.parametrize("extents", [(1, 1, 1, 1), (2, 3, 1, 4), (3, 1, 5, 2)])
 def test_the_place_after_one_is_the_next_that_loops_visit(extents):
     pytest.importorskip("tvm")
-    from na_compiler.tensorir.steps import following
+    from na_compiler.schedules.cpu.steps import following
 
     places = list(itertools.product(*map(range, extents)))
     for place, after in zip(places, [*places[1:], places[-1]], strict=True):
@@ -47,8 +47,8 @@ def test_the_place_after_one_is_the_next_that_loops_visit(extents):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_description_is_right_as_it_is(problem, tiling, direction, seed):
     tvm = pytest.importorskip("tvm")
-    from na_compiler.tensorir.backward import backward
-    from na_compiler.tensorir.forward import forward
+    from na_compiler.schedules.cpu.backward import backward
+    from na_compiler.schedules.cpu.forward import forward
 
     plan = TilingPlan.make(problem, tiling)
     description = (forward if direction == "forward" else backward)(plan)

@@ -15,10 +15,10 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
 from na_compiler.tensorir.arithmetic import LOWEST
+from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import block, local, reduction
-from na_compiler.tensorir.frame import Additional, Frame, Place, Window
-from na_compiler.tensorir.tiling import AXES
 
 __all__ = [
     "Bias",

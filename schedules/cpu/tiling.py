@@ -26,17 +26,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from na_compiler.problem import Problem
+from na_compiler.tensorir.axes import AXES, Extents, round_up
 from na_compiler.window import group_length, window_end, window_start
 
-__all__ = ["AXES", "AxisTiling", "Extents", "Tiling", "TilingPlan", "round_up"]
-
-AXES = 3
-Extents = tuple[int, int, int]
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Return the smallest multiple of ``multiple`` that is at least ``value``."""
-    return -(-value // multiple) * multiple
+__all__ = ["AxisTiling", "Tiling", "TilingPlan"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`na_compiler.torch_kernels`: tensors are read where they are, and copied where a kernel cannot read them."""
+"""`na_compiler.ops.kernels`: tensors are read where they are, and copied where a kernel cannot read them."""
 
 import dataclasses
 import functools
@@ -92,8 +92,8 @@ def particular_kernels(monkeypatch):
         return make_kernel(dataclasses.replace(kernel.info, alignment=16, adjacent_heads=True), kernel.function)
 
     monkeypatch.setattr(kernels, "find_kernel", found)
-    monkeypatch.setattr(na_compiler.torch_kernels, "_kernels", {})
-    monkeypatch.setattr(na_compiler.torch_kernels, "_said", set())
+    monkeypatch.setattr(na_compiler.ops.kernels, "_kernels", {})
+    monkeypatch.setattr(na_compiler.ops.kernels, "_said", set())
 
 
 def misaligned(tensor):

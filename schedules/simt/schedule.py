@@ -11,10 +11,10 @@ from typing import Any
 
 from tvm import s_tir, tirx
 
-from na_compiler.schedules.config import Simt
-from na_compiler.tensorir.direct_backward import direct_backward
-from na_compiler.tensorir.direct_forward import direct_forward
-from na_compiler.tensorir.direct_plan import DirectPlan
+from na_compiler.schedules.simt.backward import direct_backward
+from na_compiler.schedules.simt.config import Simt
+from na_compiler.schedules.simt.forward import direct_forward
+from na_compiler.schedules.simt.plan import DirectPlan
 
 __all__ = ["schedule_backward", "schedule_forward"]
 

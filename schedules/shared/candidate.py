@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from na_compiler.schedules.config import Config
+from na_compiler.schedules.shared.config import Config
 
 __all__ = ["Candidate"]
 

@@ -14,9 +14,9 @@ from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from na_compiler.schedules.simt.plan import DirectAxis, DirectPlan
+from na_compiler.tensorir.axes import AXES, Extents
 from na_compiler.tensorir.blocks import block, reduction
-from na_compiler.tensorir.direct_plan import DirectAxis, DirectPlan
-from na_compiler.tensorir.tiling import AXES, Extents
 from na_compiler.window import group_length, query_bounds, window_bounds
 
 __all__ = [

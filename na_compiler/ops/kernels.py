@@ -1,4 +1,4 @@
-"""Attention on torch tensors by compiled kernels, below autograd: what the operators of `na_compiler.torch_ops` do.
+"""Attention on torch tensors by compiled kernels, below autograd: what the operators of `na_compiler.ops.operators` do.
 
 The kernel is found, or compiled, by what the tensors are. Tensors are read where they are, and copied only where a
 kernel cannot read them.

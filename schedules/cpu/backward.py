@@ -18,10 +18,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from na_compiler.tensorir.arithmetic import LN2, LOG2_E, exp2
-from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
-from na_compiler.tensorir.frame import Additional, Frame, Place, Window
-from na_compiler.tensorir.steps import (
+from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
+from na_compiler.schedules.cpu.steps import (
     Bias,
     Buffer,
     Keys,
@@ -32,7 +30,10 @@ from na_compiler.tensorir.steps import (
     to_lanes,
     weighted_rows,
 )
-from na_compiler.tensorir.tiling import AXES, TilingPlan
+from na_compiler.schedules.cpu.tiling import TilingPlan
+from na_compiler.tensorir.arithmetic import LN2, LOG2_E, exp2
+from na_compiler.tensorir.axes import AXES
+from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
 
 __all__ = ["backward"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from tvm import s_tir, tirx
 
-from na_compiler.schedules.config import QueriesInLanes
-from na_compiler.schedules.transpose import transpose_intrin
-from na_compiler.tensorir.backward import backward
-from na_compiler.tensorir.forward import forward
-from na_compiler.tensorir.tiling import TilingPlan
+from na_compiler.schedules.cpu.backward import backward
+from na_compiler.schedules.cpu.config import QueriesInLanes
+from na_compiler.schedules.cpu.forward import forward
+from na_compiler.schedules.cpu.tiling import TilingPlan
+from na_compiler.schedules.cpu.transpose import transpose_intrin
 
 __all__ = ["schedule_backward", "schedule_forward"]
 

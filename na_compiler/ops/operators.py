@@ -1,7 +1,7 @@
 """The torch operators: ``torch.ops.na_compiler.na1d``, ``na2d``, ``na3d``, and the backward of each.
 
 One implementation serves the three: the rank is the tensors'. The operators read query, key and value where they are
-and return contiguous tensors. What they do below autograd is in `na_compiler.torch_kernels`; everything else that torch
+and return contiguous tensors. What they do below autograd is in `na_compiler.ops.kernels`; everything else that torch
 wants to know of an operator (shapes, gradients, autocast, batching, FLOPs) is registered here.
 """
 
@@ -17,8 +17,8 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from na_compiler.ops.kernels import backward, check_rank, forward, on_cuda
 from na_compiler.problem import Problem
-from na_compiler.torch_kernels import backward, check_rank, forward, on_cuda
 
 __all__ = [
     "OPERATORS",
@@ -71,7 +71,7 @@ def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
         if torch.is_inference_mode_enabled() and _is_plain(arguments):
             return forward(rank, *arguments)
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            from na_compiler.torch_func import Attention  # noqa: PLC0415
+            from na_compiler.ops.func import Attention  # noqa: PLC0415
 
             device = arguments[0].device.type
             if torch.is_autocast_enabled(device):  # What is saved for backward has the dtype of the output.

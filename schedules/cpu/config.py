@@ -1,0 +1,51 @@
+"""Config of the schedule for CPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.cpu.tiling import Tiling, TilingPlan
+from na_compiler.schedules.shared.config import Config
+from na_compiler.workspace import ADDITIONAL, Workspace
+
+__all__ = ["QueriesInLanes"]
+
+
+@dataclass(frozen=True)
+class QueriesInLanes(Config):
+    """Config of `na_compiler.schedules.cpu.schedule`.
+
+    Parameters
+    ----------
+    tiling
+        How the problem is cut; its ``vector`` is the vector width.
+    accumulators
+        Vectors accumulated at once in the weighted sums and in the gradients of keys and values.
+    row_block
+        Keys of the last axis that the weighted sums of all patches visit before the next ones, so that they stay in
+        the innermost cache; ``None`` for all.
+    """
+
+    tiling: Tiling
+    accumulators: int
+    row_block: int | None = None
+
+    module = "na_compiler.schedules.cpu.schedule"
+
+    def plan(self, problem: Problem) -> TilingPlan:
+        """Return the extents that the tiling leads to."""
+        return TilingPlan.make(problem, self.tiling)
+
+    def workspace(self, problem: Problem, direction: str) -> Workspace:
+        """Return the parts of a backward that tasks leave for the gradients of keys and values."""
+        if direction == "forward":
+            return Workspace()
+        plan = self.plan(problem)
+        tasks = (problem.heads_kv, *(axis.strips * axis.dilation for axis in plan))
+        box = tuple(axis.chunk * axis.chunks for axis in plan)
+        widths = (plan.head_dim, plan.head_dim_v)
+        buffers: list[tuple[int | str, ...]] = [(*tasks, *box, width) for width in widths]
+        if problem.additional_kv:
+            buffers += [(*tasks, ADDITIONAL, width) for width in widths]
+        return Workspace(tuple(buffers), self.tiling.additional_block)

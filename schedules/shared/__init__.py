@@ -1,0 +1,1 @@
+"""What the families of kernels share: what a config and a candidate are."""
