@@ -59,17 +59,17 @@ class Arguments:
         """Emit the host's part: tensor maps by name."""
         dilation = plan.problem.dilation
         maps = {
-            "query": TensorMap(plan, self.query, plan.columns, plan.query_box, dilation),
-            "key": TensorMap(plan, self.key, plan.columns, plan.key_tile, dilation),
-            "value": TensorMap(plan, self.value, plan.columns_v, plan.key_tile, dilation),
+            "query": TensorMap(plan, self.query, plan.columns, plan.own_box, dilation),
+            "key": TensorMap(plan, self.key, plan.columns, plan.stream_tile, dilation),
+            "value": TensorMap(plan, self.value, plan.columns_v, plan.stream_tile, dilation),
         }
         if plan.stores_by_tma:
-            maps["output"] = TensorMap(plan, self.output, plan.columns_v, plan.query_box)
+            maps["output"] = TensorMap(plan, self.output, plan.columns_v, plan.own_box)
         for tensor_map in maps.values():
             tensor_map.encode()
         if plan.problem.additional_kv:
-            maps["additional_keys"] = TensorMap(plan, self.keys, plan.columns, (plan.keys,))
-            maps["additional_values"] = TensorMap(plan, self.values, plan.columns_v, (plan.keys,))
+            maps["additional_keys"] = TensorMap(plan, self.keys, plan.columns, (plan.streamed,))
+            maps["additional_values"] = TensorMap(plan, self.values, plan.columns_v, (plan.streamed,))
             with when(self.additional > 0):
                 maps["additional_keys"].encode()
                 maps["additional_values"].encode()

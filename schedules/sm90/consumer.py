@@ -10,8 +10,9 @@ from na_compiler.schedules.sm90.mask import Mask, Rows
 from na_compiler.schedules.sm90.plan import ROWS
 from na_compiler.schedules.sm90.products import Products
 from na_compiler.schedules.sm90.softmax import Softmax
+from na_compiler.schedules.sm90.store import sync_warpgroup
 from na_compiler.schedules.sm90.trace import I, T, emit, let, local, minimum, put, register, when
-from na_compiler.schedules.sm90.work import KeyCursor, Work
+from na_compiler.schedules.sm90.work import StreamCursor, Work
 
 __all__ = ["Consumer"]
 
@@ -42,7 +43,7 @@ class Consumer:
         block, softmax = self.block, self.softmax
         mask = Mask(self.products, self.rows, work, block.arguments.count)
         softmax.start()
-        cursor = KeyCursor(work)
+        cursor = StreamCursor(work)
         total = let(work.tiles + extra)
         begin, end = self._range(work, cursor, total)
         tile = local(1, "int32")
@@ -71,28 +72,15 @@ class Consumer:
             put(self.block.query_words, first + place, T.bitwise_xor(word, T.uint32(0x80008000)))
         # Products read shared memory by another way than threads do.
         emit(T.ptx.fence.proxy.async_.shared__cta())
-        self.epilogue.sync()
+        sync_warpgroup(self.warpgroup)
 
-    def _range(self, work: Work, cursor: KeyCursor, total: Expr) -> tuple[Expr, Expr]:
-        """Return the first tile that the warpgroup needs, and the end of those it needs; moves the cursor there.
-
-        Warpgroups lie along axis 0, which tiles of keys run along slowest: what one needs is one stretch of them.
-        """
+    def _range(self, work: Work, cursor: StreamCursor, total: Expr) -> tuple[Expr, Expr]:
+        """Return the first tile that the warpgroup needs, and the end of those it needs; moves the cursor there."""
         if not self.plan.skips:
             return 0, total
-        box, extent = self.plan.query_box[0], self.plan.key_tile[0]
-        first = work.clamp(0, let(work.first[0] + self.warpgroup * box))
-        last = work.clamp(0, let(work.first[0] + self.warpgroup * box + (box - 1)))
-        low, high = work.bounds(0, first)[0], work.bounds(0, last)[1]
-        slabs = let((low - work.low[0]) // extent)
-        inner: Expr = 1
-        for axis in range(1, self.plan.rank):
-            size = self.plan.key_tile[axis]
-            inner = inner * ((work.high[axis] - work.low[axis] + (size - 1)) // size)
-        inner = let(inner)
-        put(cursor.at, 0, work.low[0] + slabs * extent)
-        end = ((high - work.low[0] + (extent - 1)) // extent) * inner
-        return register(slabs * inner), register(minimum(end, total))
+        start, begin, end = work.part(self.warpgroup)
+        put(cursor.at, 0, start)
+        return register(begin), register(minimum(end, total))
 
     def _skip(self, tile: Any, end: Expr, base: Expr) -> None:
         """Let tiles pass that this warpgroup does not need. It keeps step with the loads and the turns all the same."""
@@ -109,7 +97,7 @@ class Consumer:
                 block.arrive(name, stage)
             put(tile, 0, tile[0] + 1)
 
-    def _first(self, tile: Any, cursor: KeyCursor, mask: Mask, base: Expr) -> None:
+    def _first(self, tile: Any, cursor: StreamCursor, mask: Mask, base: Expr) -> None:
         """Scores and softmax of the first tile."""
         block, products, softmax = self.block, self.products, self.softmax
         stage = let(block.stage(base + tile[0]))
@@ -126,7 +114,7 @@ class Consumer:
         softmax.exponentiate()
         softmax.pack()
 
-    def _next(self, tile: Any, cursor: KeyCursor, mask: Mask, base: Expr) -> None:
+    def _next(self, tile: Any, cursor: StreamCursor, mask: Mask, base: Expr) -> None:
         """Scores and softmax of a tile, and the weighted sum of the one before."""
         block, products, softmax = self.block, self.products, self.softmax
         stage = let(block.stage(base + tile[0]))

@@ -69,7 +69,9 @@ class _Kernel:
         block = Block(plan, arguments, maps)
         block.initialise()
         # Of additional keys.
-        extra: Expr = 0 if arguments.additional is None else let((arguments.count + (plan.keys - 1)) // plan.keys)
+        extra: Expr = (
+            0 if arguments.additional is None else let((arguments.count + (plan.streamed - 1)) // plan.streamed)
+        )
         loading, computing = plan.registers
         # One if and else: each budget of registers belongs to a whole branch.
         with I.If(block.warp < 4):

@@ -10,7 +10,7 @@ from tvm import tirx
 from na_compiler.schedules.sm90.plan import Plan
 from na_compiler.schedules.sm90.products import Products
 from na_compiler.schedules.sm90.trace import I, T, both, let, maximum, minimum, put, register, when
-from na_compiler.schedules.sm90.work import KeyCursor, Work
+from na_compiler.schedules.sm90.work import StreamCursor, Work
 
 __all__ = ["Mask", "Rows"]
 
@@ -36,17 +36,17 @@ class Rows:
     def position(self, row: Expr, first: list[Expr]) -> list[Expr]:
         """Return the query of a row of the warpgroup, where the block's first one is at ``first``."""
         found: list[Expr] = []
-        for extent in reversed(self.plan.query_box):
+        for extent in reversed(self.plan.own_box):
             found.insert(0, row % extent)
             row = row // extent
-        found[0] = found[0] + self.warpgroup * self.plan.query_box[0]
+        found[0] = found[0] + self.warpgroup * self.plan.own_box[0]
         return [let(start + offset) for start, offset in zip(first, found, strict=True)]
 
     def warp_queries(self, first: list[Expr]) -> tuple[list[Expr], list[Expr]]:
         """Return the first and the last query of the warp's box; of the warpgroup's if its rows are no box."""
         box = self.plan.warp_box
         if box is None:
-            start, box = self.position(0, first), self.plan.query_box
+            start, box = self.position(0, first), self.plan.own_box
         else:
             start = self.position(self.warp * 16, first)
         return start, [low + extent - 1 for low, extent in zip(start, box, strict=True)]
@@ -62,7 +62,7 @@ class Mask:
         self.plan, self.scores, self.rows, self.work = products.plan, products.scores, rows, work
         self.additional = additional
         self.queries = [rows.position(row, work.first) for row in rows.rows]
-        self.exist = [work.within(query, self.plan.query_tile) for query in self.queries]
+        self.exist = [work.within(query, self.plan.own_tile) for query in self.queries]
         pair = let(T.bitwise_and(rows.lane, 3) * 2)
         self.pair = pair
         self._windows: list[list[tuple[Expr, Expr]]] = []
@@ -70,9 +70,7 @@ class Mask:
             windows = []
             for axis in range(self.plan.rank):
                 start, end = work.bounds(axis, work.clamp(axis, query[axis]))
-                extent = (
-                    register(end - start) if self.plan.problem.is_causal[axis] else self.plan.problem.kernel_size[axis]
-                )
+                extent = register(end - start) if work.extent(axis) is None else work.extent(axis)
                 # Along the last axis, seen from the thread's first key.
                 windows.append((register(start - pair if axis == self.plan.rank - 1 else start), extent))
             self._windows.append(windows)
@@ -83,7 +81,7 @@ class Mask:
             _, end = work.bounds(axis, work.clamp(axis, first[axis]))
             self._common.append((let(start), let(end)))
 
-    def apply(self, cursor: KeyCursor, tile: Expr) -> None:
+    def apply(self, cursor: StreamCursor, tile: Expr) -> None:
         """Mask the scores of a tile."""
         if self.additional is None:
             self._window(cursor)
@@ -92,10 +90,10 @@ class Mask:
             with I.Then():
                 self._window(cursor)
             with I.Else():
-                self._tail((tile - self.work.tiles) * self.plan.keys)
+                self._tail((tile - self.work.tiles) * self.plan.streamed)
 
-    def _window(self, cursor: KeyCursor) -> None:
-        tile = self.plan.key_tile
+    def _window(self, cursor: StreamCursor) -> None:
+        tile = self.plan.stream_tile
         whole = None
         for axis, (start, end) in enumerate(self._common):
             whole = both(whole, cursor[axis] >= start, cursor[axis] + tile[axis] <= end)
@@ -106,7 +104,7 @@ class Mask:
                     bits = self._bits(axis, start - cursor[axis], extent)
                     word = bits if word is None else T.bitwise_and(word, bits)
                 for half, part in enumerate(self._words(word)):
-                    for bit in range(min(32, self.plan.keys // 4 - 32 * half)):
+                    for bit in range(min(32, self.plan.streamed // 4 - 32 * half)):
                         group, e = divmod(32 * half + bit, 2)
                         keep = T.bitwise_and(part, T.uint32(1 << bit)) != T.uint32(0)
                         self._keep(4 * group + 2 * row + e, keep)
@@ -118,7 +116,7 @@ class Mask:
         axis as many lie before a place as twice the eights before it, and up to two. Along any axis those of a window
         are one stretch of bits, repeated for every step of the axes before it.
         """
-        tile = self.plan.key_tile
+        tile = self.plan.stream_tile
         after, period = math.prod(tile[axis + 1 :]) // 4, math.prod(tile[axis:]) // 4
         first = register(maximum(minimum(start, tile[axis]), 0))
         end = register(maximum(minimum(start + extent, tile[axis]), 0))
@@ -131,12 +129,12 @@ class Mask:
         one = tirx.IntImm(dtype, 1)
         stretch = T.shift_left(one, T.Cast(dtype, end)) - T.shift_left(one, T.Cast(dtype, first))
         stretch = T.Cast(self._dtype, stretch) if dtype != self._dtype else stretch
-        copies = self.plan.keys // 4 // period
+        copies = self.plan.streamed // 4 // period
         return stretch * tirx.IntImm(self._dtype, sum(1 << (period * copy) for copy in range(copies)))
 
     @property
     def _dtype(self) -> str:
-        return "uint64" if self.plan.keys // 4 > 32 else "uint32"
+        return "uint64" if self.plan.streamed // 4 > 32 else "uint32"
 
     def _words(self, word: Expr) -> list[Expr]:
         """Return a word of bits in registers of 32."""
@@ -149,8 +147,8 @@ class Mask:
     def _tail(self, first: Expr) -> None:
         """Mask what lies beyond the last additional key."""
         remaining = let(self.additional - first)
-        with when(remaining < self.plan.keys):
-            for group in range(self.plan.keys // 8):
+        with when(remaining < self.plan.streamed):
+            for group in range(self.plan.streamed // 8):
                 for e in (0, 1):
                     keep = self.pair + (8 * group + e) < remaining
                     for row in range(_ROWS):

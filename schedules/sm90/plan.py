@@ -100,15 +100,15 @@ class Plan:
     def __init__(self, problem: Problem, config: Sm90) -> None:
         self.problem, self.config = problem, config
         self.rank = problem.rank
-        # One warpgroup's box of queries, and the thread block's.
-        self.query_box = tuple(config.query_tile)
-        self.query_tile = (self.query_box[0] * config.warpgroups, *self.query_box[1:])
-        self.key_tile = tuple(config.key_tile)
-        self.keys = math.prod(self.key_tile)
+        # A thread block owns queries, one box a warpgroup; tiles of keys stream by.
+        self.own_box = tuple(config.query_tile)
+        self.own_tile = (self.own_box[0] * config.warpgroups, *self.own_box[1:])
+        self.stream_tile = tuple(config.key_tile)
+        self.streamed = math.prod(self.stream_tile)
         self.columns, self.columns_v = Columns.of(problem.head_dim), Columns.of(problem.head_dim_v)
         # The longest dilation group of each axis.
         self.lengths = tuple(group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True))
-        self.tiles = tuple(-(-length // tile) for length, tile in zip(self.lengths, self.query_tile, strict=True))
+        self.tiles = tuple(-(-length // tile) for length, tile in zip(self.lengths, self.own_tile, strict=True))
         self.groups = math.prod(problem.dilation)
         # Of one head of one batch entry.
         self.items = math.prod(self.tiles) * self.groups
@@ -126,8 +126,8 @@ class Plan:
         """The box of queries that one warp's 16 rows are, if they are one."""
         extents, rows = [1] * self.rank, 16
         for axis in reversed(range(self.rank)):
-            extents[axis] = min(self.query_box[axis], rows)
-            if rows % extents[axis] or self.query_box[axis] % extents[axis]:
+            extents[axis] = min(self.own_box[axis], rows)
+            if rows % extents[axis] or self.own_box[axis] % extents[axis]:
                 return None
             rows //= extents[axis]
         return tuple(extents) if rows == 1 else None
@@ -151,12 +151,12 @@ class Plan:
     @property
     def key_bytes(self) -> int:
         """Bytes of a tile of keys."""
-        return self.columns.bytes(self.keys)
+        return self.columns.bytes(self.streamed)
 
     @property
     def value_bytes(self) -> int:
         """Bytes of a tile of values."""
-        return self.columns_v.bytes(self.keys)
+        return self.columns_v.bytes(self.streamed)
 
     @property
     def key_offset(self) -> int:
@@ -196,4 +196,4 @@ class Plan:
     @property
     def needed_registers(self) -> int:
         """About how many registers a computing thread needs: accumulators, scores, weights, and what is beside them."""
-        return self.problem.head_dim_v // 2 + self.keys // 2 + self.keys // 4 + 40
+        return self.problem.head_dim_v // 2 + self.streamed // 2 + self.streamed // 4 + 40

@@ -193,21 +193,21 @@ def _measure(problem: Problem, config: Sm90) -> Candidate:
     plan = config.plan(problem)
     visited = steps = 1
     whole = 1.0
-    warp_box = plan.warp_box or plan.query_box
+    warp_box = plan.warp_box or plan.own_box
     blocks = math.prod(plan.tiles) * plan.groups
     for axis in range(problem.rank):
         parts = config.warpgroups if axis == 0 else 1
         counts = _axis(problem, axis, config.query_tile[axis], warp_box[axis], parts, config.key_tile[axis], plan.skips)
         visited, whole, steps = visited * counts[0], whole * counts[1], steps * counts[2]
-    score = ROWS * plan.keys
+    score = ROWS * plan.streamed
     products = 2 * score * (16 * -(-problem.head_dim // 16) + problem.head_dim_v) / _RATE * _PRODUCTS
-    products *= _CROWDED if plan.keys > _AMPLE_KEYS else 1
-    tile = max(products, plan.keys * _EXPONENTIALS[config.warpgroups]) + _TILE
-    tile *= 1 + _ROW * (plan.keys // plan.key_tile[-1])
+    products *= _CROWDED if plan.streamed > _AMPLE_KEYS else 1
+    tile = max(products, plan.streamed * _EXPONENTIALS[config.warpgroups]) + _TILE
+    tile *= 1 + _ROW * (plan.streamed // plan.stream_tile[-1])
     masked = visited - whole
     # While one warpgroup leaves a tile out, the others' softmax has less to hide behind.
     lone = config.warpgroups * steps - visited
-    block = (visited * tile + lone * tile * _LONE + masked * (_MASK[0] + plan.keys * _MASK[1])) / blocks + _BLOCK
+    block = (visited * tile + lone * tile * _LONE + masked * (_MASK[0] + plan.streamed * _MASK[1])) / blocks + _BLOCK
     waves = blocks * problem.heads / _PROCESSORS
     # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
     cycles = block * (math.ceil(waves) if waves < 4 else waves + 0.5)

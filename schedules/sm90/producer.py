@@ -6,7 +6,7 @@ from typing import Any
 
 from na_compiler.schedules.sm90.block import Block
 from na_compiler.schedules.sm90.trace import I, T, emit, let, local, put, when
-from na_compiler.schedules.sm90.work import KeyCursor, Work
+from na_compiler.schedules.sm90.work import StreamCursor, Work
 
 __all__ = ["Producer"]
 
@@ -34,7 +34,7 @@ class Producer:
             Tiles of additional keys.
         """
         total = let(work.tiles + extra)
-        keys, values = KeyCursor(work), KeyCursor(work)
+        keys, values = StreamCursor(work), StreamCursor(work)
         tile = local(1, "int32")
         put(tile, 0, 0)
         if self.plan.config.persistent:
@@ -59,12 +59,12 @@ class Producer:
         warpgroups = plan.config.warpgroups
         block.expect("query", 0, warpgroups * plan.columns.bytes(64))
         for warpgroup in range(warpgroups):
-            first = [work.first[0] + warpgroup * plan.query_box[0], *work.first[1:]]
+            first = [work.first[0] + warpgroup * plan.own_box[0], *work.first[1:]]
             for box in range(plan.columns.boxes):
                 place = warpgroup * plan.query_bytes + box * plan.columns.box_bytes(64)
                 self._box(block.queries, place, queries, work, work.tokens(first), work.head, box, "query", 0)
 
-    def _tile(self, name: str, tile: Expr, cursor: KeyCursor, work: Work, base: Expr) -> None:
+    def _tile(self, name: str, tile: Expr, cursor: StreamCursor, work: Work, base: Expr) -> None:
         """Load a tile of keys or of values into its stage, as soon as that is free."""
         block, plan = self.block, self.plan
         stage, phase = let(block.stage(base + tile)), let(block.phase(base + tile))
@@ -78,14 +78,14 @@ class Producer:
                 self._boxes(name, name, stage, work, work.tokens(list(cursor)))
             with I.Else():
                 additional = "additional_keys" if name == "key" else "additional_values"
-                self._boxes(name, additional, stage, work, [(tile - work.tiles) * plan.keys])
+                self._boxes(name, additional, stage, work, [(tile - work.tiles) * plan.streamed])
 
     def _boxes(self, name: str, source: str, stage: Expr, work: Work, tokens: list[Expr]) -> None:
         block, plan = self.block, self.plan
         columns, target = (plan.columns, block.keys) if name == "key" else (plan.columns_v, block.values)
         for box in range(columns.boxes):
-            place = stage * columns.bytes(plan.keys) + box * columns.box_bytes(plan.keys)
-            self._box(target, place, block.maps[source], work, tokens, work.head_kv, box, name, stage)
+            place = stage * columns.bytes(plan.streamed) + box * columns.box_bytes(plan.streamed)
+            self._box(target, place, block.maps[source], work, tokens, work.stream_head, box, name, stage)
 
     def _box(
         self,

@@ -36,7 +36,7 @@ class Softmax:
     def __init__(self, products: Products, scale: Expr) -> None:
         self.products = products
         self.scores = products.scores
-        self.elements = products.plan.keys // 2
+        self.elements = products.plan.streamed // 2
         self.highest, self.total = local(_ROWS), local(_ROWS)
         self._factor, self._offset, self._other = local(_ROWS), local(_ROWS), local(_ROWS)
         # The highest product is the highest score if the scale is positive. A negative one is turned round, with the

@@ -1,4 +1,4 @@
-"""`Work`: one tile of queries of one head, and the keys that its windows need."""
+"""`Work`: one tile of queries of one head, and the keys that its windows need; and where all of them are."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.sm90.plan import Plan
-from na_compiler.schedules.sm90.trace import both, let, local, maximum, minimum, put, when
+from na_compiler.schedules.sm90.trace import both, index64, let, local, maximum, minimum, put, when
 from na_compiler.window import window_bounds
 
-__all__ = ["KeyCursor", "Work"]
+__all__ = ["StreamCursor", "Work"]
 
 Expr = Any
 
@@ -40,18 +40,28 @@ class Work:
             group.insert(0, let(rest % dilation) if dilation > 1 else 0)
             rest = rest // dilation
         self.group = group
-        self.head = let(rest % problem.heads)
-        self.head_kv = let(self.head // problem.group_size) if problem.group_size > 1 else self.head
-        self.batch = let(rest // problem.heads)
+        self.head = let(rest % self.heads)
+        self.batch = let(rest // self.heads)
         self.lengths = [self._length(axis) for axis in range(plan.rank)]
-        self.first = [let(tile[axis] * plan.query_tile[axis]) for axis in range(plan.rank)]
-        last = [minimum(self.first[a] + plan.query_tile[a], self.lengths[a]) - 1 for a in range(plan.rank)]
-        self.low = [let(self.bounds(axis, self.first[axis])[0]) for axis in range(plan.rank)]
+        self.first = [let(tile[axis] * plan.own_tile[axis]) for axis in range(plan.rank)]
+        last = [minimum(self.first[a] + plan.own_tile[a], self.lengths[a]) - 1 for a in range(plan.rank)]
+        self.low = [let(self.begin(axis, self.bounds(axis, self.first[axis])[0])) for axis in range(plan.rank)]
         self.high = [let(self.bounds(axis, last[axis])[1]) for axis in range(plan.rank)]
         total: Expr = 1
-        for axis, extent in enumerate(plan.key_tile):
+        for axis, extent in enumerate(plan.stream_tile):
             total = total * ((self.high[axis] - self.low[axis] + (extent - 1)) // extent)
         self.tiles = let(total)
+
+    @property
+    def heads(self) -> int:
+        """Heads of the tensor that the tile is of."""
+        return self.plan.problem.heads
+
+    @property
+    def stream_head(self) -> Expr:
+        """The head of the tokens that stream by."""
+        size = self.plan.problem.group_size
+        return let(self.head // size) if size > 1 else self.head
 
     def _length(self, axis: int) -> Expr:
         """Tokens of the dilation group; an int where all groups have as many."""
@@ -65,6 +75,15 @@ class Work:
         """Whether the tile has queries: the shorter dilation groups may have fewer tiles. ``None`` if it always has."""
         ragged = [axis for axis, length in enumerate(self.lengths) if not isinstance(length, int)]
         return both(*(self.first[axis] < self.lengths[axis] for axis in ragged))
+
+    def begin(self, axis: int, low: Expr) -> Expr:  # noqa: ARG002
+        """Return where the first tile begins along an axis, if ``low`` is the first token that is needed."""
+        return low
+
+    def extent(self, axis: int) -> int | None:
+        """Return how long all windows are along an axis; ``None`` if they differ."""
+        problem = self.plan.problem
+        return None if problem.is_causal[axis] else problem.kernel_size[axis]
 
     def bounds(self, axis: int, query: Expr) -> tuple[Expr, Expr]:
         """Return the window of a query, which must exist."""
@@ -92,6 +111,25 @@ class Work:
                 found = both(found, query < length)
         return found
 
+    def part(self, warpgroup: Expr) -> tuple[Expr, Expr, Expr]:
+        """Return what one warpgroup needs: its first token along axis 0, its first tile, and the end of its tiles.
+
+        Warpgroups lie along axis 0, which tiles run along slowest: what one needs is one stretch of them. The end may
+        lie beyond that of all tiles.
+        """
+        box, extent = self.plan.own_box[0], self.plan.stream_tile[0]
+        first = self.clamp(0, let(self.first[0] + warpgroup * box))
+        last = self.clamp(0, let(self.first[0] + warpgroup * box + (box - 1)))
+        low, high = self.bounds(0, first)[0], self.bounds(0, last)[1]
+        slabs = let((low - self.low[0]) // extent)
+        inner: Expr = 1
+        for axis in range(1, self.plan.rank):
+            size = self.plan.stream_tile[axis]
+            inner = inner * ((self.high[axis] - self.low[axis] + (size - 1)) // size)
+        inner = let(inner)
+        end = ((high - self.low[0] + (extent - 1)) // extent) * inner
+        return self.low[0] + slabs * extent, slabs * inner, end
+
     def tokens(self, positions: Sequence[Expr]) -> list[Expr]:
         """Return where in the layout positions of the dilation group are."""
         problem = self.plan.problem
@@ -100,9 +138,16 @@ class Work:
             for position, dilation, group in zip(positions, problem.dilation, self.group, strict=True)
         ]
 
+    def address(self, positions: Sequence[Expr], width: int) -> Expr:
+        """Return the offset of a token's head in a contiguous tensor with ``width`` elements a head."""
+        offset = index64(self.batch)
+        for token, extent in zip(self.tokens(positions), self.plan.problem.layout, strict=True):
+            offset = offset * extent + index64(token)
+        return (offset * self.heads + index64(self.head)) * width
 
-class KeyCursor:
-    """The first key of a tile of keys, stepping over the box that the windows need; the last axis runs fastest."""
+
+class StreamCursor:
+    """The first token of a tile that streams by, stepping over the box that is needed; the last axis runs fastest."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -121,7 +166,7 @@ class KeyCursor:
         self._step(self.work.plan.rank - 1)
 
     def _step(self, axis: int) -> None:
-        put(self.at, axis, self.at[axis] + self.work.plan.key_tile[axis])
+        put(self.at, axis, self.at[axis] + self.work.plan.stream_tile[axis])
         if axis > 0:
             with when(self.at[axis] >= self.work.high[axis]):
                 put(self.at, axis, self.work.low[axis])
