@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
+from na_compiler import after_torch
 from na_compiler.problem import Problem
 
 __all__ = [
@@ -53,6 +53,8 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-if sys.modules.get("torch") is not None:
-    # torch finds an operator only where it was registered: when it loads an exported program, say.
-    importlib.import_module("na_compiler.bound")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+after_torch.register()
