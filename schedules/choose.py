@@ -1,33 +1,36 @@
-"""Chooses a schedule and its config for a problem on a target. Pure Python: no TVM is loaded."""
+"""Chooses a family and its config for a problem on a target. Knows no family. Pure Python: no TVM is loaded."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from dataclasses import dataclass
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.cpu import planner
+from na_compiler.schedules.family import Family
 from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
-from na_compiler.schedules.simt import planner as simt_planner
-from na_compiler.schedules.sm90 import planner as sm90_planner
-from na_compiler.target import CpuTarget, CudaTarget, Target
+from na_compiler.target import Target
 
-__all__ = ["Choice", "candidates", "choose"]
+__all__ = ["FAMILIES", "Choice", "candidates", "choose", "family_of"]
 
-# The families of schedules for CUDA, the fastest first. Each has ``choose(problem, target, direction)``, which returns
-# a config, or in a sentence why it does not take the problem, and ``candidates(problem, count)``. The last one takes
-# everything.
-_CUDA = (sm90_planner, simt_planner)
+# The families, by the names of their folders, in the order in which they are asked: of two for one kind of machine, the
+# faster one first.
+FAMILIES = (
+    "sm90",
+    "simt",
+    "cpu",
+)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A config, and why it is not one of a faster schedule.
+    """A config, and why it is not one of a faster family.
 
     Parameters
     ----------
     config
-        Of the schedule that was chosen.
+        Of the family that was chosen.
     reason
         Why no faster one was, in a sentence; ``None`` where this is the fastest.
     """
@@ -47,21 +50,18 @@ def choose(problem: Problem, target: Target, direction: str) -> Choice:
         What to compile for.
     direction
         ``"forward"`` or ``"backward"``.
+
+    Raises
+    ------
+    NotImplementedError
+        If no family takes the problem; says why.
     """
-    if isinstance(target, CpuTarget):
-        return Choice(planner.choose(problem, _machine(target), direction))
-    assert isinstance(target, CudaTarget)
-    reasons: list[str] = []
-    for family in _CUDA:
-        found = family.choose(problem, target, direction)
-        if isinstance(found, Config):
-            return Choice(found, " ".join(reasons) or None)
-        reasons.append(found)
-    raise NotImplementedError(f"no schedule takes {problem} {direction} on {target}: {' '.join(reasons)}")
+    family, reasons = _first(problem, target, direction)
+    return Choice(family.choose(problem, target, direction), " ".join(reasons) or None)
 
 
 def candidates(problem: Problem, target: Target, direction: str, count: int = 8) -> tuple[Candidate, ...]:
-    """Return what `choose` chose from, the best first; nothing where a schedule has no choices to rank.
+    """Return what `choose` chose from, the best first; nothing where a family has no choices to rank.
 
     Parameters
     ----------
@@ -73,13 +73,35 @@ def candidates(problem: Problem, target: Target, direction: str, count: int = 8)
         ``"forward"`` or ``"backward"``.
     count
         How many at most.
+
+    Raises
+    ------
+    NotImplementedError
+        If no family takes the problem; says why.
     """
-    if isinstance(target, CpuTarget):
-        return planner.candidates(problem, _machine(target), direction, count)
-    assert isinstance(target, CudaTarget)
-    family = next(family for family in _CUDA if isinstance(family.choose(problem, target, direction), Config))
-    return tuple(family.candidates(problem, count))
+    family, _ = _first(problem, target, direction)
+    return family.candidates(problem, target, direction, count)
 
 
-def _machine(target: CpuTarget) -> planner.Machine:
-    return planner.Machine(target.vector, target.registers)
+def family_of(config: Config) -> Family:
+    """Return the family that a config belongs to."""
+    return _load(config.family)
+
+
+def _first(problem: Problem, target: Target, direction: str) -> tuple[Family, list[str]]:
+    """Return the first family that takes a problem, and why those before it do not."""
+    reasons: list[str] = []
+    for family in map(_load, FAMILIES):
+        if family.is_for(target):
+            reason = family.refusal(problem, target, direction)
+            if reason is None:
+                return family, reasons
+            reasons.append(reason)
+    why = " ".join(reasons) or f"none of {', '.join(FAMILIES)} is for it."
+    raise NotImplementedError(f"no family of kernels takes {problem} {direction} on {target}: {why}")
+
+
+@functools.cache
+def _load(name: str) -> Family:
+    family: Family = importlib.import_module(f"{__package__}.{name}.family").FAMILY
+    return family

@@ -9,7 +9,6 @@ import torch
 from cuda_emulator import ORDERS, Emulator
 from oracle import check_backward, check_forward, draw, poisoned
 
-from na_compiler.compiler import build
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.schedules.simt import planner as simt_planner
@@ -29,11 +28,6 @@ PROBLEMS = [
 ]
 
 
-def emulate(spec):
-    """Return the emulator of a spec's kernels."""
-    return Emulator(build.scheduled(spec), TARGET.to_tvm(), spec.config.pipeline, passes=spec.config.passes)
-
-
 def make(problem, direction):
     config = simt_planner.choose(problem, TARGET, direction)
     return KernelSpec(problem, direction, TARGET, config)
@@ -44,7 +38,7 @@ def test_forward(problem, seed):
     batch = 2 if problem.rank == 1 else 1
     example = draw(problem, batch=batch, additional=3)
     output, lse = poisoned(torch.empty(example.output.shape, dtype=example.inputs[0].dtype), example.lse.float())
-    emulate(make(problem, "forward"))(*example.inputs, problem.head_dim**-0.5, output, lse, order=ORDERS[0])
+    Emulator.of(make(problem, "forward"))(*example.inputs, problem.head_dim**-0.5, output, lse, order=ORDERS[0])
     check_forward(example, output, lse)
 
 
@@ -55,7 +49,7 @@ def test_backward(problem, seed):
     spaces = [torch.full(shape, float("nan")) for shape in spec.info.workspace.shapes(1, 3)]
     grads = poisoned(*example.inputs)
     output, lse = example.output.to(example.inputs[0].dtype).contiguous(), example.lse.float().contiguous()
-    emulate(spec)(
+    Emulator.of(spec)(
         *example.inputs, output, example.grad_output, lse, example.grad_lse, problem.head_dim**-0.5, *grads, *spaces,
         order=ORDERS[0],
     )  # fmt: skip
@@ -67,10 +61,7 @@ def test_sees_a_fault(seed):
     problem = PROBLEMS[3]
     spec = make(problem, "forward")
     example = draw(problem)
-    faulty = Emulator(
-        build.scheduled(spec), TARGET.to_tvm(), spec.config.pipeline,
-        lambda text: re.sub(r"(__shfl_down_sync\([^;]*), 2, 32\)", r"\1, 1, 32)", text), spec.config.passes,
-    )  # fmt: skip
+    faulty = Emulator.of(spec, lambda text: re.sub(r"(__shfl_down_sync\([^;]*), 2, 32\)", r"\1, 1, 32)", text))
     output, lse = poisoned(torch.empty(example.output.shape, dtype=example.inputs[0].dtype), example.lse.float())
     faulty(*example.inputs, problem.head_dim**-0.5, output, lse, order=ORDERS[0])
     with pytest.raises(AssertionError):

@@ -9,7 +9,6 @@ import torch
 from cuda_emulator import ORDERS, Emulator, EmulatorError
 from oracle import check_forward, draw, poisoned
 
-from na_compiler.compiler import build
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.schedules.choose import choose
@@ -52,7 +51,7 @@ _ARGUMENTS = {"additional": {"additional": 150}, "persistent": {"batch": 9}, "2d
 def emulate(problem, config, *, edit=None, orders=ORDERS, **arguments):
     """Emulate a problem's kernel in both orders, and compare with the reference."""
     spec = KernelSpec(problem, "forward", TARGET, config)
-    emulator = Emulator(build.scheduled(spec), TARGET.to_tvm(), config.pipeline, edit)
+    emulator = Emulator.of(spec, edit)
     example = draw(problem, **arguments)
     scale = arguments.get("scale", problem.head_dim**-0.5)
     for order in orders:
@@ -82,7 +81,7 @@ def test_no_additional_keys(seed):
 def test_views_of_one_projection(seed):
     problem, config = Problem((9, 12), 2, 64, 5, dtype="bfloat16"), _WIDE
     spec = KernelSpec(problem, "forward", TARGET, config)
-    emulator = Emulator(build.scheduled(spec), TARGET.to_tvm(), config.pipeline)
+    emulator = Emulator.of(spec)
     example = draw(problem, batch=2)
     views = torch.stack(example.inputs, dim=-3).unbind(-3)
     assert not views[0].is_contiguous()
@@ -287,7 +286,9 @@ def test_says_what_it_does_not_take(change, reason):
 def test_is_chosen_on_hopper_alone():
     problem = Problem((64, 64), 2, 64, 7, dtype="bfloat16")
     assert isinstance(choose(problem, TARGET, "forward").config, Sm90)
-    assert "sm_90a" in choose(problem, Target.parse("cuda:sm_80"), "forward").reason
+    elsewhere = choose(problem, Target.parse("cuda:sm_80"), "forward")
+    assert not isinstance(elsewhere.config, Sm90)
+    assert elsewhere.reason is None, "there is nothing to be missed on another GPU"
     assert "backward" in choose(problem, TARGET, "backward").reason
 
 

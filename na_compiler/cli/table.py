@@ -33,7 +33,7 @@ def rows(sites: Sites, specs: Iterable[KernelSpec]) -> list[dict[str, Any]]:
                 "count": len(at),
                 "dynamic": list(dict.fromkeys(name for site in at for name in site.dynamic)),
                 "flops": flops,
-                "schedule": spec.config.module.rpartition(".")[2],
+                "schedule": spec.config.family,
                 "config": _config(spec.config),
                 "wasted": _wasted(spec),
                 "reason": spec.reason,
@@ -83,6 +83,6 @@ def _config(config: Any) -> dict[str, Any]:
 
 
 def _wasted(spec: KernelSpec) -> float | None:
-    """Return the part of the pairs that a kernel computes which no window needs; ``None`` where its plan cannot say."""
-    visited = getattr(spec.plan, "visited_pairs", None)
-    return None if visited is None else 1 - spec.problem.pairs() / visited()
+    """Return the part of the pairs that a kernel computes which no window needs; ``None`` where it is not counted."""
+    visited = spec.config.visited_pairs(spec.problem)
+    return None if visited is None else 1 - spec.problem.pairs() / visited

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import logging
 import os
 import shutil
@@ -12,19 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from na_compiler.compiler import cuda, pipeline
+from na_compiler.compiler import cuda
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.runtime import threads
 from na_compiler.runtime.host import c_compiler
+from na_compiler.schedules.choose import family_of
+from na_compiler.schedules.family import Lowered
 from na_compiler.target import CpuTarget, CudaTarget
 
-__all__ = ["build_in_memory", "build_library", "can_link", "scheduled"]
+__all__ = ["build_in_memory", "build_library", "can_link", "compile_lowered", "lowered"]
 
 _LOG = logging.getLogger("na_compiler")
 # TVM's builder keeps the function it is at in a global.
 _LOCK = threading.Lock()
-# Boxes have the extents they need from the start, and LLVM finds common subexpressions: half of the compile time.
-_SKIPPED_PASSES = ["s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim"]
 
 
 def can_link() -> bool:
@@ -72,15 +71,19 @@ def build_in_memory(spec: KernelSpec) -> tuple[Any, Any]:
     return module["main"], module
 
 
-def scheduled(spec: KernelSpec) -> Any:
-    """Return the scheduled function of a spec. Loads TVM."""
-    schedule = importlib.import_module(spec.config.module)
-    make = schedule.schedule_forward if spec.direction == "forward" else schedule.schedule_backward
-    return make(spec.plan, spec.config)
+def lowered(spec: KernelSpec) -> Lowered:
+    """Return the TensorIR of a spec, and how TVM is to compile it. Loads TVM."""
+    return family_of(spec.config).lower(spec.problem, spec.config, spec.direction)
+
+
+def compile_lowered(made: Lowered, target: Any) -> Any:
+    """Compile TensorIR to a module of TVM's, for a target of TVM's."""
+    import tvm  # noqa: PLC0415
+
+    with tvm.transform.PassContext(config=dict(made.options), disabled_pass=list(made.skipped)):
+        return tvm.compile(made.function, target=target, tir_pipeline=made.pipeline)
 
 
 def _compile(spec: KernelSpec) -> Any:
-    import tvm  # noqa: PLC0415
-
-    with _LOCK, tvm.transform.PassContext(disabled_pass=_SKIPPED_PASSES):
-        return tvm.compile(scheduled(spec), target=spec.target.to_tvm(), tir_pipeline=pipeline.register())
+    with _LOCK:
+        return compile_lowered(lowered(spec), spec.target.to_tvm())

@@ -27,6 +27,7 @@ class _Compiler:
     def __init__(self, spec: KernelSpec, nvcc: str | None) -> None:
         self.spec, self.nvcc = spec, nvcc
         self.source, self.log = "", ""
+        self.options: tuple[str, ...] = ()
 
     def __call__(self, source: str) -> bytes:
         """Return machine code."""
@@ -43,7 +44,7 @@ class _Compiler:
                 "--expt-relaxed-constexpr",
                 "--ptxas-options=-v",
                 "-diag-suppress=177",
-                *self.spec.config.options,
+                *self.options,
             ]
             result = subprocess.run(  # noqa: S603
                 [*command, "-o", str(code), str(text)], capture_output=True, text=True, check=False
@@ -57,14 +58,16 @@ class _Compiler:
 def _build(request: dict[str, Any]) -> cuda.Build:
     import tvm  # noqa: PLC0415
 
-    from na_compiler.compiler.build import scheduled  # noqa: PLC0415
+    from na_compiler.compiler.build import compile_lowered, lowered  # noqa: PLC0415
 
     spec = request["spec"]
     compiler = _Compiler(spec, request["nvcc"])
     tvm.register_global_func("tvm_callback_cuda_compile", compiler.__call__, override=True)
     target = tvm.target.Target(spec.target.to_tvm())
-    with target, tvm.transform.PassContext(config=dict(spec.config.passes)):
-        module = tvm.compile(scheduled(spec), target=target, tir_pipeline=spec.config.pipeline)
+    with target:
+        made = lowered(spec)
+        compiler.options = made.nvcc
+        module = compile_lowered(made, target)
     if request["path"] is not None:
         module.export_library(request["path"], cc=request["cc"])
     return cuda.Build(compiler.source, compiler.log)

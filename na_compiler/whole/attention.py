@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm import relax, tirx
 
-from na_compiler.compiler.build import scheduled
+from na_compiler.compiler.build import lowered
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.target import Target
@@ -56,7 +56,7 @@ class Attention:
         spec = KernelSpec.make(problem, self.target)
         if spec.info.workspace.buffers:
             raise NotImplementedError(f"{problem}: kernels with a workspace are not for whole models")
-        function = scheduled(spec)
+        function = lowered(spec).function
         (parameter,) = [parameter for parameter in function.params if parameter.name == "scale"]
         function = function.specialize({parameter: tirx.const(scale, "float32")})
         return function.without_attr("global_symbol").with_attr({"op_pattern": _OPAQUE, "tirx.is_scheduled": True})

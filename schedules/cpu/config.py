@@ -31,7 +31,7 @@ class QueriesInLanes(Config):
     accumulators: int
     row_block: int | None = None
 
-    module = "na_compiler.schedules.cpu.schedule"
+    family = "cpu"
 
     def plan(self, problem: Problem) -> TilingPlan:
         """Return the extents that the tiling leads to."""
@@ -49,3 +49,7 @@ class QueriesInLanes(Config):
         if problem.additional_kv:
             buffers += [(*tasks, ADDITIONAL, width) for width in widths]
         return Workspace(tuple(buffers), self.tiling.additional_block)
+
+    def visited_pairs(self, problem: Problem) -> int:
+        """Return how many pairs of query and key one head of one batch entry computes, at most."""
+        return self.plan(problem).visited_pairs()

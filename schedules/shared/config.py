@@ -1,9 +1,8 @@
-"""Configs: the choices that a schedule leaves open, as plain data that keys and manifests can hold."""
+"""Configs: the choices that a family leaves open, as plain data that can be compared, printed and sent to workers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from na_compiler.problem import Problem
@@ -13,29 +12,19 @@ __all__ = ["Config"]
 
 
 class Config(ABC):
-    """What every schedule's config has: frozen dataclasses, whose `repr` goes into the kernel's key.
+    """What every family's config has: frozen dataclasses of plain data.
 
     Attributes
     ----------
-    module
-        The schedule's module, with functions ``schedule_forward(plan, config)`` and ``schedule_backward(plan, config)``
-        that return a TensorIR function; it alone may import TVM.
-    pipeline
-        TVM's lowering pipeline for what they return: ``"s_tir"`` for scheduled blocks, ``"tirx"``.
-    passes
-        Options of TVM's passes.
-    options
-        Further options of nvcc.
+    family
+        Name of the family, which is its folder's.
     """
 
-    module: ClassVar[str]
-    pipeline: ClassVar[str] = "s_tir"
-    passes: ClassVar[Mapping[str, Any]] = {}
-    options: ClassVar[tuple[str, ...]] = ()
+    family: ClassVar[str]
 
     @abstractmethod
     def plan(self, problem: Problem) -> Any:
-        """Return what follows from a problem and this config: what the schedule's functions take."""
+        """Return what follows from a problem and this config: extents, shared memory. Pure Python, and quick."""
 
     @abstractmethod
     def workspace(self, problem: Problem, direction: str) -> Workspace:
@@ -48,3 +37,7 @@ class Config(ABC):
     def has_adjacent_heads(self, problem: Problem) -> bool:  # noqa: ARG002
         """Return whether the heads of a token have to lie one after another in query, key, value and the like."""
         return False
+
+    def visited_pairs(self, problem: Problem) -> int | None:  # noqa: ARG002
+        """Return how many pairs of query and key one head of one batch entry computes; ``None`` if not counted."""
+        return None

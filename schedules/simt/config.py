@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.config import Config
@@ -40,12 +38,7 @@ class Simt(Config):
     vector: int
     strip: int
 
-    module = "na_compiler.schedules.simt.schedule"
-    # nvcc unrolls, since TVM cannot unroll a sum over lanes; and it finds common subexpressions by itself.
-    passes: ClassVar[Mapping[str, Any]] = {
-        "tirx.UnrollLoop": {"explicit_unroll": False},
-        "tirx.disable_cse_tir": True,
-    }
+    family = "simt"
 
     def plan(self, problem: Problem) -> DirectPlan:
         """Return how the direct description is cut."""

@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterator
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.simt.config import Simt
 from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.target import CudaTarget
 from na_compiler.tensorir.axes import AXES, Extents, round_up
 
-__all__ = ["candidates", "choose"]
+__all__ = ["choose"]
 
 _THREADS = 128  # Of a block.
 _WARP = 32
@@ -32,7 +31,7 @@ _STRIP = 128
 _CHUNK = 1.5
 
 
-def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt | str:
+def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt:
     """Return the config to compile a problem with: this schedule takes all problems, on every target."""
     vector = _vector(problem, target)
     lanes = _lanes(problem, vector)
@@ -48,11 +47,6 @@ def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt | str:
         vector=vector,
         strip=_STRIP,
     )
-
-
-def candidates(problem: Problem, count: int) -> tuple[Candidate, ...]:  # noqa: ARG001
-    """Return nothing: each choice follows from the problem by a rule of its own, and none is ranked."""
-    return ()
 
 
 def _vector(problem: Problem, target: CudaTarget) -> int:

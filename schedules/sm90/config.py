@@ -43,9 +43,7 @@ class Sm90(Config):
     overlap: bool = False
     persistent: bool = False
 
-    module = "na_compiler.schedules.sm90.kernel"
-    pipeline = "tirx"
-    options = ("--use_fast_math",)
+    family = "sm90"
 
     def plan(self, problem: Problem) -> Plan:
         """Return the extents and the layout of shared memory that follow."""

@@ -15,15 +15,12 @@ from dataclasses import dataclass, replace
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate as Base
-from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, pieces_of
-from na_compiler.target import CudaTarget
 from na_compiler.window import group_length, window_bounds
 
-__all__ = ["Candidate", "candidates", "choose", "most_registers", "refusal"]
+__all__ = ["Candidate", "candidates", "most_registers", "refusal"]
 
-_ARCHITECTURE = "sm_90a"
 _PROCESSORS = 132
 # Products of 16-bit numbers, in operations a cycle of one multiprocessor, by the datasheet.
 _RATE = 4096.0
@@ -105,21 +102,11 @@ class Candidate(Base):
         )
 
 
-def choose(problem: Problem, target: CudaTarget, direction: str) -> Config | str:
-    """Return the config to compile a problem with, or in a sentence why this schedule does not take it."""
-    reason = refusal(problem, target, direction)
-    if reason:
-        return reason
-    found = candidates(problem, 1)
-    return found[0].config if found else f"The schedule for Hopper has no tiles for {problem}."
-
-
-def refusal(problem: Problem, target: CudaTarget, direction: str) -> str | None:
-    """Return in a sentence why the schedule does not take a problem; ``None`` if it does."""
+def refusal(problem: Problem, direction: str) -> str | None:
+    """Return in a sentence why the family does not take a problem; ``None`` if it does."""
     dims = (problem.head_dim, problem.head_dim_v)
     given = " and ".join(map(str, dims))
     reasons = {
-        f"is for cuda:{_ARCHITECTURE} alone": target.architecture != _ARCHITECTURE,
         "has no backward yet": direction != "forward",
         "takes float16 and bfloat16, not float32": problem.dtype == "float32",
         f"takes multiples of 8 up to 256 as head_dim, not {given}": any(dim % 8 or dim > 256 for dim in dims),
@@ -128,7 +115,10 @@ def refusal(problem: Problem, target: CudaTarget, direction: str) -> str | None:
         ),
         f"takes dilations up to {MAX_ELEMENT_STRIDE}, TMA's largest step": max(problem.dilation) > MAX_ELEMENT_STRIDE,
     }
-    return next((f"The schedule for Hopper {reason}." for reason, holds in reasons.items() if holds), None)
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is None and next(_configs(problem), None) is None:
+        reason = f"has no tiles for {problem}"
+    return reason and f"The schedule for Hopper {reason}."
 
 
 @functools.lru_cache(maxsize=256)

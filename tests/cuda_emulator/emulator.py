@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cuda_emulator.host import HostProgram, Launch, TensorMapArguments
+from na_compiler.compiler import build
+from na_compiler.compiler.spec import KernelSpec
 
 __all__ = ["ORDERS", "Emulator", "EmulatorError", "Order"]
 
@@ -69,6 +71,12 @@ class Emulator:
         self._folder = tempfile.TemporaryDirectory(prefix="na_compiler-emulator-")
         self.folder = Path(self._folder.name)
         self._compile(text)
+
+    @classmethod
+    def of(cls, spec: KernelSpec, edit: Any = None) -> Emulator:
+        """Make the emulator of a spec's kernels."""
+        made = build.lowered(spec)
+        return cls(made.function, spec.target.to_tvm(), made.pipeline, edit, made.options)
 
     def _compile(self, text: str) -> None:
         compiler = shutil.which("g++") or shutil.which("clang++")

@@ -1,0 +1,52 @@
+"""The family for CPUs: one query in each vector lane."""
+
+from __future__ import annotations
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.cpu import planner
+from na_compiler.schedules.cpu.config import QueriesInLanes
+from na_compiler.schedules.family import Family, Lowered
+from na_compiler.schedules.shared.candidate import Candidate
+from na_compiler.schedules.shared.config import Config
+from na_compiler.target import CpuTarget, Target
+
+__all__ = ["FAMILY"]
+
+# Boxes have the extents they need from the start, and LLVM finds common subexpressions: half of the compile time.
+_SKIPPED_PASSES = ("s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim")
+
+
+class _Cpu(Family):
+    name = "cpu"
+
+    def is_for(self, target: Target) -> bool:
+        """CPUs."""
+        return isinstance(target, CpuTarget)
+
+    def refusal(self, problem: Problem, target: Target, direction: str) -> str | None:  # noqa: ARG002
+        """None: it takes all problems, on every CPU."""
+        return None
+
+    def choose(self, problem: Problem, target: Target, direction: str) -> QueriesInLanes:
+        """Return the tiling that takes least cycles."""
+        return planner.choose(problem, _machine(target), direction)
+
+    def candidates(self, problem: Problem, target: Target, direction: str, count: int) -> tuple[Candidate, ...]:
+        """Return the best tilings."""
+        return planner.candidates(problem, _machine(target), direction, count)
+
+    def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
+        """Return the scheduled description, for LLVM."""
+        from na_compiler.schedules.cpu import pipeline, schedule  # noqa: PLC0415
+
+        assert isinstance(config, QueriesInLanes)
+        make = schedule.schedule_forward if direction == "forward" else schedule.schedule_backward
+        return Lowered(make(config.plan(problem), config), pipeline.register(), skipped=_SKIPPED_PASSES)
+
+
+def _machine(target: Target) -> planner.Machine:
+    assert isinstance(target, CpuTarget)
+    return planner.Machine(target.vector, target.registers)
+
+
+FAMILY = _Cpu()

@@ -1,0 +1,117 @@
+"""`Family`: a way to compute neighborhood attention on a kind of machine. Pure Python: no TVM is loaded.
+
+A family is a folder beside this file, whose name it has, and a line in `na_compiler.schedules.choose`. Its module
+``family`` has ``FAMILY``, an instance of its subclass of `Family`; whatever else is in the folder is its own affair:
+nothing outside imports it but its tests. What is done for a family is this: it is asked whether it takes a problem
+(`Family.refusal`), for its choices (`Family.choose`, `Family.candidates`), for what those need from the caller
+(`Config`), and for the code (`Family.lower`).
+
+A family promises
+
+- to take every problem that it gives no reason against: what `Family.choose` returns can be lowered, and the kernel
+  computes what `na_compiler.reference` computes, the window rule being that of `na_compiler.window`;
+- that answers depend on nothing but the arguments: neither on this machine, nor on its cores, files, environment.
+  Kernels are cached by problem, direction and target, without asking the family;
+- answers within milliseconds, however large the layout is: nothing is counted token by token;
+- not to load TVM before `Family.lower`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.shared.candidate import Candidate
+from na_compiler.schedules.shared.config import Config
+from na_compiler.target import Target
+
+__all__ = ["Family", "Lowered"]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A kernel as TensorIR, and how TVM is to compile it.
+
+    Parameters
+    ----------
+    function
+        A PrimFunc ``main``. Its arguments are those of the direction, then the workspace's buffers.
+    pipeline
+        Name of TVM's lowering pipeline for it: ``"s_tir"`` for scheduled blocks, ``"tirx"``, or one of the family's.
+    options
+        Options of TVM's passes, by their names.
+    skipped
+        Names of TVM's passes that are left out.
+    nvcc
+        Further options of nvcc, for GPUs.
+    """
+
+    function: Any
+    pipeline: str = "s_tir"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    nvcc: tuple[str, ...] = ()
+
+
+class Family(ABC):
+    """A way to compute neighborhood attention on a kind of machine.
+
+    Attributes
+    ----------
+    name
+        That of its folder, and what its configs say as `Config.family`.
+    """
+
+    name: str
+
+    @abstractmethod
+    def is_for(self, target: Target) -> bool:
+        """Return whether the family is for a kind of machine at all; where not it is asked nothing more."""
+
+    @abstractmethod
+    def refusal(self, problem: Problem, target: Target, direction: str) -> str | None:
+        """Return in a sentence why the family does not take a problem; ``None`` if it does.
+
+        Parameters
+        ----------
+        problem
+            What to compute.
+        target
+            A machine that the family is for.
+        direction
+            ``"forward"`` or ``"backward"``.
+        """
+
+    @abstractmethod
+    def choose(self, problem: Problem, target: Target, direction: str) -> Config:
+        """Return the config to compile a problem with that the family takes; parameters are those of `refusal`."""
+
+    def candidates(
+        self,
+        problem: Problem,  # noqa: ARG002
+        target: Target,  # noqa: ARG002
+        direction: str,  # noqa: ARG002
+        count: int,  # noqa: ARG002
+    ) -> tuple[Candidate, ...]:
+        """Return what `choose` chose from, at most ``count``, the best first: the first has the config it returns.
+
+        Nothing where there is nothing to rank, because every choice follows from the problem by a rule of its own.
+        """
+        return ()
+
+    @abstractmethod
+    def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
+        """Return the kernel of a problem and a config; loads TVM.
+
+        Parameters
+        ----------
+        problem
+            What to compute.
+        config
+            One of this family: the one that `choose` returned, or another that a caller tries.
+        direction
+            ``"forward"`` or ``"backward"``.
+        """

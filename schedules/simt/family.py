@@ -1,0 +1,46 @@
+"""The family for CUDA cores, of every GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.family import Family, Lowered
+from na_compiler.schedules.shared.config import Config
+from na_compiler.schedules.simt import planner
+from na_compiler.schedules.simt.config import Simt
+from na_compiler.target import CudaTarget, Target
+
+__all__ = ["FAMILY"]
+
+# nvcc unrolls, since TVM cannot unroll a sum over lanes; and it finds common subexpressions by itself.
+_OPTIONS: Mapping[str, Any] = {"tirx.UnrollLoop": {"explicit_unroll": False}, "tirx.disable_cse_tir": True}
+
+
+class _Simt(Family):
+    name = "simt"
+
+    def is_for(self, target: Target) -> bool:
+        """GPUs."""
+        return isinstance(target, CudaTarget)
+
+    def refusal(self, problem: Problem, target: Target, direction: str) -> str | None:  # noqa: ARG002
+        """None: it takes all problems, on every GPU."""
+        return None
+
+    def choose(self, problem: Problem, target: Target, direction: str) -> Simt:
+        """Return what follows from the problem: each choice has a rule of its own, and none is ranked."""
+        assert isinstance(target, CudaTarget)
+        return planner.choose(problem, target, direction)
+
+    def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
+        """Return the scheduled description, for nvcc."""
+        from na_compiler.schedules.simt import schedule  # noqa: PLC0415
+
+        assert isinstance(config, Simt)
+        make = schedule.schedule_forward if direction == "forward" else schedule.schedule_backward
+        return Lowered(make(config.plan(problem), config), options=_OPTIONS)
+
+
+FAMILY = _Simt()

@@ -1,0 +1,52 @@
+"""The family for Hopper's tensor cores."""
+
+from __future__ import annotations
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.family import Family, Lowered
+from na_compiler.schedules.shared.config import Config
+from na_compiler.schedules.sm90 import planner
+from na_compiler.schedules.sm90.config import Sm90
+from na_compiler.target import CudaTarget, Target
+
+__all__ = ["FAMILY"]
+
+# The instructions are those of this architecture alone.
+_ARCHITECTURE = "sm_90a"
+
+
+class _Sm90(Family):
+    name = "sm90"
+
+    def is_for(self, target: Target) -> bool:
+        """Hopper."""
+        return isinstance(target, CudaTarget) and target.architecture == _ARCHITECTURE
+
+    def refusal(self, problem: Problem, target: Target, direction: str) -> str | None:  # noqa: ARG002
+        """Return in a sentence why the family does not take a problem; ``None`` if it does."""
+        return planner.refusal(problem, direction)
+
+    def choose(self, problem: Problem, target: Target, direction: str) -> Sm90:  # noqa: ARG002
+        """Return the tiles that take least cycles."""
+        return planner.candidates(problem)[0].config
+
+    def candidates(
+        self,
+        problem: Problem,
+        target: Target,  # noqa: ARG002
+        direction: str,  # noqa: ARG002
+        count: int,
+    ) -> tuple[planner.Candidate, ...]:
+        """Return the best tiles."""
+        return planner.candidates(problem, count)
+
+    def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
+        """Return the kernel, for nvcc."""
+        from na_compiler.schedules.sm90 import kernel  # noqa: PLC0415
+
+        assert isinstance(config, Sm90)
+        assert direction == "forward"
+        return Lowered(kernel.schedule_forward(config.plan(problem), config), "tirx", nvcc=("--use_fast_math",))
+
+
+FAMILY = _Sm90()
