@@ -8,9 +8,9 @@ import torch
 from onnx_models import Forward, feeds, one_node, run
 
 import na_compiler
+from na_compiler.devices.cuda import cuda_capabilities
 from na_compiler.onnx import register
 from na_compiler.problem import Problem
-from na_compiler.runtime.devices import cuda_capabilities
 
 pytestmark = pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not cuda_capabilities(),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from na_compiler.runtime import devices
+from na_compiler.devices import cuda
 from na_compiler.target import CpuTarget, CudaTarget, Target
 
 
@@ -64,8 +64,8 @@ def test_the_best_of_several():
     ("capabilities", "name"), [([(9, 0)], "cuda:sm_90a"), ([(7, 5), (8, 6)], "cuda:sm_75"), ([(12, 0)], "cuda:sm_120")]
 )
 def test_cuda_is_the_gpu_present(monkeypatch, capabilities, name):
-    monkeypatch.setattr(devices, "cuda_capabilities", lambda: tuple(capabilities))
-    monkeypatch.setattr(devices, "_current", lambda: 0)
+    monkeypatch.setattr(cuda, "cuda_capabilities", lambda: tuple(capabilities))
+    monkeypatch.setattr(cuda, "_current", lambda: 0)
     target = Target.parse("cuda")
     assert target.name == name
     assert target.runs_here
@@ -73,21 +73,21 @@ def test_cuda_is_the_gpu_present(monkeypatch, capabilities, name):
 
 
 def test_cuda_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(devices, "cuda_capabilities", tuple)
+    monkeypatch.setattr(cuda, "cuda_capabilities", tuple)
     with pytest.raises(ValueError, match="target cuda is the GPU present, and there is none; name one"):
         Target.parse("cuda")
 
 
 def test_a_gpu_that_is_too_old(monkeypatch):
-    monkeypatch.setattr(devices, "cuda_capabilities", lambda: ((7, 0),))
+    monkeypatch.setattr(cuda, "cuda_capabilities", lambda: ((7, 0),))
     with pytest.raises(ValueError, match="cuda:sm_70 is too old"):
         Target.parse("cuda")
 
 
 def test_the_driver_is_asked_without_torch_or_tvm():
     code = (
-        "import sys; from na_compiler.runtime import devices; from na_compiler.target import Target;"
-        "print(devices.cuda_capabilities()); Target.parse('cuda:sm_80').runs_here;"
+        "import sys; from na_compiler.devices import cuda; from na_compiler.target import Target;"
+        "print(cuda.cuda_capabilities()); Target.parse('cuda:sm_80').runs_here;"
         "assert 'torch' not in sys.modules and 'tvm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

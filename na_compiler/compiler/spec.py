@@ -100,9 +100,10 @@ def source_fingerprint() -> str:
     """Return a hash of the sources that decide what code is generated."""
     package = Path(__file__).parent.parent
     families = Path(schedules.__file__).parent
-    named = ("window.py", "target.py", "compiler/build.py", "compiler/cuda_worker.py")
+    named = ("window.py", "compiler/build.py", "compiler/cuda_worker.py")
     files = [(path.relative_to(families), path) for path in sorted(families.rglob("*.py"))]
     files += [(path.relative_to(package), path) for path in sorted((package / "tensorir").glob("*.py"))]
+    files += [(path.relative_to(package), path) for path in sorted((package / "devices").glob("*.py"))]
     files += [(Path(name), package / name) for name in named]
     digest = hashlib.sha256()
     for name, path in files:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from na_compiler.devices import CUDA
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import Kernel, MisplacedError
-from na_compiler.target import CudaTarget, Target
+from na_compiler.target import target_of
 
 __all__ = ["backward", "check_rank", "forward", "on_cuda", "reading"]
 
@@ -92,7 +93,7 @@ def on_cuda(implementation: Callable[..., Any], query: Tensor, *arguments: Any) 
     device = query.get_device()
     if device == torch.cuda.current_device():
         return implementation(query, *arguments)
-    with torch.cuda.device(device):
+    with CUDA.guard(device):
         return implementation(query, *arguments)
 
 
@@ -169,12 +170,5 @@ def _find(
         with torch.inference_mode(mode=False):
             output = query.new_empty(1).expand(*tokens, value.shape[-1])
             lse = query.new_empty(1, dtype=torch.float32).expand(tokens)
-        found = _kernels[at] = (find_kernel(problem, direction, _machine(query.device)), output, lse)
+        found = _kernels[at] = (find_kernel(problem, direction, target_of(query.device)), output, lse)
     return found
-
-
-def _machine(device: torch.device) -> Target:
-    """Return what to compile for, for tensors on a device."""
-    if device.type == "cuda":
-        return CudaTarget.of_capability(torch.cuda.get_device_capability(device))
-    return Target.parse("llvm")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
+from na_compiler.devices import DEVICES
 from na_compiler.runtime import threads
 from na_compiler.runtime.folders import runtime_library
 
@@ -33,10 +32,10 @@ def load_function(path: Path, device_type: str = "cpu") -> Any:
     import tvm_ffi  # noqa: PLC0415
 
     load_runtime()
-    if device_type == "cuda":
-        _load_cuda_runtime()
+    _load_for(device_type)
     function = tvm_ffi.load_module(str(path))["main"]
-    threads.attach(path)
+    if any(device.has_host_loops for device in DEVICES if device.type == device_type):
+        threads.attach(path)
     return function
 
 
@@ -50,25 +49,8 @@ def load_runtime() -> ctypes.CDLL:
 
 
 @functools.cache
-def _load_cuda_runtime() -> ctypes.CDLL:
-    """Load the part of TVM's runtime that launches kernels; it needs CUDA's own, which a torch for CUDA has loaded."""
-    if "torch" not in sys.modules:
-        _load_cudart()
-    library = runtime_library().with_name("libtvm_runtime_cuda.so")
-    try:
-        return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    except OSError as error:
-        raise RuntimeError(
-            f"kernels for CUDA need {library.name} beside libtvm_runtime.so, NVIDIA's driver and libcudart.so.13 (a "
-            f"torch for CUDA 13, or nvidia-cuda-runtime): {error}"
-        ) from error
-
-
-def _load_cudart() -> None:
-    """Load CUDA's runtime from PyPI's package, where the system's loader would not find it."""
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        path = Path(folder) / "cu13" / "lib" / "libcudart.so.13"
-        if path.is_file():
-            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-            return
+def _load_for(device_type: str) -> None:
+    """Load what kernels for a device need beside that."""
+    for device in DEVICES:
+        if device.type == device_type:
+            device.load(runtime_library().parent)

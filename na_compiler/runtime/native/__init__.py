@@ -7,6 +7,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
+from na_compiler.devices.cpu import feature_table
 from na_compiler.runtime.bundle import FORMAT
 from na_compiler.runtime.folders import runtime_library
 from na_compiler.runtime.kernel import ABI
@@ -46,6 +47,7 @@ def flags() -> tuple[str, ...]:
         f"-I{installed('tvm_ffi') / 'include'}",
         f"-DNA_BUNDLE_FORMAT={FORMAT}",
         f"-DNA_KERNEL_ABI={ABI}",
+        f'-DNA_CPU_FEATURES="{feature_table()}"',
         f'-DNA_TVM_FOLDERS="{known}"',
         "-fvisibility=hidden",
         "-fvisibility-inlines-hidden",

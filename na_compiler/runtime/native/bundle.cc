@@ -6,6 +6,7 @@
 #include <memory>
 #include <tuple>
 
+#include "devices.h"
 #include "error.h"
 #include "json.h"
 #include "sha256.h"
@@ -78,37 +79,6 @@ Kernel read_kernel(const Json& json) {
   kernel.adjacent_heads = json["adjacent_heads"].boolean();
   if (kernel.alignment < 1) throw Error("it has an alignment that is none");
   return kernel;
-}
-
-// How good a target is on this CPU: the higher the better, -1 where it does not run.
-int cpu_order(const std::string& target) {
-#if defined(__x86_64__)
-  bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("ssse3");
-  bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-            __builtin_cpu_supports("bmi2");
-  bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl");
-  if (target == "llvm:x86-64") return 0;
-  if (target == "llvm:x86-64-v2" && v2) return 1;
-  if (target == "llvm:x86-64-v3" && v3) return 2;
-  if (target == "llvm:x86-64-v4" && v4) return 3;
-#elif defined(__aarch64__)
-  if (target == "llvm:aarch64") return 0;
-#endif
-  return -1;
-}
-
-// The same for a CUDA device. Machine code runs on its own generation, from its own capability on; code with
-// instructions of one architecture (sm_90a) on that alone.
-int cuda_order(const std::string& target, int capability) {
-  static const std::string kPrefix = "cuda:sm_";
-  if (target.compare(0, kPrefix.size(), kPrefix) != 0) return -1;
-  char* after = nullptr;
-  int built = static_cast<int>(std::strtol(target.c_str() + kPrefix.size(), &after, 10));
-  bool is_specific = *after != '\0';
-  bool runs = is_specific ? built == capability : built / 10 == capability / 10 && built <= capability;
-  return runs ? 2 * built + is_specific : -1;
 }
 
 }  // namespace
@@ -232,7 +202,7 @@ const Kernel* Bundle::find(const Problem& problem, bool is_cuda, int capability,
   std::string others;
   for (const Kernel& kernel : kernels_) {
     if (!(kernel.problem == problem)) continue;
-    int order = is_cuda ? cuda_order(kernel.target, capability) : cpu_order(kernel.target);
+    int order = is_cuda ? cuda_order(kernel.target, capability) : cpu_order(kernel.target, cpu_features());
     others += (others.empty() ? "" : ", ") + kernel.target;
     if (order > best_order) {
       best_order = order;

@@ -3,5 +3,6 @@
 // clang-format off
 #include "json.cc"
 #include "sha256.cc"
+#include "devices.cc"
 #include "tvm.cc"
 #include "bundle.cc"

@@ -194,18 +194,4 @@ CurrentStream::CurrentStream(int device, void* stream) : device_(device) {
 
 CurrentStream::~CurrentStream() { ffi().set_stream(kDLCUDA, device_, before_, nullptr); }
 
-int cuda_capability(int device) {
-  // CUdevice_attribute, in cuda.h.
-  constexpr int kMajor = 75, kMinor = 76;
-  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
-  if (driver == nullptr) return 0;
-  auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
-  auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
-  auto attribute = reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
-  int handle = 0, major = 0, minor = 0;
-  if (!init || !get || !attribute || init(0) || get(&handle, device)) return 0;
-  if (attribute(&major, kMajor, handle) || attribute(&minor, kMinor, handle)) return 0;
-  return 10 * major + minor;
-}
-
 }  // namespace na

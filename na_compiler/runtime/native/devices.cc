@@ -1,0 +1,92 @@
+#include "devices.h"
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <vector>
+
+// The instruction sets and what they take: na_compiler.devices.cpu.feature_table(), when this was built.
+#ifndef NA_CPU_FEATURES
+#error "build this with the options of na_compiler.runtime.native.flags()"
+#endif
+
+namespace na {
+namespace {
+
+#if defined(__x86_64__)
+constexpr char kMachine[] = "x86-64";
+#elif defined(__aarch64__)
+constexpr char kMachine[] = "aarch64";
+#else
+constexpr char kMachine[] = "";
+#endif
+
+std::vector<std::string> split_at(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, separator);) parts.push_back(part);
+  return parts;
+}
+
+}  // namespace
+
+const std::set<std::string>& cpu_features() {
+  static const auto* features = [] {
+    auto* found = new std::set<std::string>;
+    std::ifstream file("/proc/cpuinfo");
+    for (std::string line; std::getline(file, line);) {
+      if (line.compare(0, 5, "flags") != 0) continue;
+      std::istringstream words(line.substr(line.find(':') + 1));
+      for (std::string word; words >> word;) found->insert(word);
+      break;
+    }
+    return found;
+  }();
+  return *features;
+}
+
+int cpu_order(const std::string& target, const std::set<std::string>& features) {
+  int order = 0;
+  for (const std::string& one : split_at(NA_CPU_FEATURES, ';')) {
+    std::vector<std::string> parts = split_at(one, ':');  // Architecture, name, features that it adds, if any.
+    if (parts[0] != kMachine) continue;
+    if (parts.size() > 2) {
+      for (const std::string& feature : split_at(parts[2], ',')) {
+        if (features.count(feature) == 0) return -1;
+      }
+    }
+    if (target == "llvm:" + parts[1]) return order;
+    ++order;
+  }
+  return -1;
+}
+
+// Machine code runs on its own generation, from its own capability on; code with instructions of one architecture
+// (sm_90a) on that alone.
+int cuda_order(const std::string& target, int capability) {
+  static const std::string kPrefix = "cuda:sm_";
+  if (target.compare(0, kPrefix.size(), kPrefix) != 0) return -1;
+  char* after = nullptr;
+  int built = static_cast<int>(std::strtol(target.c_str() + kPrefix.size(), &after, 10));
+  bool is_specific = *after != '\0';
+  bool runs = is_specific ? built == capability : built / 10 == capability / 10 && built <= capability;
+  return runs ? 2 * built + is_specific : -1;
+}
+
+int cuda_capability(int device) {
+  // CUdevice_attribute, in cuda.h.
+  constexpr int kMajor = 75, kMinor = 76;
+  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+  if (driver == nullptr) return 0;
+  auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
+  auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
+  auto attribute = reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
+  int handle = 0, major = 0, minor = 0;
+  if (!init || !get || !attribute || init(0) || get(&handle, device)) return 0;
+  if (attribute(&major, kMajor, handle) || attribute(&minor, kMinor, handle)) return 0;
+  return 10 * major + minor;
+}
+
+}  // namespace na
