@@ -1,13 +1,15 @@
 """The oracle: neighborhood attention in plain PyTorch, on any device, in any floating dtype, differentiable.
 
 As direct as it can be: a mask from the window rule, and a softmax over what it lets through. Slow on purpose; what
-is compiled is judged by it.
+is compiled is judged by it, also where numbers are not finite: what a query does not see has no influence on it,
+whatever it holds, and what it sees always has.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -99,7 +101,9 @@ def neighborhood_attention(
     output
         ``[batch, *layout, heads, head_dim_v]``, or ``[batch, queries, heads, head_dim_v]`` where ``tokens`` are given.
     lse
-        Likewise without the last dimension: the logarithm of the sum of exponentials of scaled scores.
+        Likewise without the last dimension: the logarithm of the sum of exponentials of scaled scores. NaN where the
+        softmax is: where a score is NaN or plus infinity, or all are minus infinity. Minus infinity only for a query
+        that sees no key, whose output is 0.
 
     Raises
     ------
@@ -131,8 +135,13 @@ def neighborhood_attention(
         queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         mask = torch.nn.functional.pad(neighborhood_mask(problem, rows), (0, additional), value=True)
-        scores = (queries @ keys.transpose(-1, -2)).masked_fill(~mask, -math.inf)
-        return scores.softmax(-1) @ values, scores.logsumexp(-1)
+        scores = _apply(_Scores, queries, keys, mask)
+        highest = scores.detach().amax(-1, keepdim=True)
+        weights = torch.where(mask, (scores - highest).exp(), 0.0)
+        total = weights.sum(-1, keepdim=True)
+        output, lse = _apply(_Sums, weights, values, mask) / total, (highest + total.log()).squeeze(-1)
+        sees = mask.any(-1)
+        return torch.where(sees[:, None], output, 0.0), torch.where(sees, lse, -math.inf)
 
     step = max(1, _SCORES // max(1, query.shape[0] * problem.heads * keys.shape[2]))
     parts = [
@@ -144,6 +153,61 @@ def neighborhood_attention(
     if tokens is None:
         output, lse = output.unflatten(1, problem.layout), lse.unflatten(1, problem.layout)
     return output, lse
+
+
+def _apply(function: type[torch.autograd.Function], *tensors: torch.Tensor) -> torch.Tensor:
+    return function.apply(*tensors)  # type: ignore[no-any-return]
+
+
+class _Scores(torch.autograd.Function):
+    """Products of queries with the keys that they see; minus infinity for the others."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(queries, keys, mask)
+        return torch.where(mask, queries @ keys.mT, -math.inf)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        queries, keys, mask = ctx.saved_tensors
+        slopes = torch.where(mask, grad, 0.0)
+        return _apply(_Sums, slopes, keys, mask), _apply(_Sums, slopes.mT, queries, mask.mT), None
+
+
+class _Sums(torch.autograd.Function):
+    """Weighted sums of the rows that are seen: a weight of 0 that hides a row hides a NaN and an infinity as well."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weights, rows, mask)
+        return _sums(weights, rows, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        weights, rows, mask = ctx.saved_tensors
+        return torch.where(mask, grad @ rows.mT, 0.0), _apply(_Sums, weights.mT, grad, mask.mT), None
+
+
+def _sums(weights: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return ``sum_j weights[i, j] rows[j]`` over the ``j`` that ``mask`` has; the other weights are 0."""
+    if rows.isfinite().all():
+        return weights @ rows
+    # Finite numbers of the same sign, and then what a sum with the others would be: found by counting them.
+    sums = weights @ rows.nan_to_num(1.0, 1.0, -1.0)
+    up, down = rows == math.inf, rows == -math.inf
+    is_lost = mask & ((weights == 0) | weights.isnan())
+
+    def some(pairs: torch.Tensor, those: torch.Tensor) -> torch.Tensor:
+        return pairs.to(rows.dtype) @ those.to(rows.dtype) > 0
+
+    found = (
+        (some(weights > 0, up) | some(weights < 0, down), math.inf),
+        (some(weights > 0, down) | some(weights < 0, up), -math.inf),
+        (some(mask.expand_as(weights), rows.isnan()) | some(is_lost, up | down), math.nan),
+    )
+    for where, what in found:
+        sums = sums + torch.where(where, what, 0.0)
+    return sums
 
 
 def _minimum(first: torch.Tensor | int, second: torch.Tensor | int) -> torch.Tensor:

@@ -15,6 +15,8 @@ from na_compiler.reference import neighborhood_attention
 
 # Relative errors, ``|x - reference| / |reference|``.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+# Inputs, in order.
+NAMES = ("query", "key", "value", "additional_keys", "additional_values")
 
 
 @dataclasses.dataclass
@@ -49,8 +51,11 @@ def draw(
     scale: float | None = None,
     tokens: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
+    spoiled: dict[str, float] | None = None,
 ) -> Example:
     """Draw inputs in the problem's dtype; the reference sees them as they are rounded to it.
+
+    ``spoiled`` has names of tensors (`NAMES`), and what is written into a random element of each.
 
     With ``tokens`` the reference is computed for these queries only, and only they have a gradient of the output:
     the gradients of everything are still exact.
@@ -70,6 +75,9 @@ def draw(
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     grad_output = torch.randn(*layout, problem.heads, problem.head_dim_v, device=device).to(dtype)
     grad_lse = torch.randn(*layout, problem.heads, device=device)
+    for name, number in (spoiled or {}).items():
+        gradients = {"grad_output": grad_output, "grad_lse": grad_lse}
+        spoil(gradients[name] if name in gradients else inputs[NAMES.index(name)], number)
     some_output, some_lse = grad_output, grad_lse
     if tokens is not None:
         others = torch.ones(problem.tokens, dtype=torch.bool, device=device).index_fill(0, tokens, value=False)
@@ -86,6 +94,18 @@ def draw(
     )
 
 
+def spoil(tensor: torch.Tensor, number: float) -> None:
+    """Write a number into a random element; a NaN with random bits, as memory that nobody wrote may have."""
+    place = torch.randint(tensor.numel(), ()).item()
+    element = tensor.view(-1)[place : place + 1]
+    element.fill_(number)
+    if math.isnan(number):
+        bits = element.view({2: torch.int16, 4: torch.int32}[element.element_size()])
+        mantissa = {torch.float32: 22, torch.bfloat16: 6, torch.float16: 9}[tensor.dtype]  # Without its first bit.
+        bits += torch.randint(2**mantissa, (), device=tensor.device).to(bits.dtype)
+        assert element.isnan().all()
+
+
 def _magnitudes(problem: Problem, exact: list[torch.Tensor], grad_output: torch.Tensor) -> list[float]:
     """Return, per gradient, the norm of the same sum over absolute values, where the exact result vanishes; else 0.
 
@@ -94,33 +114,54 @@ def _magnitudes(problem: Problem, exact: list[torch.Tensor], grad_output: torch.
     """
     if problem.additional_kv or any(extent > 1 for extent in problem.kernel_size):
         return [0.0] * 5
-    query, key, value = (tensor.detach().abs() for tensor in exact[:3])
+    query, key, value = (tensor.detach().nan_to_num(0.0, 0.0, 0.0).abs() for tensor in exact[:3])
     key, value = (t.repeat_interleave(problem.group_size, -2) for t in (key, value))
-    steep = 2 * problem.head_dim**-0.5 * (grad_output.double().abs() * value).sum(-1, keepdim=True)
+    grad_output = grad_output.double().nan_to_num(0.0, 0.0, 0.0).abs()
+    steep = 2 * problem.head_dim**-0.5 * (grad_output * value).sum(-1, keepdim=True)
     by_key = (steep * query).unflatten(-2, (problem.heads_kv, problem.group_size)).sum(-2)
     return [(steep * key).norm().item(), by_key.norm().item(), 0.0, 0.0, 0.0]
 
 
-def check(name: str, result: torch.Tensor, reference: torch.Tensor, dtype: str, *, floor: float = 0.0) -> float:
-    """Assert that a result is as near to the reference as its dtype allows; returns the relative error."""
+def check(
+    name: str, result: torch.Tensor, reference: torch.Tensor, dtype: str, *, floor: float = 0.0, spreads: bool = False
+) -> float:
+    """Assert that a result is as near to the reference as its dtype allows; returns the relative error.
+
+    NaN and infinities are where they are in the reference, rounded to the result's dtype, and the rest is compared
+    without them. With ``spreads`` there may be NaN elsewhere too, which hidden numbers that are not finite may cause:
+    see ``docs/numerics.md``.
+    """
     assert result.shape == reference.shape, f"{name}: shape {tuple(result.shape)}, not {tuple(reference.shape)}"
     if reference.numel() == 0:
         return 0.0
-    norm = max(reference.norm().item(), floor)
-    error = (result.double() - reference).norm().item()
+    given, expected = result.double(), reference.to(result.dtype).double()
+    finite = expected.isfinite()
+    excused = given.isnan() if spreads else torch.zeros_like(finite)
+    finite &= ~excused
+    for kind, found in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        differ = found(given) & finite, found(expected) & ~found(given) & ~excused
+        counts = [int(each.sum()) for each in differ]
+        assert not any(counts), (
+            f"{name}: not finite as the reference is: {counts[0]} of {given.numel()} are {kind} and should be finite "
+            f"(not written, or overflowed), {counts[1]} should be {kind} and are not"
+        )
+    given, expected = given[finite], reference.double()[finite]
+    norm = max(expected.norm().item(), floor)
+    error = (given - expected).norm().item()
     relative = error / norm if norm else error
-    assert math.isfinite(relative), f"{name}: not finite: an output was not written, or overflowed"
     assert relative < TOLERANCE[dtype], f"{name}: relative error {relative:.2e}"
     return relative
 
 
-def check_forward(example: Example, output: torch.Tensor, lse: torch.Tensor) -> dict[str, float]:
+def check_forward(
+    example: Example, output: torch.Tensor, lse: torch.Tensor, *, spreads: bool = False
+) -> dict[str, float]:
     """Check output and lse; returns their errors."""
-    assert torch.isfinite(output).all(), "output: not finite: not written, or overflowed"
-    assert torch.isfinite(lse).all(), "lse: not finite: not written, or overflowed"
     if example.tokens is not None:
+        assert torch.isfinite(output).all(), "output: not finite: not written, or overflowed"
+        assert torch.isfinite(lse).all(), "lse: not finite: not written, or overflowed"
         output, lse = output.flatten(1, -3)[:, example.tokens], lse.flatten(1, -2)[:, example.tokens]
-    error = check("output", output, example.output, example.problem.dtype)
+    error = check("output", output, example.output, example.problem.dtype, spreads=spreads)
     # lse is float32 whatever the inputs are; it may pass through 0, so its scale is at least 1 an element.
     return {
         "output": error,
@@ -128,12 +169,12 @@ def check_forward(example: Example, output: torch.Tensor, lse: torch.Tensor) -> 
     }
 
 
-def check_backward(example: Example, grads) -> dict[str, float]:
+def check_backward(example: Example, grads, *, spreads: bool = False) -> dict[str, float]:
     """Check gradients; returns their errors."""
     names = ("grad_query", "grad_key", "grad_value", "grad_additional_keys", "grad_additional_values")
     each = zip(names, grads, example.grads, example.magnitudes, strict=False)
     return {
-        name: check(name, grad, reference, example.problem.dtype, floor=magnitude)
+        name: check(name, grad, reference, example.problem.dtype, floor=magnitude, spreads=spreads)
         for name, grad, reference, magnitude in each
     }
 

@@ -1,5 +1,6 @@
 """`na_compiler.reference`: the oracle itself, against loops over the published definition and against torch."""
 
+import itertools
 import math
 import random
 
@@ -112,6 +113,49 @@ def test_scale_of_zero_is_zero(seed):
 
 def test_mask_counts_the_window():
     assert (neighborhood_mask(Problem((5, 6), 1, 1, (3, 2), dilation=(1, 2))).sum(1) == 6).all()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value", "grad_output", "grad_lse"])
+def test_not_finite_where_a_loop_over_the_window_is(where, number, seed):
+    """Each query by itself, over the keys that it sees: what autograd makes of that in plain PyTorch."""
+    problem = random_problem().replace(heads=2, heads_kv=1)
+    tensors = {
+        "query": torch.randn(1, *problem.layout, 2, 3, dtype=torch.float64),
+        "key": torch.randn(1, *problem.layout, 1, 3, dtype=torch.float64),
+        "value": torch.randn(1, *problem.layout, 1, 5, dtype=torch.float64),
+        "grad_output": torch.randn(1, *problem.layout, 2, 5, dtype=torch.float64),
+        "grad_lse": torch.randn(1, *problem.layout, 2, dtype=torch.float64),
+    }
+    spoilt = tensors[where].view(-1)
+    spoilt[random.randrange(len(spoilt))] = number
+    inputs = [tensors[name].requires_grad_() for name in ("query", "key", "value")]
+    query, key, value = inputs
+    grads = tensors["grad_output"], tensors["grad_lse"]
+    outputs, lses = torch.empty_like(grads[0]), torch.empty_like(grads[1])
+    for token in itertools.product(*map(range, problem.layout)):
+        seen = tuple(torch.tensor(neighbors(problem, token)).T)
+        for head in range(2):
+            scores = (key[(0, *seen, 0)] * query[(0, *token, head)]).sum(-1) * 3**-0.5
+            weights = (scores - scores.detach().max()).exp()
+            outputs[(0, *token, head)] = (weights[:, None] * value[(0, *seen, 0)]).sum(0) / weights.sum()
+            lses[(0, *token, head)] = scores.detach().max() + weights.sum().log()
+    expected = [outputs, lses, *torch.autograd.grad((outputs, lses), inputs, grads)]
+    parameters = (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal)
+    results = neighborhood_attention(*inputs, *parameters)
+    results = [*results, *torch.autograd.grad(results, inputs, grads)]
+    assert not all(result.isfinite().all() for result in results)
+    for result, reference_result in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference_result, equal_nan=True)
+
+
+@pytest.mark.parametrize(("number", "query"), [(-math.inf, 1.0), (math.inf, 1.0), (math.inf, -1.0)])
+def test_scores_without_a_softmax(number, query):
+    """All scores minus infinity, or one plus infinity: NaN, lse as well."""
+    queries, keys = torch.full((1, 5, 1, 1), query), torch.full((1, 5, 1, 1), number)
+    output, lse = neighborhood_attention(queries, keys, torch.ones(1, 5, 1, 1), 3)
+    assert output.isnan().all()
+    assert lse.isnan().all()
 
 
 def test_arguments_are_checked():
