@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,15 @@ from numpy.typing import NDArray
 from na_compiler.problem import MAX_RANK
 from na_compiler.window import group_length, window_bounds
 
-__all__ = ["Neighborhood", "axis_mask", "mask_of_bias", "recognize"]
+__all__ = ["LARGEST", "Neighborhood", "Search", "axis_mask", "mask_of_bias", "recognize"]
 
 Mask = NDArray[np.bool_]
+# Beyond this many elements looking at a mask takes longer than it is worth.
+LARGEST = 1 << 28
+# Elements that a search looks at before it gives up: in sizes of the mask, and some more for the smallest ones. Masks
+# of models take three to six; the rest is for layouts that look right until the whole is compared.
+_EFFORT, _EFFORT_MORE = 16, 10_000
+_LOG = logging.getLogger("na_compiler")
 
 
 @dataclass(frozen=True)
@@ -71,84 +77,165 @@ def recognize(mask: Mask) -> Neighborhood | None:
     -----
     A mask is a neighborhood when it is the product of one mask for each axis of some layout and each of these follows
     the window rule. All ways to factor the number of tokens are tried; the whole mask is compared in the end, so that
-    one wrong element is enough to refuse it.
+    one wrong element is enough to refuse it. The parameters of an axis are read off its rows, not searched for, and
+    the time of all of it is linear in the mask's size; see `Search`.
 
     Examples
     --------
     >>> recognize(np.kron(axis_mask(6, 3), axis_mask(5, 3)))
     Neighborhood(layout=(6, 5), kernel_size=(3, 3), stride=(1, 1), dilation=(1, 1), is_causal=(False, False))
     """
-    tokens = mask.shape[0]
-    if mask.shape != (tokens, tokens) or tokens < 2 or mask.all() or not mask.diagonal().all():
+    return Search(mask).run()
+
+
+class Search:
+    """The search of `recognize`, which counts what it looks at.
+
+    Attributes
+    ----------
+    compared
+        Elements of masks that were looked at so far; at some 16 times the mask's size it gives up.
+    """
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
+        self.compared = 0
+
+    def run(self) -> Neighborhood | None:
+        """Return the neighborhood that the mask is, or ``None``."""
+        mask = self.mask
+        tokens = mask.shape[0]
+        self.compared += mask.size
+        if mask.shape != (tokens, tokens) or tokens < 2 or mask.all() or not mask.diagonal().all():
+            return None
+        for layout in _layouts(tokens):
+            if self.compared > _EFFORT * mask.size + _EFFORT_MORE:
+                _LOG.info("a mask of %d tokens looks like too many neighborhoods: it is taken for none", tokens)
+                return None
+            found = self._with_layout(layout)
+            if found is not None:
+                return found
         return None
-    for layout in _layouts(tokens):
-        axes = _factor(mask, layout)
-        if axes is None:
-            continue
-        found = [_axis(axis) for axis in axes]
-        if all(parameters is not None for parameters in found):
-            columns = zip(*(parameters for parameters in found if parameters is not None), strict=True)
-            kernel_size, stride, dilation, is_causal = columns
-            return Neighborhood(layout, kernel_size, stride, dilation, is_causal)
-    return None
+
+    def _with_layout(self, layout: tuple[int, ...]) -> Neighborhood | None:
+        # Rows of the product tell most wrong layouts apart; the whole is compared for those that are left.
+        tokens = self.mask.shape[0]
+        if len(layout) > 1 and not all(self._is_product(layout, query) for query in (0, tokens // 2, tokens - 1)):
+            return None
+        found = []
+        for axis in range(len(layout)):
+            parameters = self._axis(self._along(layout, axis))
+            if parameters is None:
+                return None
+            found.append(parameters)
+        columns = zip(*found, strict=True)
+        kernel_size, stride, dilation, is_causal = columns
+        made = [axis_mask(*axis) for axis in zip(layout, kernel_size, stride, dilation, is_causal, strict=True)]
+        if len(layout) > 1 and not self._is(made):
+            return None
+        return Neighborhood(layout, kernel_size, stride, dilation, is_causal)
+
+    def _along(self, layout: tuple[int, ...], axis: int) -> Mask:
+        """Return what an axis sees, where all other coordinates of query and key are 0: everyone sees itself."""
+        if len(layout) == 1:
+            return self.mask
+        selected: list[int | slice] = [0] * (2 * len(layout))
+        selected[axis] = selected[axis + len(layout)] = slice(None)
+        return self.mask.reshape(layout + layout)[tuple(selected)]
+
+    def _is_product(self, layout: tuple[int, ...], query: int) -> bool:
+        """Return whether a row is the product of what it shows of each axis."""
+        row = self.mask[query].reshape(layout)
+        self.compared += row.size
+        place = np.unravel_index(query, layout)
+        lines = [row[(*place[:axis], slice(None), *place[axis + 1 :])] for axis in range(len(layout))]
+        return bool(np.array_equal(_product(lines), row.reshape(-1)))
+
+    def _is(self, axes: Sequence[Mask]) -> bool:
+        """Return whether the mask is a product of masks, one for each axis: row by row of the first axis."""
+        rest = _product_of_masks(axes[1:])
+        for first, rows in zip(axes[0], self.mask.reshape(len(axes[0]), len(rest), -1), strict=True):
+            self.compared += rows.size
+            if not np.array_equal(np.kron(first, rest), rows):
+                return False
+        return True
+
+    def _axis(self, mask: Mask) -> tuple[int, int, int, bool] | None:
+        """Return ``(kernel_size, stride, dilation, is_causal)`` of one axis, or ``None``.
+
+        The last query of a group sees exactly ``kernel_size`` keys, causal or not, ``dilation`` apart. What is left
+        is the stride: windows of a group move at multiples of it only.
+        """
+        tokens = mask.shape[0]
+        last = np.flatnonzero(mask[-1])
+        kernel_size = len(last)
+        dilation = int(last[1] - last[0]) if kernel_size > 1 else 1
+        if kernel_size * dilation > tokens or (np.diff(last) != dilation).any():
+            return None
+        self.compared += 2 * mask.size
+        counts = mask.sum(1)
+        is_causal = bool((counts != kernel_size).any())
+        query = np.arange(tokens)
+        group, index = query % dilation, query // dilation
+        first = mask.argmax(1)
+        starts, ends = first // dilation, (first + (counts - 1) * dilation) // dilation + 1
+        for stride in _strides(starts[group == 0], kernel_size):
+            self.compared += tokens
+            bounds = window_bounds(
+                index,
+                group_length(tokens, dilation, group),
+                kernel_size,
+                stride,
+                is_causal,
+                minimum=np.minimum,
+                maximum=np.maximum,
+            )
+            if np.array_equal(bounds[0], starts) and np.array_equal(bounds[1], ends):
+                self.compared += mask.size
+                made = axis_mask(tokens, kernel_size, stride, dilation, is_causal)
+                return (kernel_size, stride, dilation, is_causal) if np.array_equal(made, mask) else None
+        return None
 
 
 def _layouts(tokens: int) -> Iterator[tuple[int, ...]]:
     """Yield the layouts of some tokens, low ranks first; axes of one token are for lower ranks."""
-    divisors = [extent for extent in range(2, tokens + 1) if tokens % extent == 0]
+    divisors = _divisors(tokens)[1:]
+
+    def split(count: int, rank: int) -> Iterator[tuple[int, ...]]:
+        if rank == 1:
+            yield (count,)
+            return
+        for leading in divisors:
+            if count % leading == 0 and count > leading:
+                yield from ((leading, *rest) for rest in split(count // leading, rank - 1))
+
     for rank in range(1, MAX_RANK + 1):
-        for leading in itertools.product(divisors, repeat=rank - 1):
-            last, rest = divmod(tokens, math.prod(leading))
-            if not rest and last > 1:
-                yield (*leading, last)
+        yield from split(tokens, rank)
 
 
-def _factor(mask: Mask, layout: tuple[int, ...]) -> list[Mask] | None:
-    """Return the masks of the axes whose product a mask is, or ``None``."""
-    if len(layout) == 1:
-        return [mask]
-    shaped = mask.reshape(layout + layout)
-    # What an axis sees is seen where all other coordinates of query and key are the same: everyone sees itself.
-    axes = []
-    for axis in range(len(layout)):
-        index = [0] * (2 * len(layout))
-        selected: list[int | slice] = list(index)
-        selected[axis] = selected[axis + len(layout)] = slice(None)
-        axes.append(shaped[tuple(selected)])
-    # A row of the product tells most wrong layouts apart; the whole is compared for those that are left.
-    for query in (0, mask.shape[0] // 2):
-        row = np.array([True])
-        for one, coordinate in zip(axes, np.unravel_index(query, layout), strict=True):
-            row = np.kron(row, one[coordinate])
-        if not np.array_equal(row, mask[query]):
-            return None
-    product = axes[0]
-    for axis_ in axes[1:]:
-        product = np.kron(product, axis_)
-    return axes if np.array_equal(product, mask) else None
+def _divisors(number: int) -> list[int]:
+    low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*low, *(number // divisor for divisor in low)})
 
 
-def _axis(mask: Mask) -> tuple[int, int, int, bool] | None:
-    """Return ``(kernel_size, stride, dilation, is_causal)`` of one axis, or ``None``."""
-    tokens = mask.shape[0]
-    counts = mask.sum(1)
-    for is_causal in (False, True):
-        if is_causal and np.triu(mask, 1).any():
-            return None
-        if not is_causal and (counts != counts[0]).any():
-            continue
-        largest = int(counts.max())
-        for dilation in _dilations(mask):
-            # With a stride, causal windows are shorter than the kernel size for all but the last of a group.
-            for kernel_size in range(largest, min(tokens // dilation, 2 * largest if is_causal else largest) + 1):
-                for stride in range(1, kernel_size + 1):
-                    made = axis_mask(tokens, kernel_size, stride, dilation, is_causal)
-                    if np.array_equal(made, mask):
-                        return kernel_size, stride, dilation, is_causal
-    return None
+def _strides(starts: NDArray[np.int64], kernel_size: int) -> list[int]:
+    """Return the strides that the starts of one group's windows may come from: divisors of where they change."""
+    changes = np.flatnonzero(np.diff(starts)) + 1
+    if not len(changes):
+        return [1]  # One window for all.
+    common = int(np.gcd.reduce(changes))
+    return [stride for stride in _divisors(common) if stride <= kernel_size]
 
 
-def _dilations(mask: Mask) -> list[int]:
-    """Return the dilation that the distances of a row's keys show; 1 where no row has two keys."""
-    steps = {int(step) for row in (0, mask.shape[0] - 1) for step in np.diff(np.flatnonzero(mask[row]))}
-    return sorted(steps) if len(steps) == 1 else [1] if not steps else []
+def _product(lines: Sequence[Mask]) -> Mask:
+    made = lines[0]
+    for line in lines[1:]:
+        made = np.logical_and.outer(made, line).reshape(-1)
+    return made
+
+
+def _product_of_masks(axes: Sequence[Mask]) -> Mask:
+    made = axes[0]
+    for axis in axes[1:]:
+        made = np.kron(made, axis)
+    return made
