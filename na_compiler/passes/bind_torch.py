@@ -14,8 +14,16 @@ from torch.export import ExportedProgram
 
 import na_compiler.bound  # noqa: F401 - registers the operator
 from na_compiler.compiler.spec import KernelSpec
-from na_compiler.passes.collect_torch import collect_torch
-from na_compiler.passes.graph import attentions, finish, graph_module, operator_node, propagate, replace_node
+from na_compiler.passes.collect_torch import site_of
+from na_compiler.passes.graph import (
+    attentions,
+    finish,
+    graph_module,
+    graph_modules,
+    operator_node,
+    propagate,
+    replace_node,
+)
 from na_compiler.target import Target
 
 __all__ = ["bind", "unbind"]
@@ -42,16 +50,14 @@ def bind(program: ExportedProgram | fx.GraphModule, target: str | Target = "llvm
         If a layout is dynamic: it has no one kernel.
     """
     module = graph_module(program)
-    sites = {site.node: site for site in collect_torch(program)}
-    bound = list(attentions(module))
-    for found in bound:
-        site = sites[found.node.name]
+    bound = [(found, site_of(found)) for found in attentions(module)]
+    for _, site in bound:
         changing = [name for name in site.dynamic if name.startswith("layout")]
         if changing or site.problem is None:
             raise ValueError(f"{site.layer} cannot be bound: its {', '.join(changing)} is dynamic")
     count = 0
-    for found in bound:
-        problem = sites[found.node.name].problem
+    for found, site in bound:
+        problem = site.problem
         if not found.is_ours or found.direction != "forward" or problem is None:
             continue
         node, arguments = found.node, found.arguments
@@ -73,7 +79,11 @@ def bind(program: ExportedProgram | fx.GraphModule, target: str | Target = "llvm
 def unbind(program: ExportedProgram | fx.GraphModule) -> int:
     """Undo `bind`; returns how many nodes there were."""
     module = graph_module(program)
-    nodes = module.graph.find_nodes(op="call_function", target=torch.ops.na_compiler.bound.default)
+    nodes = [
+        node
+        for _, submodule in graph_modules(module)
+        for node in submodule.graph.find_nodes(op="call_function", target=torch.ops.na_compiler.bound.default)
+    ]
     for node in nodes:
         query, key, value, _, scale, *rest = node.args
         names = ("kernel_size", "stride", "dilation", "is_causal", "additional_keys", "additional_values")

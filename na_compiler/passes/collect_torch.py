@@ -12,7 +12,7 @@ from na_compiler.passes.graph import Attention, attentions, graph_module, layer_
 from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import Problem
 
-__all__ = ["collect_torch"]
+__all__ = ["collect_torch", "site_of"]
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -35,17 +35,28 @@ def collect_torch(program: ExportedProgram | fx.GraphModule, shapes: Iterable[Sh
     """
     module = graph_module(program)
     if shapes is None:
-        return Sites(_site(found, {}, hints=True) for found in attentions(module))
+        return Sites(site_of(found) for found in attentions(module))
     sites: dict[Site, None] = {}
     for one in shapes:
         symbols = _solve(module, program, one)
         for found in attentions(module):
-            sites[_site(found, symbols, hints=False)] = None
+            sites[site_of(found, symbols)] = None
     return Sites(sites)
 
 
-def _site(found: Attention, symbols: dict[Any, int], *, hints: bool) -> Site:
-    layer = layer_of(found.node)
+def site_of(found: Attention, symbols: dict[Any, int] | None = None) -> Site:
+    """Return the site of a node.
+
+    Parameters
+    ----------
+    found
+        The node, and what it is called with.
+    symbols
+        Values of the symbols in its sizes; default: those that the graph was exported with.
+    """
+    hints = symbols is None
+    symbols = symbols or {}
+    layer = layer_of(found.node, found.graph)
     query, key, value = (_sizes(found.arguments[name]) for name in ("query", "key", "value"))
     extra = _sizes(found.arguments["additional_keys"])
     if query is None or key is None or value is None:
@@ -65,7 +76,8 @@ def _site(found: Attention, symbols: dict[Any, int], *, hints: bool) -> Site:
         problem = _problem(found, layer, known[1:], query, key, value, additional=extra is not None)
     device = getattr(tensor_of(found.arguments["query"]), "device", None)
     kind = "cpu" if device is None else device.type
-    return Site(found.node.name, layer, found.operator, found.direction, problem, tuple(dynamic), known[0], kind)
+    where = (tuple(dynamic), known[0], kind, found.graph)
+    return Site(found.node.name, layer, found.operator, found.direction, problem, *where)
 
 
 def _problem(

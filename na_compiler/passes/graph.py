@@ -20,12 +20,16 @@ __all__ = [
     "attentions",
     "finish",
     "graph_module",
+    "graph_modules",
+    "is_pure",
     "layer_of",
     "operator_node",
     "propagate",
     "refresh",
     "replace_node",
+    "same_size",
     "tensor_of",
+    "writes",
 ]
 
 # Names of functions that NATTEN's own graphs call, and of their leading arguments.
@@ -55,6 +59,9 @@ class Attention:
     ----------
     node
         The node.
+    graph
+        Qualified name of the graph module that it is in, as the outermost one has it, and ``""`` for that: nodes of
+        different graphs may have one name.
     operator
         Qualified name of what it calls.
     rank
@@ -66,6 +73,7 @@ class Attention:
     """
 
     node: fx.Node
+    graph: str
     operator: str
     rank: int
     direction: str
@@ -100,31 +108,37 @@ def graph_module(program: ExportedProgram | fx.GraphModule) -> fx.GraphModule:
 
 def attentions(module: fx.GraphModule) -> Iterator[Attention]:
     """Yield the nodes that compute neighborhood attention, in order; also those inside control flow."""
-    for submodule in module.modules():
+    for path, submodule in graph_modules(module):
+        for node in submodule.graph.nodes:
+            found = _match(node, path)
+            if found is not None:
+                yield found
+
+
+def graph_modules(module: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """Yield a graph module and those inside it, the bodies of control flow, by their qualified names."""
+    for path, submodule in module.named_modules():
         if isinstance(submodule, fx.GraphModule):
-            for node in submodule.graph.nodes:
-                found = _match(node)
-                if found is not None:
-                    yield found
+            yield path, submodule
 
 
-def _match(node: fx.Node) -> Attention | None:
+def _match(node: fx.Node, path: str) -> Attention | None:
     if node.op != "call_function":
         return None
     target = node.target
     if isinstance(target, torch._ops.OpOverloadPacket):  # noqa: SLF001
         target = target.default
     if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
-        return _match_operator(node, target)
+        return _match_operator(node, path, target)
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     found = _FUNCTION.fullmatch(name)
     if module.partition(".")[0] != "natten" or found is None:
         return None
     bound = dict(zip(_FUNCTION_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
-    return Attention(node, f"{module}.{name}", int(found[1]), "forward", _DEFAULTS | bound)
+    return Attention(node, path, f"{module}.{name}", int(found[1]), "forward", _DEFAULTS | bound)
 
 
-def _match_operator(node: fx.Node, target: Any) -> Attention | None:
+def _match_operator(node: fx.Node, path: str, target: Any) -> Attention | None:
     namespace, _, name = target._schema.name.partition("::")  # noqa: SLF001
     found = {"na_compiler": _OURS, "natten": _NATTEN}.get(namespace, _NEVER).fullmatch(name)
     if found is None:
@@ -132,7 +146,7 @@ def _match_operator(node: fx.Node, target: Any) -> Attention | None:
     arguments = {argument.name: argument.default_value for argument in target._schema.arguments}  # noqa: SLF001
     arguments |= dict(zip(list(arguments), node.args, strict=False)) | dict(node.kwargs)
     direction = "backward" if found.re is _OURS and found[2] else "forward"
-    return Attention(node, f"{namespace}::{name}", int(found[1]), direction, _DEFAULTS | arguments)
+    return Attention(node, path, f"{namespace}::{name}", int(found[1]), direction, _DEFAULTS | arguments)
 
 
 _NEVER = re.compile(r"(?!)")
@@ -148,16 +162,23 @@ def tensor_of(node: Any) -> Any:
     return None
 
 
-def layer_of(node: fx.Node) -> str:
-    """Return the qualified name of the module that a node came from, or else the node's own."""
+def layer_of(node: fx.Node, graph: str = "") -> str:
+    """Return the qualified name of the module that a node came from, or else its graph's and its own."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
-        return node.name
+        return f"{graph}.{node.name}" if graph else node.name
     path = next(reversed(stack.values()))[0]
     # Dynamo spells it as an expression on its local variables.
     path = re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", str(path)).replace("._modules", "").replace("_modules.", "")
     path = re.sub(r"^L\.self\.?", "", path)
     return path or "(model)"
+
+
+def same_size(one: Any, other: Any) -> bool:
+    """Return whether two sizes are known to be the same, without making a graph's symbols any less free."""
+    if isinstance(one, int) or isinstance(other, int):
+        return isinstance(one, int) and isinstance(other, int) and one == other
+    return bool(one.node.expr == other.node.expr)
 
 
 def propagate(node: fx.Node, like: fx.Node) -> None:
@@ -209,8 +230,9 @@ def finish(program: ExportedProgram | fx.GraphModule) -> None:
         for spec, node in zip(program.graph_signature.output_specs, output.args[0], strict=True):
             if isinstance(node, fx.Node):
                 spec.arg.name = node.name
-    module.graph.lint()
-    module.recompile()
+    for _, submodule in graph_modules(module):
+        submodule.graph.lint()
+        submodule.recompile()
 
 
 def operator_node(graph: fx.Graph, rank: int, arguments: dict[str, Any]) -> fx.Node:
@@ -222,8 +244,50 @@ def operator_node(graph: fx.Graph, rank: int, arguments: dict[str, Any]) -> fx.N
     return graph.call_function(operator, tuple(values))
 
 
+# What these return is whatever the memory held.
+_UNDEFINED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+# Of module operator.
+_IN_PLACE = {
+    "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift",
+    "isub", "itruediv", "ixor", "setitem",
+}  # fmt: skip
+_BUILTINS = {"abs", "len", "max", "min", "pow", "round", "sum"}
+
+
 def is_pure(target: Any) -> bool:
-    """Return whether an operator computes the same from the same, with no effect besides."""
-    if not isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
-        return inspect.isbuiltin(target)
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags  # noqa: SLF001
+    """Return whether an operator computes the same from the same, with no effect besides; False where unknown."""
+    if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
+        name = target._schema.name.partition("::")[2]  # noqa: SLF001
+        is_random = torch.Tag.nondeterministic_seeded in target.tags
+        return not target._schema.is_mutable and not is_random and name not in _UNDEFINED  # noqa: SLF001
+    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None)
+    if not inspect.isbuiltin(target):
+        return False
+    if module in {"_operator", "math"}:
+        return not _is_in_place(target)
+    if module == "builtins":
+        return name in _BUILTINS
+    # One of torch's functions, as Dynamo's graphs call them: some are random, some write into what they are given.
+    packet = getattr(torch.ops.aten, name, None) if module is None or module.startswith("torch") else None
+    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    plain = [overload for overload in overloads if not overload._schema.is_mutable]  # noqa: SLF001
+    return bool(plain) and all(map(is_pure, plain))
+
+
+def writes(node: fx.Node) -> bool:
+    """Return whether a node writes into a tensor that it is given."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
+        return bool(target._schema.is_mutable)  # noqa: SLF001
+    name = str(target) if node.op == "call_method" else getattr(target, "__name__", "")
+    if node.op == "call_function" and getattr(target, "__module__", "") in {"_operator", "operator"}:
+        return _is_in_place(target)
+    if isinstance(target, torch._ops.HigherOrderOperator):  # noqa: SLF001
+        return "mutat" in name
+    if "out" in node.kwargs or (node.op == "call_method" and name.strip("_") in _IN_PLACE and name.endswith("__")):
+        return True
+    return node.op in {"call_function", "call_method"} and name.endswith("_") and not name.startswith("_")
+
+
+def _is_in_place(target: Any) -> bool:
+    return target.__name__ in _IN_PLACE

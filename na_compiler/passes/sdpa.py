@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +14,33 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.nn import functional
 
-from na_compiler.passes.graph import graph_module, is_pure, layer_of, operator_node, propagate, replace_node, tensor_of
-from na_compiler.passes.masks import Mask, Neighborhood, mask_of_bias, recognize
+from na_compiler.passes.constants import Constants
+from na_compiler.passes.decline import DeclinedError, need
+from na_compiler.passes.graph import (
+    graph_module,
+    layer_of,
+    operator_node,
+    propagate,
+    replace_node,
+    same_size,
+    tensor_of,
+)
+from na_compiler.passes.masks import LARGEST, Mask, Neighborhood, mask_of_bias, recognize
+from na_compiler.problem import DTYPES
 
 __all__ = ["replace_sdpa"]
 
 _LOG = logging.getLogger("na_compiler")
-# Beyond this many elements recognising one takes longer than it is worth.
-_LARGEST = 1 << 28
+_ARGUMENTS: dict[str, Any] = {
+    "query": None,
+    "key": None,
+    "value": None,
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 
 def replace_sdpa(
@@ -40,7 +60,7 @@ def replace_sdpa(
         Gets the names of those that masks were made of.
     """
     module = graph_module(program)
-    constants = _Constants(program, held or {})
+    constants = Constants(program, held or {})
     known: dict[fx.Node, Neighborhood | None] = {}
     count = 0
     for node in list(module.graph.nodes):
@@ -48,17 +68,23 @@ def replace_sdpa(
             continue
         arguments = _arguments(node)
         mask = arguments["attn_mask"]
-        if not isinstance(mask, fx.Node) or arguments["dropout_p"] or arguments["is_causal"]:
+        if not isinstance(mask, fx.Node):
             continue
-        if mask not in known:
-            known[mask] = _neighborhood(constants, mask)
-        neighborhood = known[mask]
-        if neighborhood is not None and _fits(arguments, neighborhood):
-            _LOG.info("%s: its mask is a neighborhood, %s", layer_of(node), neighborhood)
-            _replace(node, arguments, neighborhood)
-            count += 1
-            if used is not None:
-                used |= constants.inputs_of(mask) & set(held or ())
+        try:
+            if mask not in known:
+                known[mask] = _neighborhood(constants, mask)
+            neighborhood = known[mask]
+            need(neighborhood is not None, "its mask is no neighborhood, or not constant")
+            assert neighborhood is not None
+            _check(arguments, math.prod(neighborhood.layout))
+        except DeclinedError as why:
+            _LOG.info("%s: attention with a mask stays as it is: %s", layer_of(node), why)
+            continue
+        _LOG.info("%s: its mask is a neighborhood, %s", layer_of(node), neighborhood)
+        _replace(node, arguments, neighborhood)
+        count += 1
+        if used is not None:
+            used |= constants.inputs_of(mask) & set(held or ())
     if count:
         module.graph.eliminate_dead_code()
     return count
@@ -72,37 +98,55 @@ def _is_sdpa(target: Any) -> bool:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    defaults: dict[str, Any] = dict(zip(names, (None, None, None, None, 0.0, False, None, False), strict=True))
-    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    """Return what attention is called with, by name; what has no name here gets a number, and is refused later."""
+    names = [*_ARGUMENTS, *map(str, range(len(node.args)))]
+    return _ARGUMENTS | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _fits(arguments: dict[str, Any], neighborhood: Neighborhood) -> bool:
-    """Return whether query, key and value are ``[batch, heads, tokens, head_dim]``, with as many tokens as the mask."""
+def _check(arguments: dict[str, Any], tokens: int) -> None:
+    """Decline attention with a neighborhood for a mask that our operators could not compute."""
+    unknown = sorted(set(arguments) - set(_ARGUMENTS))
+    need(not unknown, f"it has arguments that are not known here: {', '.join(unknown)}")
+    need(arguments["dropout_p"] == 0, "it has dropout")
+    need(arguments["is_causal"] is False, "it is causal besides its mask")
+    is_grouped, scale = arguments["enable_gqa"], arguments["scale"]
+    need(isinstance(is_grouped, bool), "enable_gqa is not a constant")
+    need(scale is None or (isinstance(scale, (int, float)) and math.isfinite(scale)), f"its scale is {scale}")
     tensors = [tensor_of(arguments[name]) for name in ("query", "key", "value")]
-    if any(not isinstance(tensor, torch.Tensor) or tensor.dim() != 4 for tensor in tensors):
-        return False
+    known = all(isinstance(tensor, torch.Tensor) and tensor.dim() == 4 for tensor in tensors)
+    need(known, "query, key and value are not known to be [batch, heads, tokens, head_dim]")
+    _check_tensors(tensors, tokens, is_grouped)
+
+
+def _check_tensors(tensors: list[torch.Tensor], tokens: int, is_grouped: bool) -> None:
     query, key, value = tensors
-    tokens = int(np.prod(neighborhood.layout))
-    if not (query.shape[2] == key.shape[2] == value.shape[2] == tokens and query.shape[0] == key.shape[0]):
-        return False
-    return bool(query.shape[1] == key.shape[1] or arguments["enable_gqa"])
+    for one in tensors:
+        same = one.dtype == query.dtype and one.device == query.device and one.layout is torch.strided
+        need(same, "query, key and value differ in dtype or device, or are not dense")
+        need(same_size(one.shape[0], query.shape[0]), "query, key and value are not known to have one batch")
+        need(same_size(one.shape[2], tokens), f"query, key and value have not the {tokens} tokens of the mask")
+        fixed = all(isinstance(size, int) and size > 0 for size in (one.shape[1], one.shape[3]))
+        need(fixed, "heads or head_dim are dynamic, or 0")
+    dtype, device = str(query.dtype).removeprefix("torch."), query.device.type
+    need(dtype in DTYPES, f"kernels compute in {', '.join(DTYPES)}, and it is in {dtype}")
+    need(device in {"cpu", "cuda"}, f"kernels are for the CPU and CUDA, and it is on {device}")
+    heads, heads_kv = query.shape[1], key.shape[1]
+    # Without the flag one head for all is broadcast, which is the same.
+    fits = value.shape[1] == heads_kv and heads % heads_kv == 0 and (is_grouped or heads_kv in {1, heads})
+    need(fits, f"heads of query, key and value are {heads}, {heads_kv} and {value.shape[1]}")
+    need(key.shape[3] == query.shape[3], "query and key differ in head_dim")
 
 
-def _neighborhood(constants: _Constants, node: fx.Node) -> Neighborhood | None:
+def _neighborhood(constants: Constants, node: fx.Node) -> Neighborhood | None:
     described = tensor_of(node)
-    if not isinstance(described, torch.Tensor) or not all(isinstance(size, int) for size in described.shape):
-        return None
+    need(isinstance(described, torch.Tensor), "the graph does not say what its mask is")
     shape = tuple(described.shape)
-    if len(shape) < 2 or any(size != 1 for size in shape[:-2]) or shape[-1] != shape[-2]:
-        return None
-    if shape[-1] ** 2 > _LARGEST:
-        _LOG.info("%s: a mask of %d tokens is too large to look at", layer_of(node), shape[-1])
-        return None
+    known = 2 <= len(shape) <= 4 and all(isinstance(size, int) for size in shape)
+    square = known and math.prod(shape[:-2]) == 1 and shape[-1] == shape[-2]
+    need(square, f"its mask is {list(shape)}, and not one of all tokens for all heads and batch entries")
+    need(shape[-1] ** 2 <= LARGEST, f"a mask of {shape[-1]} tokens is too large to look at")
     tensor = constants.value(node)
-    if tensor is None:
-        return None
-    mask = _as_bool(tensor.detach().reshape(shape[-2:]))
+    mask = None if tensor is None else _as_bool(tensor.detach().reshape(shape[-2:]))
     return None if mask is None else recognize(mask)
 
 
@@ -114,62 +158,6 @@ def _as_bool(mask: torch.Tensor) -> Mask | None:
         return None
     bias = mask.cpu().to(torch.promote_types(mask.dtype, torch.float32))  # NumPy has no bfloat16.
     return mask_of_bias(bias.numpy(), torch.finfo(mask.dtype).min)
-
-
-class _Constants:
-    """Values of nodes that do not depend on the program's inputs."""
-
-    def __init__(self, program: ExportedProgram | fx.GraphModule, held: Mapping[str, torch.Tensor]) -> None:
-        self.module = graph_module(program)
-        self.held: dict[str, torch.Tensor] = dict(held)
-        if isinstance(program, ExportedProgram):
-            signature = program.graph_signature
-            everything = {**program.state_dict, **program.constants}
-            mutated = set(signature.buffers_to_mutate.values())
-            for names in (signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants):
-                for node, name in names.items():
-                    if name in everything and name not in mutated:
-                        self.held[node] = everything[name]
-        self.values: dict[fx.Node, Any] = {}
-
-    def value(self, node: fx.Node) -> torch.Tensor | None:
-        """Return the value of a node, or ``None`` if it is no constant."""
-        try:
-            with torch.no_grad():
-                value = self._evaluate(node)
-        except _NotConstantError:
-            return None
-        return value if isinstance(value, torch.Tensor) else None
-
-    def inputs_of(self, node: fx.Node) -> set[str]:
-        """Return the names of the inputs that a node is computed from."""
-        if node.op == "placeholder":
-            return {node.name}
-        return {name for before in node.all_input_nodes for name in self.inputs_of(before)}
-
-    def _evaluate(self, node: fx.Node) -> Any:
-        if node not in self.values:
-            self.values[node] = self._compute(node)
-        return self.values[node]
-
-    def _compute(self, node: fx.Node) -> Any:
-        if node.op == "placeholder" and node.name in self.held:
-            return self.held[node.name]
-        if node.op == "get_attr":
-            value: Any = self.module
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-                return value
-        if node.op == "call_function" and (is_pure(node.target) or node.target is operator.getitem):
-            arguments = fx.map_arg((node.args, node.kwargs), self._evaluate)
-            target: Any = node.target
-            return target(*arguments[0], **arguments[1])
-        raise _NotConstantError
-
-
-class _NotConstantError(Exception):
-    pass
 
 
 def _replace(node: fx.Node, arguments: dict[str, Any], neighborhood: Neighborhood) -> None:

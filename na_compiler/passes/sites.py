@@ -19,10 +19,10 @@ class Site:
     Parameters
     ----------
     node
-        Name of the node.
+        Name of the node in its graph.
     layer
-        Qualified name of the module that it came from, as ``state_dict`` has it; the node's name where the graph does
-        not say.
+        Qualified name of the module that it came from, as ``state_dict`` has it; where the graph does not say, the
+        names of the graph inside the model, if it is not the outermost one, and of the node.
     operator
         Whose operator it is: ``"na_compiler::na2d"``, ``"natten::na2d_forward"``, ``"natten.functional.na2d"``.
     direction
@@ -36,6 +36,9 @@ class Site:
         Batch entries at these sizes; ``None`` where unknown.
     device
         Type of the device that its tensors are on, as torch names it; an ONNX model does not say.
+    graph
+        Which graph the node is in, as nodes of different graphs may have one name: ``""`` for the model's own, or else
+        the path of a branch, a loop's body or a function.
     """
 
     node: str
@@ -46,6 +49,7 @@ class Site:
     dynamic: tuple[str, ...] = ()
     batch: int | None = None
     device: str = "cpu"
+    graph: str = ""
 
     @property
     def is_ours(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from na_compiler.ops.operators import OPERATORS
-from na_compiler.passes.graph import attentions, refresh, tensor_of
+from na_compiler.passes.graph import attentions, refresh, tensor_of, writes
 
 __all__ = ["copies", "drop_copies"]
 
@@ -37,11 +37,12 @@ def drop_copies(module: fx.GraphModule) -> int:
 
     A graph that writes into tensors is left as it is: there a copy may be what keeps a value.
     """
-    if any(_writes(node) for node in module.graph.nodes):
-        return 0
     nodes: dict[fx.Node, None] = {}
+    writing: dict[str, bool] = {}
     for attention in attentions(module):
-        if attention.is_ours and attention.direction == "forward":
+        if attention.graph not in writing:
+            writing[attention.graph] = any(map(writes, attention.node.graph.nodes))
+        if attention.is_ours and attention.direction == "forward" and not writing[attention.graph]:
             for name in _INPUTS:
                 nodes.update((node, None) for node in _chain(attention.arguments[name]) if _name(node) in _COPIES)
     return sum(_drop(node) for node in nodes)
@@ -144,13 +145,3 @@ def _reads_rows(node: fx.Node) -> bool:
     """Return whether the last stride is 1, as kernels need it."""
     tensor = tensor_of(node)
     return isinstance(tensor, torch.Tensor) and tensor.stride(-1) == 1
-
-
-def _writes(node: fx.Node) -> bool:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
-        return bool(target._schema.is_mutable)  # noqa: SLF001
-    name = str(target) if node.op == "call_method" else getattr(target, "__name__", "")
-    if node.op == "call_function" and getattr(target, "__module__", "") in {"_operator", "operator"}:
-        return name in {"setitem", "delitem"} or (name.startswith("i") and hasattr(operator, f"__{name}__"))
-    return node.op in {"call_function", "call_method"} and name.endswith("_") and not name.startswith("_")
