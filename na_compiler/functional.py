@@ -18,7 +18,7 @@ __all__ = ["na1d", "na2d", "na3d"]
 
 _LOG = logging.getLogger("na_compiler")
 # Arguments of NATTEN's that tune its kernels. Ours are planned per problem, so there is nothing to set.
-_TUNING = {
+TUNING = {
     "attention_kwargs",
     "backend",
     "backward_kv_splits",
@@ -172,7 +172,7 @@ _canonical_cached = functools.lru_cache(maxsize=1024, typed=True)(canonical_para
 
 
 def _ignore(rank: int, tuning: dict[str, Any]) -> None:
-    unknown = sorted(set(tuning) - _TUNING)
+    unknown = sorted(set(tuning) - TUNING)
     if unknown:
         raise TypeError(f"na{rank}d() got an unexpected keyword argument {unknown[0]!r}")
     new = sorted(set(tuning) - _ignored)

@@ -377,3 +377,195 @@ def test_layers_of_different_scales_compiled_one_after_the_other(seed):
         layer, x = NeighborhoodAttention1D(32, heads, 5).eval(), torch.randn(1, 11, 32)
         with torch.no_grad():
             close(torch.compile(layer, fullgraph=True, backend="na_compiler")(x), layer(x))
+
+
+def masked(mask, **options):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", mask)
+
+        def forward(self, query, key, value):
+            return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, **options)
+
+    return Masked().eval()
+
+
+def heads_first(*shapes, dtype=torch.float32):
+    return tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
+
+
+LIKE = (2, 4, 20, 8)
+# What has a neighborhood for a mask and is none of ours all the same: what it is called with, and what is said of it.
+NOT_OURS = {
+    "float64": (heads_first(LIKE, LIKE, LIKE, dtype=torch.float64), {}, "it is in float64"),
+    "a value with batch 1": (heads_first(LIKE, LIKE, (1, 4, 20, 8)), {}, "one batch"),
+    "a value with one head": (heads_first(LIKE, LIKE, (2, 1, 20, 8)), {}, "value are 4, 4 and 1"),
+    "a query with one head": (heads_first((2, 1, 20, 8), LIKE, LIKE), {}, "value are 1, 4 and 4"),
+    "dropout": (heads_first(LIKE, LIKE, LIKE), {"dropout_p": 1.0}, "dropout"),
+    "a scale of infinity": (heads_first(LIKE, LIKE, LIKE), {"scale": float("inf")}, "scale is inf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_OURS)
+def test_what_is_not_ours_stays_as_it_was(kind, seed, caplog):
+    tensors, options, said = NOT_OURS[kind]
+    model = masked(torch.from_numpy(axis_mask(20, 5)), **options)
+    expected = model(*tensors)
+    program = torch.export.export(model, tensors)
+    before = targets(program)
+    with caplog.at_level("INFO", "na_compiler"):
+        assert passes.canonicalise(program) == 0
+    assert said in caplog.text
+    assert "attention with a mask stays as it is" in caplog.text
+    assert targets(program) == before
+    assert passes.collect(program) == ()
+    if kind not in {"float64", "a value with one head"}:
+        return  # Inductor takes its seconds.
+    torch._dynamo.reset()
+    with torch.no_grad():
+        result = torch.compile(model, backend="na_compiler", fullgraph=True)(*tensors)
+    torch.testing.assert_close(result, expected)
+
+
+def test_one_head_of_keys_and_values_for_all_is_ours(seed):
+    tensors = heads_first(LIKE, (2, 1, 20, 8), (2, 1, 20, 8))
+    model = masked(torch.from_numpy(axis_mask(20, 5)))
+    program = torch.export.export(model, tensors)
+    assert passes.canonicalise(program) == 1
+    assert [site.problem for site in passes.collect(program)] == [Problem(20, 4, 8, 5, heads_kv=1)]
+    close(program.module()(*tensors), model(*tensors))
+
+
+def test_masks_that_are_random_or_written_are_no_constants(seed):
+    band = torch.from_numpy(axis_mask(20, 5))
+
+    def drawn(query):
+        other = torch.rand(()) < 2.0  # Always, but only now.
+        mask = torch.logical_and(torch.from_numpy(axis_mask(20, 5)), other)
+        return nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", band.clone())
+
+        def forward(self, query):
+            self.mask.fill_(True)
+            return nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=self.mask)
+
+    query = torch.randn(LIKE)
+    for model in (drawn, Written()):
+        torch._dynamo.reset()
+        found = []
+
+        def backend(module, inputs, found=found):
+            names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+            held = {name: value for name, value in zip(names, inputs, strict=True) if value.dtype is torch.bool}
+            found.append(passes.canonicalise_torch.canonicalise_torch(module, held))
+            return module.forward
+
+        with torch.no_grad():
+            close(torch.compile(model, backend=backend, fullgraph=True)(query), model(query))
+        assert found == [0]
+
+
+def test_reading_constants_looks_at_each_node_once():
+    """Values that two others are computed from, many times over."""
+
+    class Diamonds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.from_numpy(axis_mask(20, 5)))
+
+        def forward(self, query):
+            mask = self.mask
+            for _ in range(60):
+                mask = mask.logical_not().logical_not() & mask
+            return nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+
+    program = torch.export.export(Diamonds(), (torch.randn(LIKE),))
+    used = set()
+    from na_compiler.passes.sdpa import replace_sdpa
+
+    assert replace_sdpa(program, {"none": torch.ones(1)}, used) == 1
+
+
+class Branches(nn.Module):
+    """Two branches whose nodes have the same names, and copies in one that writes."""
+
+    def forward(self, flag, query):
+        def near(query):
+            return na_compiler.na1d(query, query, query, 3)
+
+        def far(query):
+            return na_compiler.na1d(query, query, query, 5)
+
+        return torch.cond(flag, near, far, (query,))
+
+
+def test_nodes_of_one_name_in_different_graphs_are_different_ones(seed, tmp_path, monkeypatch):
+    query = torch.randn(1, 12, 2, 8)
+    model, inputs = Branches(), [(torch.tensor(flag), query) for flag in (True, False)]
+    expected = [model(*each) for each in inputs]
+    program = torch.export.export(model, inputs[0])
+    sites = passes.collect(program)
+    assert sites[0].node == sites[1].node, "which is what this is about"
+    assert len(set(sites)) == len({site.layer for site in sites}) == len({site.graph for site in sites}) == 2
+    assert {site.problem.kernel_size for site in sites} == {(3,), (5,)}
+    passes.compile(program)
+    assert passes.bind(program) == 2
+    for each, wanted in zip(inputs, expected, strict=True):
+        close(program.module()(*each), wanted)
+    from na_compiler.passes.bind_torch import unbind
+
+    assert unbind(program) == 2
+    for each, wanted in zip(inputs, expected, strict=True):
+        close(program.module()(*each), wanted)
+
+    from na_compiler.passes.remember import remembered
+
+    monkeypatch.setenv("NA_COMPILER_CACHE", str(tmp_path))
+    file = tmp_path / "program"
+    file.write_text("any")
+    assert remembered(str(file), None, lambda: sites) == sites
+    assert remembered(str(file), None, lambda: None) == sites
+
+
+def test_one_problem_twice_in_two_graphs_is_two_sites(seed):
+    class Same(nn.Module):
+        def forward(self, flag, query):
+            def one(query):
+                return na_compiler.na1d(query, query, query, 3)
+
+            def other(query):
+                return na_compiler.na1d(query, query, query, 3) * 2
+
+            return torch.cond(flag, one, other, (query,))
+
+    dims = (None, {1: Dim("X", min=6, max=64)})
+    program = torch.export.export(Same(), (torch.tensor(True), torch.randn(1, 12, 2, 8)), dynamic_shapes=dims)
+    assert len(passes.collect(program, [{"query": (1, 14, 2, 8)}])) == 2
+
+
+def test_nattens_functions_that_ours_cannot_do_stay(seed, monkeypatch, caplog):
+    layers = natten_stub.install(monkeypatch)
+
+    def made(arguments, dtype=torch.float32):
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        graph.output(graph.call_function(layers[1].function, (x, x, x), arguments))
+        module = fx.GraphModule({}, graph)
+        x = torch.randn(1, 12, 2, 8, dtype=dtype)
+        fx.passes.shape_prop.ShapeProp(module).propagate(x)
+        return module
+
+    for module, said in [
+        (made({"kernel_size": 3}, torch.float64), "dtype must be one of float32"),
+        (made({"kernel_size": 3, "scale": float("inf")}), "scale is inf"),
+    ]:
+        caplog.clear()
+        with caplog.at_level("INFO", "na_compiler"):
+            assert passes.canonicalise(module) == 0
+        assert said in caplog.text
+    assert passes.canonicalise(made({"kernel_size": 3})) == 1

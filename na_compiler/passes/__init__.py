@@ -56,11 +56,11 @@ def bind(model: Any, target: str = "llvm") -> int:
     return bind_torch(model, target)
 
 
-def convert(model: Any) -> Any:
-    """Swap NATTEN's modules in a live model for ours; see `na_compiler.passes.natten`."""
+def convert(model: Any, *, report: dict[str, str] | None = None) -> Any:
+    """Swap NATTEN's modules in a live model for ours, and say what became of each; see `na_compiler.passes.natten`."""
     from na_compiler.passes.natten import convert as convert_modules  # noqa: PLC0415
 
-    return convert_modules(model)
+    return convert_modules(model, report=report)
 
 
 def _is_onnx(model: Any) -> bool:

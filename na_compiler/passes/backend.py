@@ -41,14 +41,7 @@ def backend(module: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
     original = copy.deepcopy(module) if buffers else module
     used: set[str] = set()
     changed = canonicalise_torch(module, {name: inputs[place] for name, place in buffers.items()}, used)
-    sites = collect_torch(module)
-    training = torch.is_grad_enabled() and any(_needs_grad(node) for node in module.graph.nodes)
-    specs = [
-        spec for device, target in _TARGETS.items() for spec in sites.on(device).specs([target], training=training)
-    ]
-    _LOG.info("%d neighborhood attentions, %d kernels, %d nodes rewritten", len(sites), len(specs), changed)
-    if specs and is_compiling_allowed():
-        compile_specs(specs)
+    _compile_ahead(module, changed)
     patches = dict(options.get("options") or {})
     if options.get("mode"):
         patches |= torch._inductor.list_mode_options(options["mode"])  # noqa: SLF001
@@ -61,6 +54,21 @@ def backend(module: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
         return compiled(module)
     constants = [_Constant(buffers[name], inputs[buffers[name]]) for name in sorted(used)]
     return _guarded(compiled(module), lambda: compiled(original), constants)
+
+
+def _compile_ahead(module: fx.GraphModule, changed: int) -> None:
+    """Compile what the model will ask for. Where that fails it is its operators' affair, when it runs."""
+    training = torch.is_grad_enabled() and any(_needs_grad(node) for node in module.graph.nodes)
+    try:
+        sites = collect_torch(module)
+        specs = [
+            spec for device, target in _TARGETS.items() for spec in sites.on(device).specs([target], training=training)
+        ]
+        _LOG.info("%d neighborhood attentions, %d kernels, %d nodes rewritten", len(sites), len(specs), changed)
+        if specs and is_compiling_allowed():
+            compile_specs(specs)
+    except (OSError, RuntimeError, ValueError) as error:
+        _LOG.warning("kernels were not compiled ahead: %s", str(error).partition("\n")[0])
 
 
 class _Constant:

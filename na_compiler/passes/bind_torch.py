@@ -50,7 +50,8 @@ def bind(program: ExportedProgram | fx.GraphModule, target: str | Target = "llvm
         If a layout is dynamic: it has no one kernel.
     """
     module = graph_module(program)
-    bound = [(found, site_of(found)) for found in attentions(module)]
+    ours = [found for found in attentions(module) if found.is_ours and found.direction == "forward"]
+    bound = [(found, site_of(found)) for found in ours]
     for _, site in bound:
         changing = [name for name in site.dynamic if name.startswith("layout")]
         if changing or site.problem is None:
@@ -58,8 +59,7 @@ def bind(program: ExportedProgram | fx.GraphModule, target: str | Target = "llvm
     count = 0
     for found, site in bound:
         problem = site.problem
-        if not found.is_ours or found.direction != "forward" or problem is None:
-            continue
+        assert problem is not None
         node, arguments = found.node, found.arguments
         key = KernelSpec.make(problem, target).key
         values: list[Any] = [arguments["query"], arguments["key"], arguments["value"], key, arguments["scale"]]

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from na_compiler.passes.graph import finish, graph_module
-from na_compiler.passes.natten import replace_natten
+from na_compiler.passes.natten_nodes import replace_natten
 from na_compiler.passes.sdpa import replace_sdpa
 from na_compiler.passes.views import copies, drop_copies
 

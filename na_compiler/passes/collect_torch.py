@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -13,6 +14,8 @@ from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import Problem
 
 __all__ = ["collect_torch", "site_of"]
+
+_LOG = logging.getLogger("na_compiler")
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -35,13 +38,22 @@ def collect_torch(program: ExportedProgram | fx.GraphModule, shapes: Iterable[Sh
     """
     module = graph_module(program)
     if shapes is None:
-        return Sites(site_of(found) for found in attentions(module))
+        return Sites(_sites(module, None))
     sites: dict[Site, None] = {}
     for one in shapes:
-        symbols = _solve(module, program, one)
-        for found in attentions(module):
-            sites[site_of(found, symbols)] = None
+        sites |= dict.fromkeys(_sites(module, _solve(module, program, one)))
     return Sites(sites)
+
+
+def _sites(module: fx.GraphModule, symbols: dict[Any, int] | None) -> Iterator[Site]:
+    for found in attentions(module):
+        try:
+            yield site_of(found, symbols)
+        except ValueError as error:
+            # What is not ours may do what our kernels cannot: another dtype, another window.
+            if found.is_ours or tensor_of(found.arguments["query"]) is None:
+                raise
+            _LOG.info("%s is left out: %s", found.operator, error)
 
 
 def site_of(found: Attention, symbols: dict[Any, int] | None = None) -> Site:

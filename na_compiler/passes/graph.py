@@ -14,9 +14,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from na_compiler.ops.operators import OPERATORS
+from na_compiler.passes.decline import DeclinedError
 
 __all__ = [
     "Attention",
+    "attempt",
     "attentions",
     "finish",
     "graph_module",
@@ -32,7 +34,7 @@ __all__ = [
     "writes",
 ]
 
-# Names of functions that NATTEN's own graphs call, and of their leading arguments.
+# NATTEN's functions and operators are known by their names and signatures, as it may be loaded under any name.
 _FUNCTION = re.compile(r"na([123])d")
 _FUNCTION_ARGUMENTS = (
     "query", "key", "value", "kernel_size", "stride", "dilation", "is_causal", "scale",
@@ -40,6 +42,8 @@ _FUNCTION_ARGUMENTS = (
 )  # fmt: skip
 # Operators that take tensors as they are. Those of its other backends take tokens permuted into tiles.
 _NATTEN = re.compile(r"(?:reference_)?na([123])d_forward")
+# What they take, in this order.
+_SIGNATURE = _FUNCTION_ARGUMENTS[:8]
 _OURS = re.compile(r"na([123])d(_backward)?")
 _DEFAULTS: dict[str, Any] = {
     "stride": 1,
@@ -132,16 +136,24 @@ def _match(node: fx.Node, path: str) -> Attention | None:
         return _match_operator(node, path, target)
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     found = _FUNCTION.fullmatch(name)
-    if module.partition(".")[0] != "natten" or found is None:
+    if found is None:
         return None
-    bound = dict(zip(_FUNCTION_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+    try:
+        signature = inspect.signature(target)  # type: ignore[arg-type]
+        bound = dict(signature.bind_partial(*node.args, **node.kwargs).arguments)
+    except (TypeError, ValueError):
+        return None
+    if tuple(signature.parameters)[: len(_SIGNATURE)] != _SIGNATURE:
+        return None
     return Attention(node, path, f"{module}.{name}", int(found[1]), "forward", _DEFAULTS | bound)
 
 
 def _match_operator(node: fx.Node, path: str, target: Any) -> Attention | None:
     namespace, _, name = target._schema.name.partition("::")  # noqa: SLF001
-    found = {"na_compiler": _OURS, "natten": _NATTEN}.get(namespace, _NEVER).fullmatch(name)
+    found = (_OURS if namespace == "na_compiler" else _NATTEN).fullmatch(name)
     if found is None:
+        return None
+    if found.re is _NATTEN and not _is_nattens(target._schema):  # noqa: SLF001
         return None
     arguments = {argument.name: argument.default_value for argument in target._schema.arguments}  # noqa: SLF001
     arguments |= dict(zip(list(arguments), node.args, strict=False)) | dict(node.kwargs)
@@ -149,7 +161,11 @@ def _match_operator(node: fx.Node, path: str, target: Any) -> Attention | None:
     return Attention(node, path, f"{namespace}::{name}", int(found[1]), direction, _DEFAULTS | arguments)
 
 
-_NEVER = re.compile(r"(?!)")
+def _is_nattens(schema: Any) -> bool:
+    """Return whether an operator takes what NATTEN's take, and returns an output and its lse."""
+    names = tuple(argument.name for argument in schema.arguments)
+    returns = [str(value.type) for value in schema.returns]
+    return names[: len(_SIGNATURE)] == _SIGNATURE and returns == ["Tensor", "Tensor"] and not schema.is_mutable
 
 
 def tensor_of(node: Any) -> Any:
@@ -213,6 +229,25 @@ def _compute(node: fx.Node, name: str) -> None:
 def _fake_mode(arguments: Any) -> Any:
     leaves = torch.utils._pytree.tree_leaves(arguments)  # noqa: SLF001
     return next((leaf.fake_mode for leaf in leaves if hasattr(leaf, "fake_mode")), None)
+
+
+@contextlib.contextmanager
+def attempt(graph: fx.Graph) -> Iterator[None]:
+    """Take back nodes that are made within, where what they compute turns out to be none of ours.
+
+    Raises
+    ------
+    DeclinedError
+        In place of what was raised.
+    """
+    before = set(graph.nodes)
+    try:
+        yield
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        for node in reversed(list(graph.nodes)):
+            if node not in before:
+                graph.erase_node(node)
+        raise DeclinedError(str(error).partition("\n")[0]) from error
 
 
 def replace_node(node: fx.Node, by: fx.Node) -> None:

@@ -1,31 +1,41 @@
-"""NATTEN's modules, functions and operators become ours. They are known by their names: natten is never imported."""
+"""NATTEN's modules become ours. They are known by what they are: natten is never imported, whatever it is called."""
 
 from __future__ import annotations
 
-import operator
+import inspect
+import logging
 import re
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
-from na_compiler.passes.graph import Attention, attentions, operator_node, propagate, replace_node, tensor_of
+from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.problem import flags_per_axis, ints_per_axis
 
-__all__ = ["convert", "replace_natten"]
+__all__ = ["convert", "convert_modules"]
 
+_LOG = logging.getLogger("na_compiler")
 _MODULE = re.compile(r"NeighborhoodAttention([123])D")
+_ALIKE = re.compile(r"Neighbou?rhood\w*Attention")
 _OURS = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
+# What a module of NATTEN's has inside, of all versions.
+_CHILDREN = {"attn_drop", "proj", "proj_drop", "qkv"}
+_CONVERTED = "converted"
 
 
-def convert(model: nn.Module) -> nn.Module:
-    """Swap NATTEN's modules in a model for ours.
+def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Module:
+    """Swap NATTEN's modules in a model for ours, and say so in the log.
 
     Parameters
     ----------
     model
         Changed in place. Parameters, buffers, hooks and the training flag are kept, not copied: an optimizer that has
         the parameters still has them.
+    report
+        Gets what became of each module that looks like NATTEN's, by its qualified name: ``"converted"``, or why it
+        was left alone. The log has the same: at level INFO, and at WARNING where something was left alone or nothing
+        found.
 
     Returns
     -------
@@ -38,123 +48,147 @@ def convert(model: nn.Module) -> nn.Module:
         For a module with something that ours have not: relative position bias, dropout of attention weights. Nothing
         is changed then.
 
+    Notes
+    -----
+    A module is NATTEN's if its class, or one it is derived from without a ``forward`` of its own, is called
+    ``NeighborhoodAttention1D``, ``2D`` or ``3D``, it has ``qkv`` and ``proj`` and nothing besides that is not known,
+    and, where the package is not called natten (loaded from a model hub it is not), its ``forward`` calls
+    ``na1d``, ``na2d`` or ``na3d``, or NATTEN's function of all ranks.
+
     Examples
     --------
     >>> import natten  # doctest: +SKIP
-    >>> model = na_compiler.convert(MyModelWithNatten())  # doctest: +SKIP
+    >>> report = {}
+    >>> model = na_compiler.convert(MyModelWithNatten(), report=report)  # doctest: +SKIP
     """
-    found = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if _rank(module)]
+    converted, found = convert_modules(model, strict=True)
+    if report is not None:
+        report.update(found)
+    if not found:
+        _LOG.warning("convert: no module in %s looks like one of NATTEN's; nothing was changed", type(model).__name__)
+    return converted
+
+
+def convert_modules(model: nn.Module, *, strict: bool) -> tuple[nn.Module, dict[str, str]]:
+    """Do what `convert` does; return the model and the report.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    strict
+        Whether to raise for modules of NATTEN's with something that ours have not; otherwise they are left alone.
+    """
+    found = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if _looks_alike(module)]
+    report: dict[str, str] = {}
     made: dict[int, nn.Module] = {}
     for name, module in found:
-        if id(module) not in made:
-            made[id(module)] = _converted(name, module)
+        try:
+            if id(module) not in made:
+                made[id(module)] = _converted(module)
+            report[name] = _CONVERTED
+        except _LackingError as lacking:
+            if strict:
+                raise NotImplementedError(f"{name or 'the model'} has {lacking}, which ours have not") from None
+            report[name] = f"it has {lacking}, which ours have not"
+        except DeclinedError as why:
+            report[name] = str(why)
     for name, module in found:
-        if name:
+        if name and id(module) in made:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made[id(module)])
-    return made.get(id(model), model)
+    _tell(report)
+    return made.get(id(model), model), report
 
 
-def _rank(module: nn.Module) -> int | None:
-    """Return the rank of a NATTEN module, unless it is of a class that computes something of its own."""
+def _tell(report: dict[str, str]) -> None:
+    changed = [name or "the model itself" for name, what in report.items() if what == _CONVERTED]
+    if changed:
+        _LOG.info("converted %d modules of NATTEN's: %s", len(changed), ", ".join(changed))
+    for name, what in report.items():
+        if what != _CONVERTED:
+            _LOG.warning("%s was left alone: %s", name or "the model itself", what)
+
+
+class _LackingError(Exception):
+    """A module has something that ours have not."""
+
+
+def _looks_alike(module: nn.Module) -> bool:
+    """Return whether a module is NATTEN's by its name, or by half of it and nothing inside it is."""
+    if isinstance(module, tuple(_OURS.values())):
+        return False
+    if _base(module) is not None:
+        return True
+    return bool(_ALIKE.search(type(module).__name__)) and not any(
+        _base(child) is not None or isinstance(child, tuple(_OURS.values())) for child in module.modules()
+    )
+
+
+def _base(module: nn.Module) -> tuple[int, type] | None:
+    """Return the rank of a module and the class of NATTEN's name that it is of, or is derived from."""
     for base in type(module).__mro__:
         found = _MODULE.fullmatch(base.__name__)
-        if found and base.__module__.partition(".")[0] == "natten":
-            kept = getattr(type(module), "forward", None) is getattr(base, "forward", None)
-            return int(found[1]) if kept else None
+        if found and base.__module__.partition(".")[0] != "na_compiler":
+            return int(found[1]), base
     return None
 
 
-def _converted(name: str, module: Any) -> nn.Module:
-    rank = _rank(module)
-    assert rank is not None
+def _converted(module: Any) -> nn.Module:
+    named = _base(module)
+    if named is None:
+        raise DeclinedError(f"{type(module).__name__} is not a class that is known here")
+    rank, base = named
+    kept = getattr(type(module), "forward", None) is getattr(base, "forward", None) and "forward" not in vars(module)
+    need(kept, f"{type(module).__name__} computes something of its own")
+    is_natten = base.__module__.partition(".")[0] == "natten"
+    need(is_natten or _calls(module, base, rank), f"{base.__module__}.{base.__name__} does not call na{rank}d")
+    _check_parts(module)
     if getattr(module, "rpb", None) is not None:
-        raise NotImplementedError(f"{name or 'the model'} has a relative position bias (rpb), which ours have not")
+        raise _LackingError("a relative position bias (rpb)")
     dropout = getattr(module, "attn_drop", None)
-    if getattr(dropout, "p", dropout or 0.0):
-        raise NotImplementedError(
-            f"{name or 'the model'} has attn_drop={getattr(dropout, 'p', dropout)}, which ours have not; set it to 0"
-        )
+    rate = getattr(dropout, "p", dropout or 0.0)
+    if rate:
+        raise _LackingError(f"attn_drop={rate} (0 would do)")
     made = _OURS[rank].__new__(_OURS[rank])
     # All that a module carries: parameters, submodules, hooks, mode.
     made.__dict__.update(module.__dict__)
     embed_dim = module.qkv.in_features
     made.embed_dim, made.num_heads, made.head_dim = embed_dim, module.num_heads, embed_dim // module.num_heads
     made.scale = float(module.scale)
-    for parameter, default in (("kernel_size", None), ("stride", 1), ("dilation", 1)):
-        setattr(made, parameter, ints_per_axis(parameter, getattr(module, parameter, default), rank))
-    causal = getattr(module, "is_causal", False)
-    made.is_causal = flags_per_axis("is_causal", causal if isinstance(causal, bool) else tuple(map(bool, causal)), rank)
+    try:
+        for parameter, default in (("kernel_size", None), ("stride", 1), ("dilation", 1)):
+            setattr(made, parameter, ints_per_axis(parameter, getattr(module, parameter, default), rank))
+        causal = getattr(module, "is_causal", False)
+        flags = causal if isinstance(causal, bool) else tuple(map(bool, causal))
+        made.is_causal = flags_per_axis("is_causal", flags, rank)
+    except (TypeError, ValueError) as error:
+        raise DeclinedError(str(error)) from None
     if not hasattr(made, "proj_drop"):
         made.proj_drop = nn.Dropout(0.0)
     return made
 
 
-def replace_natten(module: fx.GraphModule) -> int:
-    """Replace NATTEN's operators, functions and modules in a graph by our operators; returns how many there were."""
-    count = 0
-    if any(_rank(child) for child in module.children()) or any(map(_rank, module.modules())):
-        count += sum(1 for child in module.modules() if _rank(child))
-        convert(module)
-    for found in list(attentions(module)):
-        if not found.is_ours and found.direction == "forward" and _is_plain(found):
-            _replace(found)
-            count += 1
-    return count
+def _check_parts(module: Any) -> None:
+    """Decline a module that is not made of what NATTEN's are made of."""
+    children = {name for name, child in module.named_children() if child is not None}
+    need({"proj", "qkv"} <= children, "it has no qkv and proj")
+    need(children <= _CHILDREN, f"it has {', '.join(sorted(children - _CHILDREN))} inside, which is not known here")
+    own = {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    need(own <= {"rpb"}, f"it has {', '.join(sorted(own - {'rpb'}))}, which is not known here")
+    width, heads = getattr(module.qkv, "in_features", None), getattr(module, "num_heads", None)
+    widths = [getattr(module.qkv, "out_features", None), getattr(module.proj, "in_features", None)]
+    fits = isinstance(width, int) and widths == [3 * width, width]
+    need(fits, "qkv and proj have not the widths of NATTEN's")
+    need(isinstance(heads, int) and heads > 0 and not (width or 0) % heads, f"num_heads is {heads}")
+    need(isinstance(getattr(module, "scale", None), (int, float)), "it has no scale")
 
 
-def _is_plain(found: Attention) -> bool:
-    """Return whether a node takes tokens as a layout, and nothing that our operators have not."""
-    return not found.arguments.get("num_extra_kv") and found.arguments.get("rel_pos_bias") is None
-
-
-def _replace(found: Attention) -> None:
-    node, graph, arguments = found.node, found.node.graph, dict(found.arguments)
-    arguments["kernel_size"] = list(ints_per_axis("kernel_size", arguments["kernel_size"], found.rank))
-    for name in ("stride", "dilation"):
-        value = arguments[name]
-        arguments[name] = list(ints_per_axis(name, 1 if value is None else value, found.rank))
-    causal = arguments["is_causal"]
-    arguments["is_causal"] = list(flags_per_axis("is_causal", False if causal is None else causal, found.rank))
-    with graph.inserting_before(node):
-        query = arguments["query"]
-        tensor = tensor_of(query)
-        if arguments["scale"] is None:
-            if tensor is None:
-                raise ValueError(f"the graph says no shape for {query}, of which the scale is made")
-            arguments["scale"] = float(tensor.shape[-1]) ** -0.5
-        layout = arguments.get("qkv_shape")
-        is_flat = layout is not None and tensor is not None and tensor.dim() != found.rank + 3
-        if is_flat:
-            for name in ("query", "key", "value"):
-                arguments[name] = _called(graph, "unflatten", (arguments[name], 1, list(layout or [])), node)
-        made = operator_node(graph, found.rank, arguments)
-        propagate(made, node)
-        replacement: fx.Node = made
-        if is_flat:
-            for user in list(node.users):
-                _use_flattened(graph, user, made, found.rank)
-            graph.erase_node(node)
-            return
-        if not found.returns_tuple:
-            replacement = graph.call_function(operator.getitem, (made, 0))
-            propagate(replacement, node)
-    replace_node(node, replacement)
-
-
-def _use_flattened(graph: fx.Graph, user: fx.Node, made: fx.Node, rank: int) -> None:
-    """Let the user of a result, ``getitem``, have it with its tokens flattened."""
-    with graph.inserting_before(user):
-        item = graph.call_function(operator.getitem, (made, user.args[1]))
-        propagate(item, user)
-        flat = _called(graph, "flatten", (item, 1, rank), user)
-    replace_node(user, flat)
-
-
-def _called(graph: fx.Graph, name: str, arguments: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    import torch  # noqa: PLC0415
-
-    target = {"unflatten": torch.ops.aten.unflatten.int, "flatten": torch.ops.aten.flatten.using_ints}[name]
-    node = graph.call_function(target, arguments)
-    propagate(node, like)
-    return node
+def _calls(module: nn.Module, base: type, rank: int) -> bool:
+    """Return whether the forward of a class calls neighborhood attention: a function of NATTEN's name for it."""
+    forward = inspect.unwrap(getattr(base, "forward", None) or len)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    wanted = {f"na{rank}d", "neighborhood_attention_generic"}
+    # By the name that is written there, or the name of what is kept under another.
+    meant = {getattr(getattr(module, name, None), "__name__", "") for name in names}
+    return bool(wanted & ({*names} | meant))

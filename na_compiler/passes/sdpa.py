@@ -17,6 +17,7 @@ from torch.nn import functional
 from na_compiler.passes.constants import Constants
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.passes.graph import (
+    attempt,
     graph_module,
     layer_of,
     operator_node,
@@ -77,11 +78,12 @@ def replace_sdpa(
             need(neighborhood is not None, "its mask is no neighborhood, or not constant")
             assert neighborhood is not None
             _check(arguments, math.prod(neighborhood.layout))
+            with attempt(node.graph):
+                _replace(node, arguments, neighborhood)
         except DeclinedError as why:
             _LOG.info("%s: attention with a mask stays as it is: %s", layer_of(node), why)
             continue
         _LOG.info("%s: its mask is a neighborhood, %s", layer_of(node), neighborhood)
-        _replace(node, arguments, neighborhood)
         count += 1
         if used is not None:
             used |= constants.inputs_of(mask) & set(held or ())

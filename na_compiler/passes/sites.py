@@ -54,7 +54,7 @@ class Site:
     @property
     def is_ours(self) -> bool:
         """Whether the node is an operator of this package."""
-        return self.operator.startswith("na_compiler")
+        return self.operator.partition("::")[0] == "na_compiler"
 
 
 class Sites(tuple[Site, ...]):
