@@ -12,11 +12,14 @@ from processes import run_python, start_python
 
 import na_compiler
 from na_compiler.compiler import cache, kernels
+from na_compiler.compiler import spec as spec_module
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
+from na_compiler.runtime.jit import compiling
 
 PROBLEM = Problem((5, 6), 1, 8, 3)
-INFO = KernelSpec.make(PROBLEM).info
+SPEC = KernelSpec.make(PROBLEM)
+INFO = SPEC.info
 COMPILE = """
     import sys, logging
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
@@ -37,14 +40,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def put(key, data=b"code", builds=None):
-    """Fetch an entry whose library is some bytes."""
+    """Return an entry whose library is some bytes, made if it is not there."""
 
     def build(path):
         path.write_bytes(data)
         if builds is not None:
             builds.append(key)
 
-    return cache.fetch(key, INFO, build)
+    return cache.make(key, SPEC.describe, build)
 
 
 def works(kernel):
@@ -59,7 +62,28 @@ def test_builds_once(folder):
     assert first.library == second.library
     assert second.library.read_bytes() == b"code"
     assert second.info == INFO
+    assert (second.config, second.reason) == (repr(SPEC.config), None)
     assert [path.name for path in folder.iterdir()] == ["a"], "something temporary is left"
+
+
+def test_what_is_cached_is_found_once_and_without_a_plan(folder, monkeypatch):
+    """Neither the family is asked nor the library hashed twice, however large the layout is."""
+    na_compiler.compile(PROBLEM)
+    monkeypatch.setattr(kernels, "_kernels", {})
+    monkeypatch.setattr(spec_module, "choose", None)
+    reads, read = [], cache.read_entry
+    monkeypatch.setattr(cache, "read_entry", lambda *arguments: reads.append(arguments) or read(*arguments))
+    assert works(na_compiler.compile(PROBLEM))
+    assert len(reads) == 1
+    with compiling(False), pytest.raises(na_compiler.MissingKernelError):
+        na_compiler.compile(Problem((1 << 31,), 1, 8, 1 << 20, is_causal=True))
+
+
+def test_says_again_why_no_faster_family_was_chosen(folder, caplog):
+    spec = KernelSpec.make(Problem((64, 64), 1, 64, 7), "cuda:sm_90a")
+    cache.make(spec.key, spec.describe, lambda path: path.write_bytes(b"code"))
+    na_compiler.compile(spec.problem, "cuda:sm_90a")
+    assert "takes float16 and bfloat16, not float32" in caplog.text
 
 
 def test_a_build_that_fails_leaves_nothing(folder):
@@ -68,7 +92,7 @@ def test_a_build_that_fails_leaves_nothing(folder):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        cache.fetch("a", INFO, build)
+        cache.make("a", SPEC.describe, build)
     assert list(folder.iterdir()) == []
     assert put("a").library.is_file()
 

@@ -1,6 +1,8 @@
 """`na_compiler.compiler.spec`: what a kernel is named by, without TVM."""
 
 import dataclasses
+import pickle
+import time
 
 import pytest
 import torch
@@ -33,9 +35,8 @@ def test_everything_that_changes_the_code_changes_the_key(monkeypatch):
     specs += [KernelSpec.make(PROBLEM, target) for target in ("llvm:x86-64", "llvm:x86-64-v3", "llvm:aarch64")]
     specs += [KernelSpec.make(PROBLEM, "llvm:x86-64-v4", direction) for direction in ("forward", "backward")]
     config = specs[-1].config
-    specs.append(
-        dataclasses.replace(specs[-1], config=dataclasses.replace(config, accumulators=config.accumulators - 1))
-    )
+    specs += [dataclasses.replace(specs[-1], forced=config)]
+    specs += [dataclasses.replace(specs[-1], forced=dataclasses.replace(config, accumulators=config.accumulators - 1))]
     keys = [spec.key for spec in specs]
     for name, value in (("tvm_version", "0.99"), ("source_fingerprint", "another"), ("ABI", 99)):
         with monkeypatch.context() as patch:
@@ -55,6 +56,32 @@ def test_the_fingerprint_covers_descriptions_and_schedules(monkeypatch, tmp_path
             patch.setattr(type(tmp_path), "read_bytes", lambda p, n=name: read(p) + (b"#" if p.name == n else b""))
             assert spec_module.source_fingerprint.__wrapped__() != before, name
     assert tiling.__file__
+
+
+def test_a_key_needs_no_plan(monkeypatch):
+    """It takes no longer for a large problem, and nothing but Python."""
+    monkeypatch.setattr(spec_module, "choose", None)
+    spec_module.source_fingerprint()
+    for rank, layout in ((1, (2**31 - 1,)), (2, (46341, 46337)), (3, (1291, 1289, 1283))):
+        problem = Problem(layout, 8, 64, tuple(x // 3 for x in layout), 2, 3, True)
+        for target in ("llvm:x86-64-v3", "cuda:sm_90a"):
+            started = time.thread_time()
+            assert len(KernelSpec.make(problem, target, "backward").key) == 32
+            assert time.thread_time() - started < 0.005, rank
+
+
+def test_a_spec_can_be_sent_and_is_planned_when_it_is_asked():
+    spec = KernelSpec.make(PROBLEM, "llvm:x86-64-v3")
+    fresh = pickle.loads(pickle.dumps(spec))
+    assert spec.config.family == "cpu"
+    sent = pickle.loads(pickle.dumps(spec))
+    for other in (fresh, sent):
+        assert (other, hash(other), other.key, other.config) == (spec, hash(spec), spec.key, spec.config)
+    forced = dataclasses.replace(spec, forced=dataclasses.replace(spec.config, row_block=3))
+    assert forced.config.row_block == 3
+    assert forced.reason is None
+    assert forced != spec
+    assert pickle.loads(pickle.dumps(forced)) == forced
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

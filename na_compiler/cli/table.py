@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from na_compiler.compiler.kernels import cached_library
+from na_compiler.compiler.kernels import cached_entry
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.passes.sites import Sites
 
@@ -38,7 +38,7 @@ def rows(sites: Sites, specs: Iterable[KernelSpec]) -> list[dict[str, Any]]:
                 "wasted": _wasted(spec),
                 "reason": spec.reason,
                 "key": spec.key,
-                "cached": cached_library(spec) is not None,
+                "cached": cached_entry(spec) is not None,
             }
         )
     return made

@@ -144,7 +144,7 @@ def _kernel(compiled: Compiled, folder: Path) -> Mapping[str, Any]:
             f"({getattr(spec.target, 'triple', spec.target)}-gcc), or run na-compile on such a machine"
         )
     copied = _file(compiled.library, folder / f"{spec.key}.so")
-    return {"key": spec.key, **copied, "function": "main", **spec.info.to_dict()}
+    return {"key": spec.key, **copied, "function": "main", **compiled.entry.info.to_dict()}
 
 
 def _is_shared(library: Path) -> bool:

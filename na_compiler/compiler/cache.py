@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from filelock import FileLock
 from na_compiler.runtime.folders import cache_folder
 from na_compiler.runtime.kernel import KernelInfo
 
-__all__ = ["Entry", "clear", "entries", "fetch", "find", "read_entry", "write_entry"]
+__all__ = ["Entry", "clear", "entries", "find", "make", "read_entry", "write_entry"]
 
 _LOG = logging.getLogger("na_compiler")
 _MANIFEST = "kernel.json"
-_FORMAT = 2
+_FORMAT = 3
 # A lock is held while one kernel compiles: seconds. This is for a machine that crawls.
 _LOCK_SECONDS = 600.0
 _DEFAULT_LIMIT = 1 << 30
@@ -36,12 +36,30 @@ _DEFAULT_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Entry:
-    """A library on disk that passed its manifest."""
+    """A library on disk that passed its manifest.
+
+    Parameters
+    ----------
+    key
+        From `KernelSpec.key`.
+    info
+        What the library computes.
+    library
+        Where it is.
+    used
+        When it was used last, in seconds since the epoch.
+    config
+        The choices that it was compiled with, for people to read.
+    reason
+        Why no faster family of kernels was chosen, in a sentence; ``None`` where it is the fastest.
+    """
 
     key: str
     info: KernelInfo
     library: Path
     used: float
+    config: str
+    reason: str | None
 
     @property
     def bytes(self) -> int:
@@ -58,15 +76,15 @@ def find(key: str) -> Entry:
     return _used(read_entry(_folder() / key, key))
 
 
-def fetch(key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
-    """Return the entry of a key, building it if there is none.
+def make(key: str, describe: Callable[[], Mapping[str, Any]], build: Callable[[Path], None]) -> Entry:
+    """Build the entry of a key, unless another process does: then wait for that, and return its entry.
 
     Parameters
     ----------
     key
         From `KernelSpec.key`.
-    info
-        What the library computes.
+    describe
+        Returns what the manifest says of the library: see `KernelSpec.describe`. Called if it is built.
     build
         Writes the library to a path.
 
@@ -76,8 +94,6 @@ def fetch(key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
         If the cache cannot be written.
     """
     folder = _folder() / key
-    with contextlib.suppress(FileNotFoundError, DamagedEntryError):
-        return find(key)
     folder.parent.mkdir(parents=True, exist_ok=True)
     locks = cache_folder() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -89,12 +105,12 @@ def fetch(key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
         except DamagedEntryError as error:
             _LOG.warning("compiling %s again: %s", key, error)
             _remove(folder)
-        entry = write_entry(folder, key, info, build)
+        entry = write_entry(folder, key, describe(), build)
     _limit(keep=key)
     return entry
 
 
-def write_entry(folder: Path, key: str, info: KernelInfo, build: Callable[[Path], None]) -> Entry:
+def write_entry(folder: Path, key: str, description: Mapping[str, Any], build: Callable[[Path], None]) -> Entry:
     """Build a library beside a folder, with its manifest, and rename the whole into place."""
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temporary:
         # In a folder of its own: it becomes the entry.
@@ -109,7 +125,7 @@ def write_entry(folder: Path, key: str, info: KernelInfo, build: Callable[[Path]
             "library": library.name,
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            **info.to_dict(),
+            **description,
         }
         (made / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         try:
@@ -143,9 +159,10 @@ def read_entry(folder: Path, key: str) -> Entry:
         if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
             raise DamagedEntryError(f"{library} is not what was compiled: {len(data)} bytes, wrong hash")
         info = KernelInfo.from_dict(manifest)
+        config, reason = manifest["config"], manifest["reason"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DamagedEntryError(f"{folder} cannot be read: {error!r}") from error
-    return Entry(key, info, library, library.stat().st_mtime)
+    return Entry(key, info, library, library.stat().st_mtime, config, reason)
 
 
 def entries() -> Iterator[Entry]:

@@ -95,13 +95,12 @@ def compile_spec(spec: KernelSpec) -> Kernel:
 
 
 def _load(spec: KernelSpec) -> Kernel:
-    device_type = spec.target.device_type
-    is_cached = cached_library(spec) is not None
-    if not is_cached and not is_compiling_allowed():
+    entry = cached_entry(spec)
+    if entry is not None:
+        return _of_entry(spec, entry)
+    if not is_compiling_allowed():
         raise MissingKernelError(spec.problem, spec.direction, spec.target.name)
-    if spec.reason:
-        _say_once(f"{spec.problem} for {spec.target}: {spec.reason}")
-    if device_type == "cpu" and spec.target.runs_here and c_compiler() is None and not is_cached:
+    if spec.target.device_type == "cpu" and spec.target.runs_here and c_compiler() is None:
         _say_once(
             "no C compiler was found: kernels are built in memory, again in every process; install one, or set CC"
         )
@@ -109,8 +108,14 @@ def _load(spec: KernelSpec) -> Kernel:
 
         function, module = build_in_memory(spec)
         return make_kernel(spec.info, _in_this_process(function), module)
-    library = library_of(spec)
-    return make_kernel(spec.info, load_function(library, device_type) if spec.target.runs_here else None)
+    return _of_entry(spec, make_entry(spec))
+
+
+def _of_entry(spec: KernelSpec, entry: cache.Entry) -> Kernel:
+    if entry.reason:
+        _say_once(f"{spec.problem} for {spec.target}: {entry.reason}")
+    function = load_function(entry.library, spec.target.device_type) if spec.target.runs_here else None
+    return make_kernel(entry.info, function)
 
 
 def _in_this_process(function: Callable[..., None]) -> Callable[..., None]:
@@ -127,10 +132,10 @@ def _in_this_process(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def cached_library(spec: KernelSpec) -> Path | None:
-    """Return the library of a spec if the cache has it."""
+def cached_entry(spec: KernelSpec) -> cache.Entry | None:
+    """Return the cache's entry of a spec, if there is one. Needs no plan."""
     try:
-        return cache.find(spec.key).library
+        return cache.find(spec.key)
     except (FileNotFoundError, cache.DamagedEntryError):
         return None
 
@@ -161,8 +166,8 @@ def kernel_by_key(key: str) -> Kernel:
     return _by_key[key]
 
 
-def library_of(spec: KernelSpec) -> Path:
-    """Return the library of a spec, from the cache or compiled now."""
+def make_entry(spec: KernelSpec) -> cache.Entry:
+    """Compile a spec that is not cached, or wait for the process that does; where there is no cache, for this one."""
 
     def build(path: Path) -> None:
         from na_compiler.compiler.build import build_library  # noqa: PLC0415
@@ -170,12 +175,12 @@ def library_of(spec: KernelSpec) -> Path:
         build_library(spec, path)
 
     try:
-        return cache.fetch(spec.key, spec.info, build).library
+        return cache.make(spec.key, spec.describe, build)
     except OSError as error:
         _say_once(f"the cache in {cache_folder()} cannot be used, kernels are kept for this process only: {error}")
         folder = Path(tempfile.mkdtemp(prefix="na_compiler-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return cache.write_entry(folder / spec.key, spec.key, spec.info, build).library
+        return cache.write_entry(folder / spec.key, spec.key, spec.describe(), build)
 
 
 def _say_once(message: str) -> None:

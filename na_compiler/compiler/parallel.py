@@ -18,7 +18,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any
 
-from na_compiler.compiler.kernels import cached_library
+from na_compiler.compiler import cache
+from na_compiler.compiler.kernels import cached_entry
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.runtime.host import c_compiler
 from na_compiler.runtime.threads import cores
@@ -41,15 +42,20 @@ class Compiled:
     ----------
     spec
         What was wanted.
-    library
-        Where it is.
+    entry
+        The cache's entry: what it is, and where.
     seconds
         Time it took a worker; 0 if it was in the cache.
     """
 
     spec: KernelSpec
-    library: Path
+    entry: cache.Entry
     seconds: float
+
+    @property
+    def library(self) -> Path:
+        """Where it is."""
+        return self.entry.library
 
     @property
     def was_cached(self) -> bool:
@@ -95,9 +101,9 @@ def compile_all(
             progress(compiled, len(done), len(wanted))
 
     for spec in wanted:
-        library = cached_library(spec)
-        if library is not None:
-            ready(Compiled(spec, library, 0.0))
+        entry = cached_entry(spec)
+        if entry is not None:
+            ready(Compiled(spec, entry, 0.0))
     # The longest first, so that no worker is left with one while the others have nothing to do.
     missing = sorted((spec for spec in wanted if spec not in done), key=_effort, reverse=True)
     if missing:
@@ -134,7 +140,8 @@ def _run(specs: list[KernelSpec], jobs: int, temporary: Path, ready: Callable[[C
             spec, answer = answers.get()
             if "error" in answer:
                 raise CompileError(f"{spec} could not be compiled: {answer['error']}")
-            ready(Compiled(spec, Path(answer["library"]), max(float(answer["seconds"]), 1e-9)))
+            entry = cache.read_entry(Path(answer["library"]).parent, spec.key)
+            ready(Compiled(spec, entry, max(float(answer["seconds"]), 1e-9)))
     finally:
         for worker in workers:
             worker.stop()

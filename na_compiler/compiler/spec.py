@@ -6,14 +6,14 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from na_compiler import schedules
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import ABI, DIRECTIONS, KernelInfo
-from na_compiler.schedules.choose import choose
+from na_compiler.schedules.choose import Choice, choose
 from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
 
@@ -22,7 +22,10 @@ __all__ = ["KernelSpec"]
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A problem, a direction, a target and a config.
+    """A problem, a direction and a target; equal ones are equal, and have one key.
+
+    To name a kernel, and to find it compiled, takes no plan: which family and which config it gets follows from the
+    three, and is found out when something asks for it.
 
     Parameters
     ----------
@@ -32,21 +35,24 @@ class KernelSpec:
         ``"forward"`` or ``"backward"``.
     target
         What machine to compile for.
-    config
-        The schedule's choices; `make` asks the planner for them.
-    reason
-        Why no faster schedule was chosen, in a sentence; ``None`` where this is the fastest.
+    forced
+        A config to use in place of the planner's; default: the planner's.
+
+    Examples
+    --------
+    >>> spec = KernelSpec.make(Problem((56, 56), heads=4, head_dim=32, kernel_size=7), "llvm:x86-64-v3")
+    >>> spec.config.family, len(spec.key)
+    ('cpu', 32)
     """
 
     problem: Problem
     direction: str
     target: Target
-    config: Config
-    reason: str | None = field(default=None, compare=False)
+    forced: Config | None = None
 
     @classmethod
     def make(cls, problem: Problem, target: str | Target = "llvm", direction: str = "forward") -> KernelSpec:
-        """Complete a spec with the planner's config.
+        """Make a spec of a target's name.
 
         Raises
         ------
@@ -55,24 +61,45 @@ class KernelSpec:
         """
         if direction not in DIRECTIONS:
             raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
-        parsed = Target.parse(target)
-        choice = choose(problem, parsed, direction)
-        return cls(problem, direction, parsed, choice.config, choice.reason)
+        return cls(problem, direction, Target.parse(target))
+
+    @functools.cached_property
+    def _choice(self) -> Choice:
+        return Choice(self.forced) if self.forced else choose(self.problem, self.target, self.direction)
+
+    @property
+    def config(self) -> Config:
+        """What the family leaves open: the planner's choices, unless others are forced.
+
+        Raises
+        ------
+        NotImplementedError
+            If no family takes the problem; says why.
+        """
+        return self._choice.config
+
+    @property
+    def reason(self) -> str | None:
+        """Why no faster family was chosen, in a sentence; ``None`` where this is the fastest."""
+        return self._choice.reason
 
     @property
     def plan(self) -> Any:
         """What follows from the problem and the config: what the schedule is made of."""
         return self.config.plan(self.problem)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
-        """A name for what the compiler makes of the spec: changes with everything that changes the machine code."""
+        """A name for what the compiler makes of the spec: changes with everything that changes the machine code.
+
+        A config that the planner chooses is no part of it: that follows from the rest, the planner's sources included.
+        """
         parts = {
             "abi": ABI,
             "problem": self.problem.to_dict(),
             "direction": self.direction,
             "target": self.target.name,
-            "config": repr(self.config),
+            "config": self.forced and repr(self.forced),
             "sources": source_fingerprint(),
             "tvm": tvm_version(),
         }
@@ -90,6 +117,11 @@ class KernelSpec:
             alignment=self.config.alignment(self.problem),
             adjacent_heads=self.config.has_adjacent_heads(self.problem),
         )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the cache's manifest says of the kernel, as plain data, fit for JSON."""
+        chosen = {"family": self.config.family, "config": repr(self.config), "reason": self.reason}
+        return {**self.info.to_dict(), **chosen}
 
     def __str__(self) -> str:
         return f"{self.problem} {self.direction} for {self.target}"

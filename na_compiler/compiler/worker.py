@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 
-from na_compiler.compiler.kernels import library_of
+from na_compiler.compiler.kernels import make_entry
 from na_compiler.compiler.spec import KernelSpec
 
 __all__ = ["main"]
@@ -28,7 +28,7 @@ def main() -> None:
         started = time.perf_counter()
         try:
             spec: KernelSpec = pickle.loads(base64.b64decode(line))  # noqa: S301 - from the parent process
-            answer = {"library": str(library_of(spec)), "seconds": time.perf_counter() - started}
+            answer = {"library": str(make_entry(spec).library), "seconds": time.perf_counter() - started}
         except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)}
