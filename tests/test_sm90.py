@@ -12,7 +12,8 @@ from oracle import check_forward, draw, poisoned
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.schedules.choose import choose
-from na_compiler.schedules.sm90 import block, consumer, maps, mask, plan, products, softmax
+from na_compiler.schedules.shared import mask, softmax
+from na_compiler.schedules.sm90 import block, consumer, maps, plan, products
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.planner import candidates
 from na_compiler.target import Target

@@ -1,1 +1,1 @@
-"""What the families of kernels share: what a config and a candidate are."""
+"""What families of kernels share: configs, candidates, and, on tensor cores, places, masks and the softmax."""

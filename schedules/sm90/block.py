@@ -7,9 +7,9 @@ from typing import Any
 
 from tvm import tirx
 
+from na_compiler.schedules.shared.trace import I, T, emit, when
 from na_compiler.schedules.sm90.maps import TensorMap
 from na_compiler.schedules.sm90.plan import Plan
-from na_compiler.schedules.sm90.trace import I, T, emit, when
 
 __all__ = ["Arguments", "Block"]
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from na_compiler.schedules.shared.mask import Mask
+from na_compiler.schedules.shared.softmax import Softmax
+from na_compiler.schedules.shared.trace import I, T, emit, let, local, minimum, put, register, when
+from na_compiler.schedules.shared.work import StreamCursor, Work
 from na_compiler.schedules.sm90.block import Block
 from na_compiler.schedules.sm90.epilogue import Epilogue
-from na_compiler.schedules.sm90.mask import Mask, Rows
 from na_compiler.schedules.sm90.plan import ROWS
 from na_compiler.schedules.sm90.products import Products
-from na_compiler.schedules.sm90.softmax import Softmax
+from na_compiler.schedules.sm90.rows import Rows
 from na_compiler.schedules.sm90.store import sync_warpgroup
-from na_compiler.schedules.sm90.trace import I, T, emit, let, local, minimum, put, register, when
-from na_compiler.schedules.sm90.work import StreamCursor, Work
 
 __all__ = ["Consumer"]
 

@@ -18,13 +18,13 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 
+from na_compiler.schedules.shared.trace import I, T, emit, hold, let, local, put, when
+from na_compiler.schedules.shared.work import Work
 from na_compiler.schedules.sm90.block import Arguments, Block
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.consumer import Consumer
 from na_compiler.schedules.sm90.plan import Plan
 from na_compiler.schedules.sm90.producer import Producer
-from na_compiler.schedules.sm90.trace import I, T, emit, hold, let, local, put, when
-from na_compiler.schedules.sm90.work import Work
 
 __all__ = ["schedule_forward"]
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from na_compiler.schedules.shared.trace import I, T, emit
 from na_compiler.schedules.sm90.plan import Columns, Plan, pieces_of
-from na_compiler.schedules.sm90.trace import I, T, emit
 
 __all__ = ["TensorMap"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from na_compiler.schedules.shared.trace import I, T, emit, let, local, put, when
+from na_compiler.schedules.shared.work import StreamCursor, Work
 from na_compiler.schedules.sm90.block import Block
-from na_compiler.schedules.sm90.trace import I, T, emit, let, local, put, when
-from na_compiler.schedules.sm90.work import StreamCursor, Work
 
 __all__ = ["Producer"]
 

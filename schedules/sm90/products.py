@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from na_compiler.schedules.shared.trace import T, emit, local
 from na_compiler.schedules.sm90.block import Block
 from na_compiler.schedules.sm90.plan import ROWS, Columns
-from na_compiler.schedules.sm90.trace import T, emit, local
 
 __all__ = ["Products", "conversion", "descriptor", "instruction", "multiply_registers", "multiply_shared"]
 

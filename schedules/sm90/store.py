@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from na_compiler.schedules.sm90.mask import Rows
+from na_compiler.schedules.shared.trace import I, T, both, emit, index64, let, local, when
+from na_compiler.schedules.shared.work import Work
 from na_compiler.schedules.sm90.plan import ROWS, Columns
 from na_compiler.schedules.sm90.products import conversion
-from na_compiler.schedules.sm90.trace import I, T, both, emit, index64, let, local, when
-from na_compiler.schedules.sm90.work import Work
+from na_compiler.schedules.sm90.rows import Rows
 
 __all__ = ["RowStore", "flat", "sync_warpgroup"]
 

@@ -7,49 +7,14 @@ from typing import Any
 
 from tvm import tirx
 
-from na_compiler.schedules.sm90.plan import Plan
-from na_compiler.schedules.sm90.products import Products
-from na_compiler.schedules.sm90.trace import I, T, both, let, maximum, minimum, put, register, when
-from na_compiler.schedules.sm90.work import StreamCursor, Work
+from na_compiler.schedules.shared.tiles import Fragments, Rows
+from na_compiler.schedules.shared.trace import I, T, both, let, maximum, minimum, put, register, when
+from na_compiler.schedules.shared.work import StreamCursor, Work
 
-__all__ = ["Mask", "Rows"]
+__all__ = ["Mask"]
 
 Expr = Any
 _ROWS = 2
-
-
-class Rows:
-    """The two queries whose rows a thread has, and the box of queries that its warp has.
-
-    Parameters
-    ----------
-    plan
-        Of the kernel.
-    warpgroup, warp, lane
-        Which of the computing warpgroups, which warp in it, which lane.
-    """
-
-    def __init__(self, plan: Plan, warpgroup: Expr, warp: Expr, lane: Expr) -> None:
-        self.plan, self.warpgroup, self.warp, self.lane = plan, warpgroup, warp, lane
-        self.rows = [let(warp * 16 + T.shift_right(lane, 2) + 8 * row) for row in range(_ROWS)]
-
-    def position(self, row: Expr, first: list[Expr]) -> list[Expr]:
-        """Return the query of a row of the warpgroup, where the block's first one is at ``first``."""
-        found: list[Expr] = []
-        for extent in reversed(self.plan.own_box):
-            found.insert(0, row % extent)
-            row = row // extent
-        found[0] = found[0] + self.warpgroup * self.plan.own_box[0]
-        return [let(start + offset) for start, offset in zip(first, found, strict=True)]
-
-    def warp_queries(self, first: list[Expr]) -> tuple[list[Expr], list[Expr]]:
-        """Return the first and the last query of the warp's box; of the warpgroup's if its rows are no box."""
-        box = self.plan.warp_box
-        if box is None:
-            start, box = self.position(0, first), self.plan.own_box
-        else:
-            start = self.position(self.warp * 16, first)
-        return start, [low + extent - 1 for low, extent in zip(start, box, strict=True)]
 
 
 class Mask:
@@ -58,7 +23,7 @@ class Mask:
     A tile of keys that lies in every window of the warp's queries needs none, which is found out for the whole warp.
     """
 
-    def __init__(self, products: Products, rows: Rows, work: Work, additional: Expr | None) -> None:
+    def __init__(self, products: Fragments, rows: Rows, work: Work, additional: Expr | None) -> None:
         self.plan, self.scores, self.rows, self.work = products.plan, products.scores, rows, work
         self.additional = additional
         self.queries = [rows.position(row, work.first) for row in rows.rows]
@@ -90,7 +55,7 @@ class Mask:
             with I.Then():
                 self._window(cursor)
             with I.Else():
-                self._tail((tile - self.work.tiles) * self.plan.streamed)
+                self.tail((tile - self.work.tiles) * self.plan.streamed)
 
     def _window(self, cursor: StreamCursor) -> None:
         tile = self.plan.stream_tile
@@ -144,7 +109,7 @@ class Mask:
         parts = (whole, T.shift_right(whole, tirx.IntImm("uint64", 32)))
         return [register(T.Cast("uint32", part), "uint32") for part in parts]
 
-    def _tail(self, first: Expr) -> None:
+    def tail(self, first: Expr) -> None:
         """Mask what lies beyond the last additional key."""
         remaining = let(self.additional - first)
         with when(remaining < self.plan.streamed):

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from na_compiler.schedules.sm90.products import Products
-from na_compiler.schedules.sm90.trace import T, emit, local, put
+from na_compiler.schedules.shared.tiles import Fragments
+from na_compiler.schedules.shared.trace import T, emit, local, put
 
 __all__ = ["LN2", "Softmax"]
 
@@ -33,7 +33,7 @@ class Softmax:
         Of each row, this thread's part of the sum of weights so far.
     """
 
-    def __init__(self, products: Products, scale: Expr) -> None:
+    def __init__(self, products: Fragments, scale: Expr) -> None:
         self.products = products
         self.scores = products.scores
         self.elements = products.plan.streamed // 2

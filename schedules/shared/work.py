@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from na_compiler.schedules.sm90.plan import Plan
-from na_compiler.schedules.sm90.trace import both, index64, let, local, maximum, minimum, put, when
+from na_compiler.schedules.shared.tiles import TilePlan
+from na_compiler.schedules.shared.trace import both, index64, let, local, maximum, minimum, put, when
 from na_compiler.window import window_bounds
 
 __all__ = ["StreamCursor", "Work"]
@@ -27,7 +27,7 @@ class Work:
         Number of the tile: tiles run fastest, then dilation groups, heads, the batch.
     """
 
-    def __init__(self, plan: Plan, item: Expr) -> None:
+    def __init__(self, plan: TilePlan, item: Expr) -> None:
         self.plan = plan
         problem = plan.problem
         tile: list[Expr] = []
