@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from na_compiler.window import group_length, window_bounds
 
-__all__ = ["DTYPES", "MAX_RANK", "Problem", "check_strides", "dtype_name", "flags_per_axis", "ints_per_axis"]
+__all__ = ["DTYPES", "MAX_RANK", "Problem", "check_strides", "dtype_name", "flags_per_axis", "ints_per_axis", "shown"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_RANK = 3
+# ONNX, torch and TensorIR count in 64 bits.
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -292,30 +295,39 @@ def _times(values: Sequence[int]) -> str:
     return "x".join(map(str, values))
 
 
+def shown(value: Any) -> str:
+    """Return a value as messages show it: short, whatever was given."""
+    return reprlib.repr(value)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _positive(name: str, value: Any) -> int:
     if not _is_int(value):
-        raise ValueError(f"{name} must be an int, got {value!r}")
+        raise ValueError(f"{name} must be an int, got {shown(value)}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    if value > _LARGEST:
+        raise ValueError(f"{name} must be less than 2**63, got {value}")
     return int(value)
 
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
     return value
 
 
 def _layout(value: Any) -> tuple[int, ...]:
     axes = (value,) if _is_int(value) else value
     if not isinstance(axes, Sequence) or isinstance(axes, str) or not 1 <= len(axes) <= MAX_RANK:
-        raise ValueError(f"layout must have 1, 2 or 3 axes, got {value!r}; e.g. (56, 56)")
+        raise ValueError(f"layout must have 1, 2 or 3 axes, got {shown(value)}; e.g. (56, 56)")
     if not all(map(_is_int, axes)) or min(axes) < 1:
-        raise ValueError(f"layout must have at least one token on each axis, got {tuple(axes)}")
+        raise ValueError(f"layout must have at least one token on each axis, got {shown(tuple(axes))}")
+    if max(axes) > _LARGEST:
+        raise ValueError(f"layout must have less than 2**63 tokens on each axis, got {shown(tuple(axes))}")
     return tuple(map(int, axes))
 
 
@@ -333,11 +345,13 @@ def ints_per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
         axes = tuple(value)
     else:
         example = (3,) * rank if name == "kernel_size" else (1,) * rank
-        raise ValueError(f"{name} must be an int or {rank} ints (one per axis of the layout), got {value!r}; "
+        raise ValueError(f"{name} must be an int or {rank} ints (one per axis of the layout), got {shown(value)}; "
                          f"e.g. {example}")  # fmt: skip
     for axis, extent in enumerate(axes):
         if extent < 1:
             raise ValueError(f"{name} must be at least 1, got {extent} on axis {axis}")
+        if extent > _LARGEST:
+            raise ValueError(f"{name} must be less than 2**63, got {extent} on axis {axis}")
     return tuple(map(int, axes))
 
 
@@ -353,7 +367,7 @@ def flags_per_axis(name: str, value: Any, rank: int) -> tuple[bool, ...]:
         return (value,) * rank
     if isinstance(value, Sequence) and len(value) == rank and all(isinstance(flag, bool) for flag in value):
         return tuple(value)
-    raise ValueError(f"{name} must be a bool or {rank} bools (one per axis of the layout), got {value!r}; "
+    raise ValueError(f"{name} must be a bool or {rank} bools (one per axis of the layout), got {shown(value)}; "
                      f"e.g. {(True,) * rank}")  # fmt: skip
 
 

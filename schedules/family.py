@@ -19,13 +19,14 @@ A family promises
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
+from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import Target
 
 __all__ = ["Family", "Lowered"]
@@ -101,6 +102,20 @@ class Family(ABC):
         Nothing where there is nothing to rank, because every choice follows from the problem by a rule of its own.
         """
         return ()
+
+    def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit | None:  # noqa: ARG002
+        """Return what the forward computes together with a query, for pictures; ``None`` if the family does not say.
+
+        Parameters
+        ----------
+        problem
+            What to compute.
+        config
+            One of this family.
+        token
+            The query's place along each axis of the layout.
+        """
+        return None
 
     @abstractmethod
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:

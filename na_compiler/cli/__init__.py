@@ -5,11 +5,32 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from collections.abc import Container, Sequence
 
-from na_compiler.cli import bench, cache, inspect, model, ort_library, plan, torch_library
+import na_compiler
+from na_compiler.cli import bench, cache, draw, info, inspect, model, ort_library, plan, torch_library
+from na_compiler.cli.output import Commands
 
 __all__ = ["main"]
+
+_USAGE = """na-compile MODEL -o BUNDLE [options]
+       na-compile COMMAND [options]
+       na-compile COMMAND --help"""
+
+_DESCRIPTION = """A compiler for neighborhood attention. Given a MODEL (a .pt2 of
+torch.export.save, an .onnx, or package.module:function) it finds the
+neighborhood attention in it and compiles the kernels into a BUNDLE, a folder
+that needs no compiler."""
+
+_EXAMPLES = """
+examples:
+  na-compile model.pt2 --dry-run
+  na-compile model.onnx -o kernels --target llvm:x86-64-v3 --target cuda:sm_90a
+  na-compile problem --layout 56x56 --heads 4 --head-dim 32 --kernel-size 7 \\
+      -o kernels
+  na-compile info
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,12 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments
         Default: those of the process.
     """
-    parser = argparse.ArgumentParser(prog="na-compile", description="A compiler for neighborhood attention.")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what is compiled and why")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        prog="na-compile",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"na_compiler {na_compiler.__version__}")
+    _add_verbose(parser, default=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="na-compile")
     model.add_problem_parser(commands)
-    for module in (model, inspect, plan, bench, cache, ort_library, torch_library):
+    for module in (model, inspect, plan, draw, bench, cache, ort_library, torch_library, info):
         module.add_parser(commands)
+    _verbose_everywhere(commands)
     options = parser.parse_args(_with_command(list(sys.argv[1:] if arguments is None else arguments), commands.choices))
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
@@ -38,6 +67,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # noqa: BLE001
+        # Not foreseen, so that there is no better sentence than this one.
+        logging.getLogger("na_compiler").info("%s", traceback.format_exc())
+        first = next(iter(str(error).strip().splitlines()), "no message")
+        advice = "" if options.verbose else "; -v shows where"
+        print(
+            f"na-compile: {type(error).__name__}: {first}. This is a fault of na-compile{advice}; "
+            "please report it, with what na-compile info prints",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _add_verbose(parser: argparse.ArgumentParser, default: object) -> None:
+    parser.add_argument("-v", "--verbose", action="store_true", default=default, help="log what is compiled and why")
+
+
+def _verbose_everywhere(commands: Commands) -> None:
+    """Take ``-v`` behind a command as well: there it is left as it is, unless it is given."""
+    for parser in dict.fromkeys(commands.choices.values()):
+        _add_verbose(parser, argparse.SUPPRESS)
+        for action in parser._actions:  # noqa: SLF001 - argparse lists a parser's subparsers nowhere else
+            if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
+                _verbose_everywhere(action)
 
 
 def _with_command(arguments: list[str], known: Container[str]) -> list[str]:

@@ -7,18 +7,16 @@ compared with the float64 reference before anything is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from na_compiler.cli.info import processor
+from na_compiler.cli.output import Commands, add_json, notes, print_json, print_table
 from na_compiler.cli.overheads import measure_overheads
 from na_compiler.cli.timing import Run, interleave
 from na_compiler.problem import Problem
@@ -54,7 +52,7 @@ CPU_SUITE = (
 )
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser("bench", help="time this package against torch's attention")
     suites = ["cpu", "hopper", "onnx", "aot"]
@@ -64,13 +62,19 @@ def add_parser(commands: Any) -> None:
         "--seconds", type=float, default=_SECONDS, help=f"time for each table row (default: {_SECONDS})"
     )
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a competitor to leave out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file as well")
+    parser.add_argument(
+        "--goals", action="store_true", help="beside the figures, what this project asks of itself on its own machines"
+    )
+    add_json(parser)
     parser.add_argument("--save", metavar="BUNDLE", help="hopper: only compile, into a bundle; needs no GPU")
     parser.add_argument("--bundle", metavar="BUNDLE", help="hopper: take kernels from what --save wrote")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
+    for flag in ("save", "bundle"):
+        if getattr(options, flag) and options.suite != "hopper":
+            raise ValueError(f"--{flag} goes with --suite hopper, and the suite is {options.suite}")
     if options.suite == "onnx":
         from na_compiler.cli import bench_onnx  # noqa: PLC0415
 
@@ -88,19 +92,23 @@ def _run(options: argparse.Namespace) -> None:
 
         bench_aot.run(options)
         return
+    _run_cpu(options)
+
+
+def _run_cpu(options: argparse.Namespace) -> None:
     import torch  # noqa: PLC0415
 
     from na_compiler.target import Target  # noqa: PLC0415
 
     torch.set_num_threads(options.threads)
-    console = Console()
+    console = notes(options)
     seed = int.from_bytes(os.urandom(2), "little")
     machine = (
-        f"{_processor()}, {Target.parse('llvm')}, {options.threads} threads, torch {torch.__version__}, seed {seed}"
+        f"{processor()}, {Target.parse('llvm')}, {options.threads} threads, torch {torch.__version__}, seed {seed}"
     )
-    console.print(machine)
+    console.print(machine, soft_wrap=True)
     for case in CPU_SUITE:
-        console.print(f"{case.title}: {case.problem}", highlight=False)
+        console.print(f"{case.title}: {case.problem}", soft_wrap=True)
     rows: list[dict[str, Any]] = []
     steps = sum(1 + bool(case.backward) for case in CPU_SUITE) + 1
     with Progress(console=console, transient=True) as progress:
@@ -115,11 +123,12 @@ def _run(options: argparse.Namespace) -> None:
                     progress.advance(task)
         progress.update(task, description="overheads")
         overheads = measure_overheads(options.seconds)
-    console.print(_table(rows))
-    console.print(_overhead_table(overheads))
     if options.json:
-        figures = {"machine": machine, "rows": rows, "overheads": overheads}
-        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        print_json({"machine": machine, "rows": rows, "overheads": overheads})
+        return
+    _print_rows(rows, options.goals)
+    overhead_rows = [(name, f"{value:.2f}") for name, value in overheads.items()]
+    print_table(("measure", "value"), overhead_rows, "overheads", numbers=("value",))
 
 
 def _row(
@@ -199,35 +208,19 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip()[:160]}"
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="time over ours: medians of one interleaved run (asked for)")
+def _print_rows(rows: list[dict[str, Any]], goals: bool) -> None:
     names = list(dict.fromkeys(name for row in rows for name in (*row["ratios"], *row["failures"])))
-    table.add_column("problem")
-    for name in ("ours, ms", "GFLOP/s", *names):
-        table.add_column(name, justify="right")
+    cells = []
     for row in rows:
-        cells = []
+        ratios = []
         for name in names:
-            asked = row["asked"].get(name)
+            asked = row["asked"].get(name) if goals else None
             text = (
                 f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "failed" if name in row["failures"] else ""
             )
-            cells.append(f"{text} ({asked:g})" if text and asked is not None else text)
-        title = row["title"] if row["direction"] == "forward" else "  its backward"
-        table.add_row(title, f"{row['milliseconds']['na_compiler']:.2f}", f"{row['gflops']:.0f}", *cells)
-    return table
-
-
-def _overhead_table(overheads: dict[str, float]) -> Table:
-    table = Table("measure", "value", title="overheads")
-    for name, value in overheads.items():
-        table.add_row(name, f"{value:.2f}")
-    return table
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+            ratios.append(f"{text} ({asked:g})" if text and asked is not None else text)
+        title = row["title"] if row["direction"] == "forward" else f"{row['title']}, backward"
+        cells.append((title, f"{row['milliseconds']['na_compiler']:.2f}", f"{row['gflops']:.0f}", *ratios))
+    columns = ("problem", "ours, ms", "GFLOP/s", *names)
+    title = f"time over ours: medians of one interleaved run{' (goals)' if goals else ''}"
+    print_table(columns, cells, title, numbers=columns[1:])

@@ -19,9 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from na_compiler.cli.output import print_json, print_table
 from na_compiler.cli.timing import interleave
 from na_compiler.problem import Problem
 
@@ -80,16 +78,12 @@ def run(options: argparse.Namespace) -> None:
                 folder = Path(temporary) / name
                 folder.mkdir()
                 figures |= measures[name](options, folder)
-    table = Table("measure", "value", "asked", title=f"ahead of inference, {options.threads} threads")
-    for name, (value, asked) in figures.items():
-        table.add_row(name, f"{value:.3g}", asked)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    console.print(table)
     if options.json:
-        data = {name: {"value": value, "asked": asked} for name, (value, asked) in figures.items()}
-        options.json.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        print_json({name: {"value": value, "asked": asked} for name, (value, asked) in figures.items()})
+        return
+    columns = ("measure", "value", "goal") if options.goals else ("measure", "value")
+    rows = [(name, f"{value:.3g}", asked)[: len(columns)] for name, (value, asked) in figures.items()]
+    print_table(columns, rows, f"ahead of inference, {options.threads} threads", numbers=("value",))
 
 
 def problems() -> list[Problem]:

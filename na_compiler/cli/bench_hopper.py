@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from na_compiler.cli.output import notes, print_json, print_table
 from na_compiler.problem import Problem
 
 __all__ = ["SUITE", "Row", "run", "save"]
@@ -90,19 +89,21 @@ def run(options: argparse.Namespace) -> None:
         raise RuntimeError("the suite hopper runs on a GPU, and there is none; with --save it only compiles")
     if options.bundle:
         load_bundle(options.bundle)
-    console = Console(width=150)
+    console = notes(options)
     seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {seed}"
-    console.print(machine)
+    console.print(machine, soft_wrap=True)
     rows = []
     for row in SUITE:
         rows.append(_time(row, options.skip, options.seconds, console))
-        console.print(_table(rows[-1:]))
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in rows[-1]["teraflops"].items())
+        console.print(f"{row.title}, TFLOP/s: {rates}", soft_wrap=True)
         torch.cuda.empty_cache()
-    console.print(_table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
+        print_json({"machine": machine, "rows": rows})
+    else:
+        _print_rows(rows, options.goals)
 
 
 class _Inputs:
@@ -284,11 +285,11 @@ def _captured(call: Callable[[], Any]) -> tuple[Any, int]:
     return graph, calls
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="useful TFLOP/s (and milliseconds)")
-    table.add_column("problem")
-    for name in ("ours", "floor", "goal", "NATTEN, published", "FlexAttention", "over it", "cuDNN, dense", "matmul"):
-        table.add_column(name, justify="right")
+def _print_rows(rows: list[dict[str, Any]], goals: bool) -> None:
+    columns = ["problem", "ours", "NATTEN, published", "FlexAttention", "over it", "cuDNN, dense", "matmul"]
+    if goals:
+        columns += ["floor", "goal"]
+    cells = []
     for row in rows:
         rates, times = row["teraflops"], row["milliseconds"]
 
@@ -296,9 +297,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             return f"{rates[name]:.0f} ({times[name]:.3g})" if name in rates else "-"
 
         over = f"{times['FlexAttention'] / times['ours']:.2f}" if "FlexAttention" in times else "-"
-        table.add_row(
-            row["title"], cell("ours"), f"{row['floor']:.0f}", f"{row['goal']:.0f}",
-            "-" if row["natten"] is None else f"{row['natten']:.0f}", cell("FlexAttention"), over,
-            cell("cuDNN, dense"), f"{rates['matrix product']:.0f}",
-        )  # fmt: skip
-    return table
+        published = "-" if row["natten"] is None else f"{row['natten']:.0f}"
+        made = (row["title"], cell("ours"), published, cell("FlexAttention"), over, cell("cuDNN, dense"),
+                f"{rates['matrix product']:.0f}", f"{row['floor']:.0f}", f"{row['goal']:.0f}")  # fmt: skip
+        cells.append(made[: len(columns)])
+    print_table(columns, cells, "useful TFLOP/s (and milliseconds)", numbers=columns[1:])

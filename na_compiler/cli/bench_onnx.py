@@ -7,7 +7,6 @@ before another is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,9 +18,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from na_compiler.cli.output import notes, print_json, print_table
 from na_compiler.cli.timing import Run, interleave
 from na_compiler.compiler.bundle import save_bundle
 from na_compiler.compiler.kernels import compile as compile_kernel
@@ -78,23 +76,22 @@ def run(options: argparse.Namespace) -> None:
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
     torch.set_num_threads(options.threads)
-    console = Console()
-    console.print(f"{PROBLEM}, {options.threads} threads, ONNX Runtime {onnxruntime.__version__}", highlight=False)
+    about = f"{PROBLEM}, {options.threads} threads, ONNX Runtime {onnxruntime.__version__}"
+    notes(options).print(about, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="na_compiler-bench-") as folder:
         models = _models(Path(folder))
         times = _times(models, Path(folder), options)
         figures = [*_speeds(times), *_memory(models), *_library(Path(folder))]
-    table = Table("run", "median, ms", title="one interleaved run")
-    for name, seconds in times.items():
-        table.add_row(name, f"{1e3 * seconds:.2f}")
-    console.print(table)
-    table = Table("figure", "value", "asked for", "")
-    for figure in figures:
-        table.add_row(figure.name, f"{figure.value:.3g}", figure.asked, "reached" if figure.reached else "missed")
-    console.print(table)
     if options.json:
         data = {"milliseconds": {k: 1e3 * v for k, v in times.items()}, "figures": [vars(f) for f in figures]}
-        options.json.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        print_json({"machine": about, **data})
+        return
+    rows = [(name, f"{1e3 * seconds:.2f}") for name, seconds in times.items()]
+    print_table(("run", "median, ms"), rows, "one interleaved run", numbers=("median, ms",))
+    columns = ("figure", "value", "goal", "") if options.goals else ("figure", "value")
+    verdicts = {True: "reached", False: "missed"}
+    cells = [(figure.name, f"{figure.value:.3g}", figure.asked, verdicts[figure.reached]) for figure in figures]
+    print_table(columns, [row[: len(columns)] for row in cells], numbers=("value",))
 
 
 def _models(folder: Path) -> dict[str, Path]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from na_compiler.cli.output import Commands, add_json, counted, print_json, print_line, print_table
 from na_compiler.runtime.bundle import read_bundle
 
 __all__ = ["add_parser"]
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser("inspect", help="check a bundle and list its kernels")
-    parser.add_argument("bundle", metavar="BUNDLE")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder that na-compile -o or save_bundle wrote")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
@@ -31,18 +27,14 @@ def _run(options: argparse.Namespace) -> None:
             for e in bundle.entries
         ]
         extra = {"launcher": launcher is not None, "runtime": runtime is not None}
-        print(
-            json.dumps({"bundle": options.bundle, "versions": bundle.versions, **extra, "kernels": kernels}, indent=1)
-        )
+        print_json({"bundle": options.bundle, "versions": bundle.versions, **extra, "kernels": kernels})
         return
-    title = f"{len(bundle)} kernels, {total / 1024:.0f} KiB, in {options.bundle}"
-    table = Table("problem", "direction", "target", "runs here", "size", title=title)
+    rows = []
     for entry in bundle.entries:
         here = "yes" if entry.target.runs_here else "no"
-        table.add_row(
-            str(entry.info.problem), entry.info.direction, entry.info.target, here, f"{entry.bytes / 1024:.0f} KiB"
-        )
-    console = Console()
-    console.print(table)
-    console.print(", ".join(f"{name} {version}" for name, version in bundle.versions.items()), highlight=False)
-    console.print(f"TVM's runtime: {'in the bundle' if runtime else 'not in the bundle'}", highlight=False)
+        size = f"{entry.bytes / 1024:.0f} KiB"
+        rows.append((str(entry.info.problem), entry.info.direction, entry.info.target, here, size))
+    title = f"{counted(len(bundle), 'kernel')}, {total / 1024:.0f} KiB, in {options.bundle}"
+    print_table(("problem", "direction", "target", "runs here", "size"), rows, title, numbers=("size",))
+    print_line(", ".join(f"{name} {version}" for name, version in bundle.versions.items()))
+    print_line(f"TVM's runtime: {'in the bundle' if runtime else 'not in the bundle'}")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rich.console import Console
-
-from na_compiler.cli.table import rows, table
+from na_compiler.cli.output import Commands, add_json, counted, print_json, print_line
+from na_compiler.cli.table import print_rows, rows
 from na_compiler.compiler.bundle import check_place, save_bundle
 from na_compiler.passes.progress import progress_bar
 from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import DTYPES, Problem
 from na_compiler.runtime.folders import runtime_library
 
-__all__ = ["add_parser", "add_problem_arguments", "add_problem_parser", "problem_of"]
+__all__ = ["add_parser", "add_problem_arguments", "add_problem_parser", "extents", "problem_of"]
+
+_T = TypeVar("_T")
 
 _EXAMPLES = """
 examples:
@@ -31,7 +31,7 @@ A bundle is native code. Whoever loads one trusts its author.
 """
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command that compiles a model."""
     parser = commands.add_parser(
         "model",
@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=_run_model)
 
 
-def add_problem_parser(commands: Any) -> None:
+def add_problem_parser(commands: Commands) -> None:
     """Add the command that compiles one problem."""
     parser = commands.add_parser("problem", help="compile the kernel of one problem, given by flags")
     add_problem_arguments(parser)
@@ -66,18 +66,18 @@ def add_problem_parser(commands: Any) -> None:
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a problem; see `problem_of`."""
-    extents: dict[str, Any] = {"type": _extents, "metavar": "AxB"}
-    parser.add_argument("--layout", required=True, help="tokens on each axis, e.g. 56x56", **extents)
+    each: dict[str, Any] = {"type": extents, "metavar": "AxB"}
+    parser.add_argument("--layout", required=True, help="tokens on each axis, e.g. 56x56", **each)
     parser.add_argument("--heads", type=int, required=True, help="query heads")
     parser.add_argument("--head-dim", type=int, required=True, help="length of a query and a key")
-    parser.add_argument("--kernel-size", required=True, help="window on each axis; one number is for all", **extents)
-    parser.add_argument("--stride", default=(1,), help="queries that share a window", **extents)
-    parser.add_argument("--dilation", default=(1,), help="distance between neighbors", **extents)
+    parser.add_argument("--kernel-size", required=True, help="window on each axis; one number is for all", **each)
+    parser.add_argument("--stride", default=(1,), help="queries that share a window", **each)
+    parser.add_argument("--dilation", default=(1,), help="distance between neighbors", **each)
     parser.add_argument("--causal", type=_flags, default=(False,), metavar="AxB", help="1 or 0 for each axis")
     parser.add_argument("--heads-kv", type=int, help="heads of keys and values (default: as many)")
     parser.add_argument("--head-dim-v", type=int, help="length of a value (default: the same)")
     parser.add_argument("--additional-kv", action="store_true", help="there are additional keys")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (default: float32)")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +92,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one for each core)")
     parser.add_argument("--with-runtime", action="store_true", help="put TVM's runtime library there as well")
     parser.add_argument("--dry-run", action="store_true", help="show what would be compiled, and stop")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_json(parser)
 
 
 def _run_model(options: argparse.Namespace) -> None:
@@ -114,7 +114,7 @@ def _run_model(options: argparse.Namespace) -> None:
             f"{site.layer} has a dynamic {' and '.join(site.dynamic)}, and kernels are compiled for one layout; say "
             f"which with --shape, e.g. --shape INPUT=1x3x224x224"
         )
-    _compile(options, sites, f"{len(sites)} neighborhood attentions in {options.model}", started)
+    _compile(options, sites, f"{counted(len(sites), 'neighborhood attention')} in {options.model}", started)
 
 
 def _compile_whole(options: argparse.Namespace, started: float) -> None:
@@ -134,14 +134,10 @@ def _compile_whole(options: argparse.Namespace, started: float) -> None:
     seconds = time.perf_counter() - started
     if options.json:
         found = [{"problem": problem.to_dict(), "count": count} for problem, count in problems.items()]
-        print(json.dumps({"library": options.output, "problems": found, "seconds": seconds}, indent=1))
+        print_json({"library": options.output, "problems": found, "seconds": seconds})
         return
-    attentions = f"{sum(problems.values())} neighborhood attentions"
-    Console().print(
-        f"{options.model}: the whole model, with {attentions}, to {options.output}, in {seconds:.1f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
+    attentions = counted(sum(problems.values()), "neighborhood attention")
+    print_line(f"{options.model}: the whole model, with {attentions}, to {options.output}, in {seconds:.1f} s")
 
 
 def _run_problem(options: argparse.Namespace) -> None:
@@ -156,7 +152,7 @@ def problem_of(options: argparse.Namespace) -> Problem:
     """Return the problem that the command line describes."""
     rank = len(options.layout)
 
-    def per_axis(values: tuple[Any, ...]) -> Any:
+    def per_axis(values: tuple[_T, ...]) -> _T | tuple[_T, ...]:
         return values[0] if len(values) == 1 and rank > 1 else values
 
     return Problem(
@@ -184,18 +180,16 @@ def _check_output(options: argparse.Namespace) -> None:
 def _compile(options: argparse.Namespace, sites: Sites, title: str, started: float) -> None:
     specs = sites.specs(options.target or ["llvm"], training=options.training)
     data = rows(sites, specs)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
     report: dict[str, Any] = {"kernels": data, "bundle": None}
     if options.dry_run:
         report["seconds"] = time.perf_counter() - started
         if options.json:
-            print(json.dumps(report, indent=1))
+            print_json(report)
         else:
-            console.print(table(data, f"{title}: {len(sites.problems())} problems, {len(specs)} kernels"))
+            problems, kernels = counted(len(sites.problems()), "problem"), counted(len(specs), "kernel")
+            print_rows(data, f"{title}: {problems}, {kernels}")
         return
-    with progress_bar() as progress:
+    with progress_bar(len(set(specs))) as progress:
         done = save_bundle(
             options.output, specs, jobs=options.jobs, with_runtime=options.with_runtime, progress=progress
         )
@@ -203,17 +197,16 @@ def _compile(options: argparse.Namespace, sites: Sites, title: str, started: flo
     seconds = time.perf_counter() - started
     report |= {"bundle": options.output, "compiled": len(done) - cached, "cached": cached, "seconds": seconds}
     if options.json:
-        print(json.dumps(report, indent=1))
+        print_json(report)
         return
-    console.print(
-        f"{title}: {len(done)} kernels in {options.output}, {len(done) - cached} compiled and {cached} from the cache, "
-        f"in {seconds:.1f} s",
-        highlight=False,
-        soft_wrap=True,
+    print_line(
+        f"{title}: {counted(len(done), 'kernel')} in {options.output}, {len(done) - cached} compiled and {cached} from "
+        f"the cache, in {seconds:.1f} s"
     )
 
 
-def _extents(text: str) -> tuple[int, ...]:
+def extents(text: str) -> tuple[int, ...]:
+    """Read numbers such as ``56x56``."""
     try:
         return tuple(int(part) for part in text.replace(",", "x").split("x"))
     except ValueError:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from na_compiler.cli.model import add_problem_arguments, problem_of
+from na_compiler.cli.output import Commands, add_json, print_json, print_line, print_table
 from na_compiler.target import Target
 
 __all__ = ["add_parser"]
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser("plan", help="show how a problem would be compiled, and why")
     add_problem_arguments(parser)
     parser.add_argument("--target", default="cuda:sm_90a", help="default: cuda:sm_90a")
-    parser.add_argument("--direction", choices=["forward", "backward"], default="forward")
+    parser.add_argument("--direction", choices=["forward", "backward"], default="forward", help="default: forward")
     parser.add_argument("--count", type=int, default=8, help="candidates to list (default: 8)")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
@@ -31,19 +29,19 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f"--count must be at least 1, got {options.count}")
     problem, target = problem_of(options), Target.parse(options.target)
     choice = choose(problem, target, options.direction)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{problem} {options.direction} for {target}")
-    if choice.reason:
-        console.print(choice.reason)
-    console.print(repr(choice.config))
     found = candidates(problem, target, options.direction, options.count)
+    if options.json:
+        listed = [{**one.columns(), "waste": one.waste, "time": one.cycles / found[0].cycles} for one in found]
+        about = {"problem": problem.to_dict(), "direction": options.direction, "target": target.name}
+        print_json({**about, "config": repr(choice.config), "reason": choice.reason, "candidates": listed})
+        return
+    print_line(f"{problem} {options.direction} for {target}")
+    if choice.reason:
+        print_line(choice.reason)
+    print_line(repr(choice.config))
     if not found:
         return
-    console.print(f"{found[0]}.")
-    table = Table(title="candidates, the best first")
-    for name in (*found[0].columns(), "computed / needed", "time"):
-        table.add_column(name, justify="right")
-    for candidate in found:
-        time = candidate.cycles / found[0].cycles
-        table.add_row(*candidate.columns().values(), f"{candidate.waste:.2f}", f"{time:.2f}")
-    Console(width=110).print(table)
+    print_line(f"{found[0]}.")
+    columns = (*found[0].columns(), "computed / needed", "time")
+    rows = [(*one.columns().values(), f"{one.waste:.2f}", f"{one.cycles / found[0].cycles:.2f}") for one in found]
+    print_table(columns, rows, "candidates, the best first", numbers=columns)

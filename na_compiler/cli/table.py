@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from rich.table import Table
-
+from na_compiler.cli.output import print_table
 from na_compiler.compiler.kernels import cached_entry
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.passes.sites import Sites
 
-__all__ = ["rows", "table"]
+__all__ = ["print_rows", "rows"]
 
 
 def rows(sites: Sites, specs: Iterable[KernelSpec]) -> list[dict[str, Any]]:
@@ -44,34 +43,32 @@ def rows(sites: Sites, specs: Iterable[KernelSpec]) -> list[dict[str, Any]]:
     return made
 
 
-def table(data: list[dict[str, Any]], title: str) -> Table:
-    """Show rows."""
-    made = Table(title=title)
-    for name in ("problem", "used in", "kernel", "schedule"):
-        made.add_column(name, overflow="fold")
-    for name in ("MFLOP", "wasted", "cached"):
-        made.add_column(name, justify="right")
-    for row in data:
-        layers = row["layers"]
-        used = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-        if row["count"] > 1:
-            used = f"{row['count']}x: {used}"
-        config = " ".join(f"{name}={value}" for name, value in row["config"].items())
-        wasted = "" if row["wasted"] is None else f"{100 * row['wasted']:.0f}%"
-        made.add_row(
-            row["text"],
-            used,
-            f"{row['direction']}, {row['target']}",
-            f"{row['schedule']}: {config}",
-            f"{row['flops'] / 1e6:.1f}",
-            wasted,
-            "yes" if row["cached"] else "no",
-        )
-    return made
+def print_rows(data: list[dict[str, Any]], title: str) -> None:
+    """Print rows of `rows` as a table."""
+    columns = ("problem", "used in", "kernel", "schedule", "MFLOP", "wasted", "cached")
+    print_table(columns, list(map(_cells, data)), title, numbers=columns[-3:])
 
 
-def _config(config: Any) -> dict[str, Any]:
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    layers = row["layers"]
+    used = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    if row["count"] > 1:
+        used = f"{row['count']}x: {used}"
+    config = " ".join(f"{name}={value}" for name, value in row["config"].items())
+    return (
+        row["text"],
+        used,
+        f"{row['direction']}, {row['target']}",
+        f"{row['schedule']}: {config}",
+        f"{row['flops'] / 1e6:.1f}",
+        "" if row["wasted"] is None else f"{100 * row['wasted']:.0f}%",
+        "yes" if row["cached"] else "no",
+    )
+
+
+def _config(config: object) -> dict[str, Any]:
     """Return a config's choices, without those that are left as they are by default."""
+    assert dataclasses.is_dataclass(config)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

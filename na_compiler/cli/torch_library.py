@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
+
+from na_compiler.cli.output import Commands, add_json, print_json, print_line
 
 __all__ = ["add_parser"]
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser("torch-library", help="build the torch operators for programs without Python")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(), metavar="DIR", help="folder to put it in (default: this one)"
     )
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
@@ -24,4 +26,14 @@ def _run(options: argparse.Namespace) -> None:
 
     library = build_library(options.output)
     header = shutil.copy(header_folder() / "na_compiler.h", options.output)
-    print(f"{library}: {library.stat().st_size / 1000:.0f} kB, for torch 2.11 and later; {header}")
+    if options.json:
+        print_json(
+            {
+                "library": str(library),
+                "bytes": library.stat().st_size,
+                "for": "torch 2.11 and later",
+                "header": str(header),
+            }
+        )
+        return
+    print_line(f"{library}: {library.stat().st_size / 1000:.0f} kB, for torch 2.11 and later; {header}")

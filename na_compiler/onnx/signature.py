@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from na_compiler.problem import Problem
+from na_compiler.problem import Problem, shown
 
 __all__ = [
     "ATTRIBUTES",
@@ -142,13 +142,15 @@ class Signature:
                     raise ValueError(f"{self.operator} needs the attribute kernel_size, {self.rank} ints")
                 value = default_attribute(name, self.rank)
             if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
-                raise ValueError(f"{name} must be {self.rank} ints, got {value!r}")
+                raise ValueError(f"{name} must be {self.rank} ints, got {shown(value)}")
             parameters[name] = tuple(value)
         flags = parameters["is_causal"]
         if any(flag not in {0, 1} for flag in flags):
-            raise ValueError(f"is_causal must be {self.rank} ints that are 0 or 1, got {list(flags)}")
+            raise ValueError(f"is_causal must be {self.rank} ints that are 0 or 1, got {shown(list(flags))}")
         parameters["is_causal"] = tuple(map(bool, flags))
         scale = self.attributes.get("scale")
+        if scale is not None and not isinstance(scale, (int, float)):
+            raise ValueError(f"scale must be a float, got {shown(scale)}")
         if scale is not None and not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
         return parameters

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from na_compiler.compiler.parallel import Compiled, compile_all
 from na_compiler.compiler.spec import KernelSpec
@@ -15,18 +16,26 @@ __all__ = ["compile_specs", "progress_bar"]
 
 
 @contextlib.contextmanager
-def progress_bar(console: Console | None = None) -> Iterator[Callable[[Compiled, int, int], None]]:
-    """Show a progress bar, on a terminal; yields what `compile_all` calls."""
+def progress_bar(total: int, console: Console | None = None) -> Iterator[Callable[[Compiled, int, int], None]]:
+    """Show a progress bar, on a terminal; yields what `compile_all` calls.
+
+    Parameters
+    ----------
+    total
+        Kernels to wait for.
+    console
+        Where; default: standard error.
+    """
     console = console or Console(stderr=True)
     columns = (
         TextColumn("compiling"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", table_column=Column(overflow="ellipsis", no_wrap=True, ratio=1)),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
+    with Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
 
         def ready(compiled: Compiled, done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, description=str(compiled.spec.problem))
@@ -49,5 +58,6 @@ def compile_specs(specs: Iterable[KernelSpec], jobs: int | None = None) -> list[
     CompileError
         If one could not be compiled.
     """
-    with progress_bar() as ready, compile_all(specs, jobs, ready) as compiled:
+    wanted = list(dict.fromkeys(specs))
+    with progress_bar(len(wanted)) as ready, compile_all(wanted, jobs, ready) as compiled:
         return compiled

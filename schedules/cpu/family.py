@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from na_compiler.problem import Problem
 from na_compiler.schedules.cpu import planner
 from na_compiler.schedules.cpu.config import QueriesInLanes
+from na_compiler.schedules.cpu.visit import visit
 from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
+from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import CpuTarget, Target
 
 __all__ = ["FAMILY"]
@@ -34,6 +38,11 @@ class _Cpu(Family):
     def candidates(self, problem: Problem, target: Target, direction: str, count: int) -> tuple[Candidate, ...]:
         """Return the best tilings."""
         return planner.candidates(problem, _machine(target), direction, count)
+
+    def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:
+        """Return the query's tile, and the keys that it visits."""
+        assert isinstance(config, QueriesInLanes)
+        return visit(config.plan(problem), token)
 
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the scheduled description, for LLVM."""

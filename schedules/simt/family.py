@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.shared.config import Config
+from na_compiler.schedules.shared.visit import Visit
 from na_compiler.schedules.simt import planner
 from na_compiler.schedules.simt.config import Simt
+from na_compiler.schedules.simt.visit import visit
 from na_compiler.target import CudaTarget, Target
 
 __all__ = ["FAMILY"]
@@ -33,6 +35,11 @@ class _Simt(Family):
         """Return what follows from the problem: each choice has a rule of its own, and none is ranked."""
         assert isinstance(target, CudaTarget)
         return planner.choose(problem, target, direction)
+
+    def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:
+        """Return the query, alone, and the keys that it visits."""
+        assert isinstance(config, Simt)
+        return visit(config.plan(problem), token)
 
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the scheduled description, for nvcc."""

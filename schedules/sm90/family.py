@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from na_compiler.problem import Problem
 from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.shared.config import Config
+from na_compiler.schedules.shared.visit import Visit
 from na_compiler.schedules.sm90 import planner
 from na_compiler.schedules.sm90.config import Sm90
+from na_compiler.schedules.sm90.visit import visit
 from na_compiler.target import CudaTarget, Target
 
 __all__ = ["FAMILY"]
@@ -39,6 +43,11 @@ class _Sm90(Family):
     ) -> tuple[planner.Candidate, ...]:
         """Return the best tiles."""
         return planner.candidates(problem, count)
+
+    def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:
+        """Return the query's warpgroup, and the keys that it visits."""
+        assert isinstance(config, Sm90)
+        return visit(config.plan(problem), token)
 
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the kernel, for nvcc."""

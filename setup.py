@@ -1,0 +1,27 @@
+"""What pyproject.toml cannot say: the description on a package index, which is the README without what is dead there.
+
+An index shows the text alone. A link to a file of the source tree, or a picture in it, leads nowhere there, and the
+project has no address to complete them with: a link becomes its text, with the file's name, and a picture its caption.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+def without_relative_links(text: str) -> str:
+    """Return Markdown whose links all lead somewhere, wherever it is shown."""
+    text = re.sub(r"!\[([^\]]*)\]\((?!https?://)[^)]+\)", r"*\1: the picture is in the source archive.*", text)
+
+    def plain(match: re.Match) -> str:
+        name, target = match[1], match[2]
+        return name if name.strip("`") == target else f"{name} (`{target}` in the source archive)"
+
+    return re.sub(r"\[([^\]]+)\]\((?!https?://|#)([^)]+)\)", plain, text)
+
+
+setup(
+    long_description=without_relative_links((Path(__file__).parent / "README.md").read_text(encoding="utf-8")),
+    long_description_content_type="text/markdown",
+)
