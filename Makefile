@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-full lint format clean
+.PHONY: demo test test-full lint format docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/denoise.py build/demo
@@ -25,10 +25,23 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Strict: a broken link or reference fails.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
+	@echo build/docs/index.html
+
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 $(INSTALLED): pyproject.toml constraints.txt
+	@command -v nvidia-smi > /dev/null || test -x $(BIN)/python || \
+		echo "No GPU is seen here, and torch brings gigabytes of CUDA; its CPU build is left as it is if it is in $(VENV)" \
+		"first: $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --constraint constraints.txt torch" \
+		"--index-url https://download.pytorch.org/whl/cpu"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[demo,onnx,test]'
+		--editable '.[demo,draw,onnx,test]'
 	touch $@
 
 # The package as an installation has it, of links: schedules/ is na_compiler.schedules. mypy reads it here.

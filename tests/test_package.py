@@ -1,5 +1,6 @@
 """What is distributed: a wheel and a source archive, installed and used elsewhere."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -76,7 +77,12 @@ def test_source_archive_builds_the_same(tmp_path):
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
-    for name in ("schedules/planner.py", "na_compiler/runtime/launcher.c", "LICENSE", "README.md"):
+    for name in ("schedules/choose.py", "na_compiler/runtime/launcher.c", "LICENSE", "README.md"):
         assert (source / name).is_file(), name
+    # What the description on an index calls to be in the source archive.
+    named = re.findall(r"`([^`\n]+)` in the source archive", (source / "PKG-INFO").read_text())
+    assert named
+    for name in named:
+        assert (source / name).exists(), name
     pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source)
     assert list(tmp_path.glob("*.whl"))
