@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from na_compiler.ops.operators import call, refuse_unless_dense
+from na_compiler.ops.call import call
+from na_compiler.ops.operators import refuse_unless_dense
 from na_compiler.problem import flags_per_axis, ints_per_axis
 
 __all__ = ["na1d", "na2d", "na3d"]

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from na_compiler import checks, operands
+from na_compiler.checks import MAX_RANK
 from na_compiler.window import group_length, window_bounds
 
 __all__ = ["DTYPES", "MAX_RANK", "Problem", "check_strides", "dtype_name", "flags_per_axis", "ints_per_axis", "shown"]
 
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_RANK = 3
 # ONNX, torch and TensorIR count in 64 bits.
 _LARGEST = 2**63 - 1
 
@@ -51,6 +52,8 @@ class Problem:
         Length of a value and of an output. Default: ``head_dim``.
     additional_kv
         Whether every query also sees additional keys, inside the same softmax.
+    operands
+        Names of the other optional operands that there are, see `na_compiler.operands`.
     dtype
         Of query, key, value and output: ``"float32"``, ``"bfloat16"`` or ``"float16"``. The arithmetic is float32.
 
@@ -81,6 +84,7 @@ class Problem:
     head_dim_v: int = None  # type: ignore[assignment]
     additional_kv: bool = False
     dtype: str = "float32"
+    operands: tuple[str, ...] = ()
 
     if TYPE_CHECKING:
         # Fields are what `__post_init__` makes of the arguments.
@@ -97,6 +101,7 @@ class Problem:
             head_dim_v: int | None = None,
             additional_kv: bool = False,
             dtype: Any = "float32",
+            operands: Sequence[str] = (),
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -122,6 +127,7 @@ class Problem:
             "head_dim_v": head_dim if self.head_dim_v is None else _positive("head_dim_v", self.head_dim_v),
             "additional_kv": _flag("additional_kv", self.additional_kv),
             "dtype": dtype_name(self.dtype),
+            "operands": _operands(self.operands),
         }
         for name, value in canonical.items():
             object.__setattr__(self, name, value)
@@ -147,6 +153,10 @@ class Problem:
     def group_size(self) -> int:
         """Query heads that read one key/value head."""
         return self.heads // self.heads_kv
+
+    def has(self, option: str) -> bool:
+        """Return whether there are the operands of an option, see `na_compiler.operands.Operand`."""
+        return self.additional_kv if option == operands.ADDITIONAL_KV else option in self.operands
 
     def pairs(self) -> int:
         """Return how many (query, key) pairs one head of one batch entry attends over, additional keys not counted."""
@@ -194,6 +204,7 @@ class Problem:
         additional_values: Any = None,
         *,
         dtype: Any = None,
+        **others: Any,
     ) -> Problem:
         """Make the problem that tensors pose, checking that they fit each other.
 
@@ -205,15 +216,21 @@ class Problem:
             As for the class.
         dtype
             In place of the tensors' own, for those that only the reference takes.
+        **others
+            Further operands of `na_compiler.operands`, by name.
 
         Raises
         ------
         ValueError
             Naming the argument, the value given, the limit, and a value that would work.
+        TypeError
+            For an operand that there is not.
         """
-        _check_tensors(query, key, value, additional_keys, additional_values)
+        checks.check_required({"query": query, "key": key, "value": value})
+        given = {"additional_keys": additional_keys, "additional_values": additional_values, **others}
+        found = checks.given_options(given)
         *_, heads, head_dim = query.shape
-        return cls(
+        problem = cls(
             layout=tuple(query.shape[1:-2]),
             heads=heads,
             head_dim=head_dim,
@@ -223,9 +240,12 @@ class Problem:
             is_causal=is_causal,
             heads_kv=key.shape[-2],
             head_dim_v=value.shape[-1],
-            additional_kv=additional_keys is not None,
+            additional_kv=operands.ADDITIONAL_KV in found,
             dtype=query.dtype if dtype is None else dtype,
+            operands=tuple(option for option in found if option != operands.ADDITIONAL_KV),
         )
+        checks.check_operands(problem, given, query)
+        return problem
 
     def replace(self, **changes: Any) -> Problem:
         """Return a copy with some fields changed, validated anew."""
@@ -236,6 +256,7 @@ class Problem:
         return {
             field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
             for field in dataclasses.fields(self)
+            if field.name != "operands" or self.operands  # A name for a problem outlives what is added to problems.
         }
 
     @classmethod
@@ -273,6 +294,7 @@ class Problem:
             words.append("is_causal=" + "x".join("1" if flag else "0" for flag in self.is_causal))
         if self.additional_kv:
             words.append("additional_kv")
+        words += self.operands
         words.append(self.dtype)
         return " ".join(words)
 
@@ -318,6 +340,13 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {shown(value)}")
     return value
+
+
+def _operands(value: Any) -> tuple[str, ...]:
+    known = [option for option in operands.options() if option != operands.ADDITIONAL_KV]
+    if isinstance(value, str) or not isinstance(value, Sequence) or not set(value) <= set(known):
+        raise ValueError(f"operands must be names among {', '.join(known) or 'none'}, got {value!r}")
+    return tuple(name for name in known if name in value)
 
 
 def _layout(value: Any) -> tuple[int, ...]:
@@ -409,49 +438,3 @@ def _axis_pairs(tokens: int, kernel: int, stride: int, dilation: int, is_causal:
             start, end = window_bounds(index, length, kernel, stride, is_causal)
             total += end - start
     return total
-
-
-def _check_tensors(query: Any, key: Any, value: Any, additional_keys: Any, additional_values: Any) -> None:
-    _check_shapes(query, key, value)
-    tensors = {"key": key, "value": value}
-    if (additional_keys is None) != (additional_values is None):
-        missing = "additional_keys" if additional_keys is None else "additional_values"
-        raise ValueError(f"additional_keys and additional_values come together, and {missing} is None")
-    if additional_keys is not None:
-        tensors |= {"additional_keys": additional_keys, "additional_values": additional_values}
-        count = additional_keys.shape[1] if len(additional_keys.shape) > 1 else 0
-        for name, like in (("additional_keys", key), ("additional_values", value)):
-            _check_additional(name, tensors[name], (query.shape[0], count, *like.shape[-2:]))
-    for name, tensor in tensors.items():
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"{name} must have query's dtype, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device, {query.device}, got {tensor.device}")
-
-
-def _check_shapes(query: Any, key: Any, value: Any) -> None:
-    rank = len(query.shape) - 3
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(
-            "query must have 4, 5 or 6 dimensions, [batch, *layout, heads, head_dim] with 1, 2 or 3 axes of layout, "
-            f"got shape {tuple(query.shape)}"
-        )
-    tokens, head_dim = tuple(query.shape[:-2]), query.shape[-1]
-    for name, tensor in (("key", key), ("value", value)):
-        if len(tensor.shape) != rank + 3 or tuple(tensor.shape[:-2]) != tokens:
-            raise ValueError(
-                f"{name} must have query's batch and layout, {tokens}, as its first dimensions, and two more; "
-                f"got shape {tuple(tensor.shape)}"
-            )
-    if key.shape[-1] != head_dim:
-        raise ValueError(f"key must have query's head_dim, {head_dim}, got {key.shape[-1]}")
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have as many heads as key, {key.shape[-2]}, got {value.shape[-2]}")
-
-
-def _check_additional(name: str, tensor: Any, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
-        raise ValueError(
-            f"{name} must have shape [batch, additional, heads_kv, head_dim], here {expected}, "
-            f"got {tuple(tensor.shape)}"
-        )

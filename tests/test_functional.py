@@ -181,7 +181,7 @@ REFUSED = [
     ),
     (
         dict(additional_keys=z(2, 5, 2, 16), additional_values=z(2, 6, 2, 24)),
-        "additional_values must have shape [batch, additional, heads_kv, head_dim], here (2, 5, 2, 24), got (2, 6",
+        "additional_values must have shape [batch, additional, heads_kv, head_dim_v], here (2, 5, 2, 24), got (2, 6",
     ),
     (
         dict(additional_keys=z(1, 5, 2, 16), additional_values=z(1, 5, 2, 24)),

@@ -30,7 +30,8 @@ def test_everything_that_changes_the_code_changes_the_key(monkeypatch):
         layout=(9, 8), heads=4, head_dim=8, kernel_size=(3, 4), stride=(1, 2), dilation=(2, 1),
         is_causal=(True, False), heads_kv=1, head_dim_v=8, additional_kv=True, dtype="float16",
     )  # fmt: skip
-    assert set(changes) == {field.name for field in dataclasses.fields(Problem)}
+    # Operands that no table has yet cannot be asked for: tests/test_operands.py.
+    assert set(changes) | {"operands"} == {field.name for field in dataclasses.fields(Problem)}
     specs = [KernelSpec.make(PROBLEM.replace(**{name: value})) for name, value in changes.items()]
     specs += [KernelSpec.make(PROBLEM, target) for target in ("llvm:x86-64", "llvm:x86-64-v3", "llvm:aarch64")]
     specs += [KernelSpec.make(PROBLEM, "llvm:x86-64-v4", direction) for direction in ("forward", "backward")]

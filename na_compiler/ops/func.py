@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from na_compiler.ops.operators import batched, differentiate, differentiate_twice, refuse_tangents, save_for_backward
+from na_compiler.ops.batching import batched
+from na_compiler.ops.operators import differentiate, differentiate_twice, refuse_tangents, save_for_backward
+from na_compiler.ops.schema import BACKWARD, FORWARD
 
 __all__ = ["Attention"]
-
-_TENSORS, _BACKWARD_TENSORS = range(1, 4), range(1, 8)
 
 
 def _operator(rank: int, direction: str = "") -> Any:
@@ -35,13 +35,14 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save what backward needs."""
         rank, *arguments = inputs
-        ctx.rank = rank
+        ctx.rank, ctx.count = rank, len(arguments)
         save_for_backward(ctx, tuple(arguments), output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Return the gradients of all arguments."""
-        return (None, *differentiate(functools.partial(_Backward.apply, ctx.rank), ctx, *grads))
+        gradients = differentiate(functools.partial(_Backward.apply, ctx.rank), ctx, *grads)
+        return (None, *gradients[: ctx.count])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ARG004
@@ -51,7 +52,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], rank: int, *arguments: Any) -> Any:
         """Fold the new dimension into the batch."""
-        return batched(Attention.apply, _TENSORS, info, in_dims, rank, *arguments)
+        return batched(functools.partial(Attention.apply, rank), FORWARD, info, in_dims[1:], *arguments)
 
 
 class _Backward(torch.autograd.Function):
@@ -75,4 +76,4 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], rank: int, *arguments: Any) -> Any:
-        return batched(_Backward.apply, _BACKWARD_TENSORS, info, in_dims, rank, *arguments)
+        return batched(functools.partial(_Backward.apply, rank), BACKWARD, info, in_dims[1:], *arguments)

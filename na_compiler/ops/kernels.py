@@ -1,91 +1,109 @@
 """Attention on torch tensors by compiled kernels, below autograd: what the operators of `na_compiler.ops.operators` do.
 
 The kernel is found, or compiled, by what the tensors are. Tensors are read where they are, and copied only where a
-kernel cannot read them.
+kernel cannot read them. Nothing is kept of a call but which kernel it was and what shapes it made: a tensor that was
+made in a user's call may belong to a CUDA graph, and must not outlive it.
 """
 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from na_compiler import checks
 from na_compiler.devices import CUDA
-from na_compiler.problem import Problem
-from na_compiler.runtime.kernel import Kernel, MisplacedError
+from na_compiler.operands import FREE, INPUT, OUTPUT, SCALAR, WORKSPACE
+from na_compiler.ops.schema import BACKWARD, FORWARD, Signature, problem_of
+from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty
 from na_compiler.target import target_of
 
 __all__ = ["backward", "check_rank", "forward", "on_cuda", "reading"]
 
 _LOG = logging.getLogger("na_compiler")
-# Kernels by what decides which one it is, with tensors of one element that have the shapes of output and lse: to make
-# tensors like these is the quickest way to make them. A look-up takes a microsecond, and making a Problem thirty.
-_kernels: dict[tuple[Any, ...], tuple[Kernel, Tensor, Tensor]] = {}
 _KERNELS = 4096
 _said: set[str] = set()
 
 
-def forward(
-    rank: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A kernel for arguments of an operator that are like some others in all that decides which kernel it is.
+
+    Parameters
+    ----------
+    function
+        What the kernel calls.
+    pick
+        Takes from the operator's arguments what the function reads, in its order.
+    tensors
+        How many of these are tensors, before the first number.
+    free
+        For each of these, whether it may have any strides but the last.
+    made
+        Shapes and dtypes of what the function writes: outputs, then workspace.
+    outputs
+        How many of these are outputs.
+    results
+        For each result of the operator, which output it is; ``None`` for one that is not there.
+    """
+
+    function: Callable[..., None]
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    tensors: int
+    free: tuple[bool, ...]
+    made: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    outputs: int
+    results: tuple[int | None, ...]
+
+
+# By all that decides which kernel it is. A look-up takes a microsecond, and making a Problem thirty.
+_kernels: dict[tuple[Any, ...], _Found] = {}
+
+
+def forward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute output and lse; arguments are those of the operators."""
-    extra = (additional_keys, additional_values)
-    kernel, like_output, like_lse = _find(
-        "forward", rank, query, key, value, kernel_size, stride, dilation, is_causal, *extra
-    )
-    output = torch.empty_like(like_output, memory_format=torch.contiguous_format)
-    lse = torch.empty_like(like_lse, memory_format=torch.contiguous_format)
-    rest = (scale, output, lse, *kernel.spaces(query, additional_keys))
-    reading(kernel.function, (query, key, value, *extra), rest)
-    return output, lse
+    return _run(FORWARD, rank, arguments)
 
 
-def backward(
-    rank: int,
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of query, key, value and additional keys and values; empty ones where these are not."""
-    extra = (additional_keys, additional_values)
-    kernel, _, _ = _find("backward", rank, query, key, value, kernel_size, stride, dilation, is_causal, *extra)
-    output, lse, grad_lse = _compact(output), _compact(lse), _compact(grad_lse)
+def backward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the gradients of the inputs; empty ones where there is no input. Arguments are the operators'."""
+    return _run(BACKWARD, rank, arguments)
 
-    def run(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
-        gradients: tuple[Tensor, ...] = kernel(  # type: ignore[operator]
-            query, key, value, output, lse, grad_output, grad_lse, *extra, scale=scale
-        )
-        return gradients
 
-    gradients = reading(run, (query, key, value, grad_output, *extra))
-    if additional_keys is None:
-        gradients += (query.new_empty(0), query.new_empty(0))
-    grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values = gradients
-    return grad_query, grad_key, grad_value, grad_additional_keys, grad_additional_values
+def _run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    found = _find(signature, rank, arguments)
+    if len(arguments) < len(signature.names):
+        arguments = signature.complete(arguments)
+    read = found.pick(arguments)
+    new_empty = read[0].new_empty
+    made = [new_empty(shape, dtype=dtype) for shape, dtype in found.made]
+    for tensor, free in zip(read, found.free, strict=False):
+        if tensor.stride(-1) != 1 or not (free or tensor.is_contiguous()) or not tensor.numel():
+            read = _readable(found, read)
+            made = [compact_if_empty(tensor) for tensor in made]
+            break
+    try:
+        found.function(*read, *made)
+    except MisplacedError as error:
+        _say_once(error)
+        found.function(*(_copied(one) if i < found.tensors else one for i, one in enumerate(read)), *made)
+    if len(found.results) == found.outputs:
+        return tuple(made[: found.outputs])
+    return tuple(new_empty(0) if place is None else made[place] for place in found.results)
+
+
+def _readable(found: _Found, read: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a kernel reads, copied where it is not as the kernel takes it."""
+    tensors = [
+        compact_if_empty(_with_rows(tensor if free or tensor.is_contiguous() else tensor.contiguous()))
+        for tensor, free in zip(read, found.free, strict=False)
+    ]
+    return (*tensors, *read[found.tensors :])
 
 
 def on_cuda(implementation: Callable[..., Any], query: Tensor, *arguments: Any) -> Any:
@@ -97,26 +115,30 @@ def on_cuda(implementation: Callable[..., Any], query: Tensor, *arguments: Any) 
         return implementation(query, *arguments)
 
 
-def reading(run: Callable[..., Any], tensors: Iterable[Tensor | None], rest: tuple[Any, ...] = ()) -> Any:
-    """Call what runs a kernel with the tensors that there are, or copies that the kernel can read, and the rest."""
-    given = [_with_rows(tensor) for tensor in tensors if tensor is not None]
+def reading(run: Callable[..., Any], tensors: Iterable[Tensor | None]) -> Any:
+    """Call what runs a kernel with the tensors that there are, or copies that the kernel can read."""
+    given = [None if tensor is None else _with_rows(tensor) for tensor in tensors]
     try:
-        return run(*given, *rest)
+        return run(*given)
     except MisplacedError as error:
-        if str(error) not in _said:
-            _said.add(str(error))
-            _LOG.warning("copying what the operator was given: %s", error)
-    return run(*[tensor.clone(memory_format=torch.contiguous_format) for tensor in given], *rest)
+        _say_once(error)
+    return run(*[None if tensor is None else _copied(tensor) for tensor in given])
+
+
+def _say_once(error: MisplacedError) -> None:
+    if str(error) not in _said:
+        _said.add(str(error))
+        _LOG.warning("copying what the operator was given: %s", error)
 
 
 def _with_rows(tensor: Tensor) -> Tensor:
     """Kernels take any strides but the last: rows of head_dim elements lie together in anything that is usual."""
     # Not contiguous(): it returns a tensor as it is whose last dimension has one element, at whatever stride.
-    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if tensor.stride(-1) == 1 else _copied(tensor)
 
 
-def _compact(tensor: Tensor) -> Tensor:
-    return _with_rows(tensor if tensor.is_contiguous() else tensor.contiguous())
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def check_rank(rank: int, query: Tensor) -> None:
@@ -135,40 +157,57 @@ def check_rank(rank: int, query: Tensor) -> None:
         )
 
 
-def _find(
-    direction: str, rank: int, query: Tensor, key: Tensor, value: Tensor, *parameters: Any
-) -> tuple[Kernel, Tensor, Tensor]:
-    """Return kernel, and what output and lse are like, for some tensors; checks them when such ones are first seen."""
-    kernel_size, stride, dilation, is_causal, additional_keys, additional_values = parameters
-    at = (
-        direction,
-        query.get_device(),
-        key.get_device(),
-        value.get_device(),
-        query.shape,
-        key.shape,
-        value.shape,
-        query.dtype,
-        key.dtype,
-        value.dtype,
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(dilation),
-        tuple(is_causal),
-        None if additional_keys is None else additional_keys.shape,
-        None if additional_values is None else additional_values.shape,
-    )
-    found = _kernels.get(at)
+def _find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found:
+    """Return the kernel for some arguments; checks them when such ones are first seen."""
+    at: list[Any] = [signature.direction, rank]
+    for place in signature.tensors:
+        tensor = arguments[place]
+        at += (tensor.shape, tensor.dtype, tensor.device)
+    first = signature.parameters
+    at += map(tuple, arguments[first : first + 4])
+    at += [None if one is None else _kind(one) for one in arguments[signature.later :]]
+    while at[-1] is None:  # Whether what is left out was said to be.
+        at.pop()
+    key = tuple(at)
+    found = _kernels.get(key)
     if found is None:
-        check_rank(rank, query)
-        problem = Problem.of_tensors(query, key, value, *parameters)
-        from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
-
+        found = _look(signature, rank, arguments)
         if len(_kernels) >= _KERNELS:
             _kernels.clear()
-        tokens = query.shape[:-1]
-        with torch.inference_mode(mode=False):
-            output = query.new_empty(1).expand(*tokens, value.shape[-1])
-            lse = query.new_empty(1, dtype=torch.float32).expand(tokens)
-        found = _kernels[at] = (find_kernel(problem, direction, target_of(query.device)), output, lse)
+        _kernels[key] = found
     return found
+
+
+def _kind(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device
+    return type(argument)
+
+
+def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found:
+    from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
+
+    given = signature.by_name(arguments)
+    query = given["query"]
+    check_rank(rank, query)
+    problem = problem_of(given)
+    kernel: Kernel = find_kernel(problem, signature.direction, target_of(query.device))
+    taken = kernel.info.arguments
+    known = checks.check_call(problem, taken, given)
+    read = [argument for argument in taken if argument.role in {INPUT, SCALAR}]
+    written = [argument for argument in taken if argument.role == OUTPUT]
+    made = [(argument.sizes(known), getattr(torch, argument.dtype)) for argument in written]
+    if any(argument.role == WORKSPACE for argument in taken):
+        shapes = kernel.info.workspace.shapes(known["batch"], known["additional"])
+        made += [(shape, torch.float32) for shape in shapes]
+    names = [argument.name for argument in written]
+    tensors = [argument for argument in read if argument.role == INPUT]
+    return _Found(
+        kernel.function,
+        operator.itemgetter(*(signature.names.index(argument.name) for argument in read)),
+        len(tensors),
+        tuple(argument.strides == FREE for argument in tensors),
+        tuple(made),
+        len(written),
+        tuple(names.index(result.name) if result.name in names else None for result in signature.results),
+    )

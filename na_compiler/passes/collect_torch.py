@@ -83,19 +83,41 @@ def site_of(found: Attention, symbols: dict[Any, int] | None = None) -> Site:
     if extra is not None and not isinstance(extra[1], int):
         dynamic.append("additional")
     known = [_value(size, symbols, hints=hints) for size in sizes]
-    problem = None
-    if None not in known[1:]:
-        problem = _problem(found, layer, known[1:], query, key, value, additional=extra is not None)
+    problem, parameters = None, _parameters(found, symbols, hints=hints)
+    if None not in known[1:] and parameters is not None:
+        problem = _problem(found, parameters, layer, known[1:], query, key, value, additional=extra is not None)
     device = getattr(tensor_of(found.arguments["query"]), "device", None)
     kind = "cpu" if device is None else device.type
     where = (tuple(dynamic), known[0], kind, found.graph)
     return Site(found.node.name, layer, found.operator, found.direction, problem, *where)
 
 
+def _parameters(found: Attention, symbols: dict[Any, int], *, hints: bool) -> dict[str, Any] | None:
+    """Return kernel_size, stride, dilation and is_causal; ``None`` if one depends on a size that is not known."""
+    parameters: dict[str, Any] = {}
+    for name in ("kernel_size", "stride", "dilation", "is_causal"):
+        given = found.arguments[name]
+        if isinstance(given, (list, tuple)):
+            given = [
+                _value(one.meta["val"], symbols, hints=hints) if isinstance(one, fx.Node) else one for one in given
+            ]
+            if None in given:
+                return None
+        parameters[name] = given
+    return parameters
+
+
 def _problem(
-    found: Attention, layer: str, layout: list[Any], query: Any, key: Any, value: Any, *, additional: bool
+    found: Attention,
+    parameters: dict[str, Any],
+    layer: str,
+    layout: list[Any],
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    additional: bool,
 ) -> Problem:
-    parameters = {name: found.arguments[name] for name in ("kernel_size", "stride", "dilation", "is_causal")}
     try:
         return Problem(
             layout=tuple(layout),

@@ -158,6 +158,8 @@ def _match_operator(node: fx.Node, path: str, target: Any) -> Attention | None:
     arguments = {argument.name: argument.default_value for argument in target._schema.arguments}  # noqa: SLF001
     arguments |= dict(zip(list(arguments), node.args, strict=False)) | dict(node.kwargs)
     direction = "backward" if found.re is _OURS and found[2] else "forward"
+    if found.re is _OURS:  # Flags are ints to our operators, and were bools in programs of before.
+        arguments["is_causal"] = list(map(bool, arguments["is_causal"]))
     return Attention(node, path, f"{namespace}::{name}", int(found[1]), direction, _DEFAULTS | arguments)
 
 

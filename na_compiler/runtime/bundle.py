@@ -25,7 +25,7 @@ from na_compiler.target import Target
 
 __all__ = ["FORMAT", "MANIFEST", "Bundle", "BundleEntry", "digest_of", "load_bundle", "loaded_bundles", "read_bundle"]
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 
 _loaded: list[Bundle] = []

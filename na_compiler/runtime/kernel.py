@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from na_compiler import checks, operands
+from na_compiler.operands import DIRECTIONS, FREE, OUTPUT, WORKSPACE, Argument
 from na_compiler.problem import Problem
-from na_compiler.workspace import Workspace
+from na_compiler.workspace import ADDITIONAL, Workspace
 
-__all__ = ["ABI", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "MisplacedError", "make_kernel"]
+__all__ = [
+    "ABI", "DIRECTIONS", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "MisplacedError", "make_kernel",
+]  # fmt: skip
 
 # Changed whenever the compiled functions' arguments do.
 ABI = 2
-DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class KernelInfo:
     alignment: int = 1
     adjacent_heads: bool = False
 
+    @functools.cached_property
+    def arguments(self) -> tuple[Argument, ...]:
+        """What the compiled function is called with, in order."""
+        return operands.arguments(self.problem, self.direction, self.workspace)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, fit for JSON."""
         return {
@@ -51,6 +60,7 @@ class KernelInfo:
             "direction": self.direction,
             "target": self.target,
             "workspace": self.workspace.to_dict(),
+            "operands": [argument.to_dict() for argument in self.arguments],
             "alignment": self.alignment,
             "adjacent_heads": self.adjacent_heads,
         }
@@ -62,12 +72,17 @@ class KernelInfo:
         Raises
         ------
         KeyError, TypeError, ValueError
-            If the data is none.
+            If the data is none, or a kernel's that takes other operands than this version gives it.
         """
         workspace = Workspace.from_dict(data["workspace"])
         problem = Problem.from_dict(data["problem"])
         wants = (data["alignment"], data["adjacent_heads"])
-        return cls(problem, data["direction"], data["target"], workspace, *wants)
+        info = cls(problem, data["direction"], data["target"], workspace, *wants)
+        if data["operands"] != info.to_dict()["operands"]:
+            raise ValueError(
+                f"its kernel for {problem} {info.direction} takes other operands than those of this version"
+            )
+        return info
 
 
 class MisplacedError(ValueError):
@@ -120,11 +135,42 @@ class Kernel:
         return self._function
 
     def spaces(self, query: Any, additional_keys: Any = None) -> list[Any]:
-        """Allocate the workspace that follows the outputs among the function's arguments, where query is."""
+        """Allocate the workspace that comes last among the function's arguments, where query is."""
         if not self.info.workspace.buffers:
             return []
         additional = 0 if additional_keys is None else int(additional_keys.shape[1])
-        return [_empty(query, shape, "float32") for shape in self.info.workspace.shapes(query.shape[0], additional)]
+        return self._spaces(query, {operands.BATCH: query.shape[0], ADDITIONAL: additional})
+
+    def _spaces(self, like: Any, known: Mapping[str, int]) -> list[Any]:
+        shapes = self.info.workspace.shapes(known[operands.BATCH], known[ADDITIONAL])
+        return [_empty(like, shape, "float32") for shape in shapes]
+
+    def _call(self, given: dict[str, Any]) -> tuple[Any, ...]:
+        """Call the function with operands by name, and outputs and workspace that are made for it; returns the outputs.
+
+        Raises
+        ------
+        ValueError
+            If an operand does not fit the problem.
+        RuntimeError
+            If this machine cannot run the kernel.
+        """
+        function, arguments = self.function, self.info.arguments
+        known = checks.check_call(self.problem, arguments, given)
+        query, same = given["query"], self.problem.dtype
+        for name, default in {"scale": self.problem.head_dim**-0.5, **operands.defaults()}.items():
+            if given.get(name) is None:
+                given[name] = default
+        results = {
+            argument.name: _empty(query, argument.sizes(known), None if argument.dtype == same else argument.dtype)
+            for argument in arguments
+            if argument.role == OUTPUT
+        }
+        given |= results
+        names = (argument.name for argument in arguments if argument.role != WORKSPACE)
+        placed = [compact_if_empty(given[name]) for name in names]
+        function(*placed, *map(compact_if_empty, self._spaces(query, known)))
+        return tuple(results.values())
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.problem} {self.target}>"
@@ -152,6 +198,7 @@ class ForwardKernel(Kernel):
         additional_keys: Any = None,
         additional_values: Any = None,
         scale: float | None = None,
+        **others: Any,
     ) -> tuple[Any, Any]:
         """Compute output and lse.
 
@@ -166,6 +213,8 @@ class ForwardKernel(Kernel):
             ``[batch, additional, heads_kv, head_dim]`` and ``[..., head_dim_v]``, if the problem has them.
         scale
             Of the scores; default ``head_dim ** -0.5``.
+        **others
+            Further operands of the problem, by name.
 
         Returns
         -------
@@ -181,15 +230,9 @@ class ForwardKernel(Kernel):
         RuntimeError
             If this machine cannot run the kernel.
         """
-        function = self.function
-        problem = self.problem
-        extra = _additional(problem, additional_keys, additional_values)
-        batch = _check(problem, query, key, value, *extra)
-        output = _empty(query, (batch, *problem.layout, problem.heads, problem.head_dim_v))
-        lse = _empty(query, (batch, *problem.layout, problem.heads), "float32")
-        read = map(_compact, (query, key, value, *extra))
-        written = map(_compact, (output, lse, *self.spaces(query, *extra[:1])))
-        function(*read, _scale(problem, scale), *written)
+        given = {"query": query, "key": key, "value": value, "additional_keys": additional_keys}
+        given |= {"additional_values": additional_values, "scale": scale, **others}
+        output, lse = self._call(given)
         return output, lse
 
 
@@ -216,12 +259,13 @@ class BackwardKernel(Kernel):
         additional_keys: Any = None,
         additional_values: Any = None,
         scale: float | None = None,
+        **others: Any,
     ) -> tuple[Any, ...]:
         """Compute the gradients of query, key, value and, if the problem has them, the additional keys and values.
 
         Parameters
         ----------
-        query, key, value, additional_keys, additional_values, scale
+        query, key, value, additional_keys, additional_values, scale, **others
             As the forward was given them.
         output, lse
             What the forward returned; contiguous.
@@ -233,7 +277,8 @@ class BackwardKernel(Kernel):
         Returns
         -------
         tuple
-            ``(grad_query, grad_key, grad_value)`` or ``(..., grad_additional_keys, grad_additional_values)``.
+            ``(grad_query, grad_key, grad_value)`` or ``(..., grad_additional_keys, grad_additional_values)``. Of an
+            operand without a batch, what each batch entry adds to its gradient.
 
         Raises
         ------
@@ -242,29 +287,19 @@ class BackwardKernel(Kernel):
         RuntimeError
             If this machine cannot run the kernel.
         """
-        function = self.function
-        problem = self.problem
-        extra = _additional(problem, additional_keys, additional_values)
-        _check(problem, query, key, value, *extra)
-        if grad_lse is None:
-            grad_lse = _zeros(lse)
-        gradients = tuple(_empty(tensor, tuple(tensor.shape)) for tensor in (query, key, value, *extra))
-        spaces = self.spaces(query, *extra[:1])
-        read = map(_compact, (query, key, value, *extra, output, grad_output, lse, grad_lse))
-        function(*read, _scale(problem, scale), *map(_compact, (*gradients, *spaces)))
-        return gradients
+        given = {"query": query, "key": key, "value": value, "additional_keys": additional_keys}
+        given |= {"additional_values": additional_values, "scale": scale, **others}
+        given |= {"output": output, "lse": lse, "grad_output": grad_output}
+        return self._call({**given, "grad_lse": _zeros(lse) if grad_lse is None else grad_lse})
 
 
 def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callable[..., None]:
     """Refuse tensors that a GPU would fault on; TVM does not check addresses."""
-    names = ["query", "key", "value", *(["additional_keys", "additional_values"] if info.problem.additional_kv else [])]
-    places = list(enumerate(names))
-    if info.direction == "backward":
-        places.append((len(names) + 1, "grad_output"))
+    places = [(place, argument) for place, argument in enumerate(info.arguments) if argument.strides == FREE]
     alignment = info.alignment
     elements = max(alignment // info.problem.element_bytes, 1)
 
-    def wants(tensor: Any) -> str | None:
+    def wants(tensor: Any, argument: Argument) -> str | None:
         """Return what a tensor would have to be, or none."""
         strides = tensor.stride()
         if tensor.data_ptr() % alignment or any(stride % elements for stride in strides[:-1]):
@@ -272,15 +307,16 @@ def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callabl
                 f"lie at a multiple of {alignment} bytes, and have strides that are multiples of {elements}; its "
                 f"address modulo {alignment} is {tensor.data_ptr() % alignment}, its strides are {strides}"
             )
-        # Additional keys have one axis of tokens only, and strides of their own for heads.
-        if info.adjacent_heads and tensor.dim() > 4 and strides[-2] != tensor.shape[-1]:
+        # Where there is one axis of tokens only, heads have a stride of their own in a tensor map.
+        if info.adjacent_heads and argument.has_layout and tensor.dim() > 4 and strides[-2] != tensor.shape[-1]:
             return f"have heads that lie {tensor.shape[-1]} elements apart; its strides are {strides}"
         return None
 
     def run(*arguments: Any) -> None:
-        for place, name in places:
-            wanted = wants(arguments[place])
+        for place, argument in places:
+            wanted = wants(arguments[place], argument)
             if wanted is not None:
+                name = argument.name
                 raise MisplacedError(
                     f"{name} must {wanted}; {name}.clone(memory_format=torch.contiguous_format) would work"
                 )
@@ -294,51 +330,16 @@ def make_kernel(info: KernelInfo, function: Callable[..., None] | None, keep: An
     return (ForwardKernel if info.direction == "forward" else BackwardKernel)(info, function, keep)
 
 
-def _scale(problem: Problem, scale: float | None) -> float:
-    return problem.head_dim**-0.5 if scale is None else float(scale)
-
-
-def _additional(problem: Problem, keys: Any, values: Any) -> tuple[Any, ...]:
-    if (keys is None) != (values is None):
-        missing = "additional_keys" if keys is None else "additional_values"
-        raise ValueError(f"additional_keys and additional_values come together, and {missing} is None")
-    if problem.additional_kv != (keys is not None):
-        state = "needs" if problem.additional_kv else "takes no"
-        raise ValueError(f"a kernel for {problem} {state} additional_keys and additional_values")
-    return () if keys is None else (keys, values)
-
-
-def _check(problem: Problem, query: Any, key: Any, value: Any, *extra: Any) -> int:
-    """Check shapes and dtypes against the problem; returns the batch. The compiled function checks the rest."""
-    batch = int(query.shape[0]) if len(query.shape) else 0
-    tokens = (batch, *problem.layout)
-    expected: list[tuple[str, Any, Sequence[int]]] = [
-        ("query", query, (*tokens, problem.heads, problem.head_dim)),
-        ("key", key, (*tokens, problem.heads_kv, problem.head_dim)),
-        ("value", value, (*tokens, problem.heads_kv, problem.head_dim_v)),
-    ]
-    if extra:
-        count = int(extra[0].shape[1]) if len(extra[0].shape) > 1 else 0
-        expected += [
-            ("additional_keys", extra[0], (batch, count, problem.heads_kv, problem.head_dim)),
-            ("additional_values", extra[1], (batch, count, problem.heads_kv, problem.head_dim_v)),
-        ]
-    for name, tensor, shape in expected:
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} must have shape {tuple(shape)} for {problem}, got {tuple(tensor.shape)}")
-        dtype = str(tensor.dtype).rpartition(".")[2]
-        if dtype != problem.dtype:
-            raise ValueError(f"{name} must be {problem.dtype} for {problem}, got {dtype}")
-    return batch
-
-
 def _is_torch(tensor: Any) -> bool:
     return type(tensor).__module__.partition(".")[0] == "torch"
 
 
-def _compact(tensor: Any) -> Any:
-    """Return a tensor without elements with the strides that TVM's check expects, which are not torch's nor NumPy's."""
-    shape = tensor.shape
+def compact_if_empty(tensor: Any) -> Any:
+    """Return a tensor without elements with the strides that TVM's check expects, which are not torch's nor NumPy's.
+
+    Numbers, and tensors with elements, are returned as they are.
+    """
+    shape = getattr(tensor, "shape", ())
     if math.prod(shape):
         return tensor
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

@@ -13,7 +13,7 @@
 
 // The manifest's format that this reads: na_compiler.runtime.bundle.FORMAT, when this was built.
 #ifndef NA_BUNDLE_FORMAT
-#define NA_BUNDLE_FORMAT 3
+#define NA_BUNDLE_FORMAT 4
 #endif
 // How kernels are called: na_compiler.runtime.kernel.ABI.
 #ifndef NA_KERNEL_ABI

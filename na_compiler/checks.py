@@ -1,0 +1,206 @@
+"""What tensors must be for an operator or a kernel, and what is said of those that are not.
+
+Tensors of any library: only shape, dtype and device are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from na_compiler import operands
+from na_compiler.operands import BATCH, INPUT, SAME, SCALAR, Argument, Operand
+from na_compiler.workspace import ADDITIONAL
+
+if TYPE_CHECKING:
+    from na_compiler.problem import Problem
+
+__all__ = [
+    "MAX_RANK",
+    "check_call",
+    "check_operands",
+    "check_required",
+    "check_scalar",
+    "check_together",
+    "given_options",
+]
+
+MAX_RANK = 3
+# How a size is called that a tensor must have as another has it.
+_PHRASES = {"heads_kv": "as many heads as {owner}, {size}"}
+
+
+def check_required(tensors: Mapping[str, Any]) -> None:
+    """Check that query, key and value, by name, fit each other: shapes, dtypes, devices.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, what it must be, and what it is.
+    """
+    query = tensors["query"]
+    rank = len(query.shape) - 3
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(
+            "query must have 4, 5 or 6 dimensions, [batch, *layout, heads, head_dim] with 1, 2 or 3 axes of layout, "
+            f"got shape {tuple(query.shape)}"
+        )
+    tokens = tuple(query.shape[: rank + 1])
+    owners: dict[str, tuple[str, int]] = {}
+    for operand in operands.inputs():
+        if operand.option is None:
+            _check_size(operand, tensors[operand.name], tokens, owners)
+    for operand in operands.inputs():
+        if operand.option is None:
+            _check_kind(operand, tensors[operand.name], query)
+
+
+def _check_size(operand: Operand, tensor: Any, tokens: tuple[int, ...], owners: dict[str, tuple[str, int]]) -> None:
+    """Check a tensor of batch and layout against those before it, which own the sizes."""
+    name, shape = operand.name, tuple(tensor.shape)
+    rest = operand.shape[2:]
+    if len(shape) != len(tokens) + len(rest) or shape[: len(tokens)] != tokens:
+        raise ValueError(
+            f"{name} must have query's batch and layout, {tokens}, as its first dimensions, and "
+            f"{('no', 'one', 'two')[len(rest)]} more; got shape {shape}"
+        )
+    sizes = dict(zip(rest, shape[len(tokens) :], strict=True))
+    for term in reversed(rest):  # The length of rows first.
+        owner, size = owners.setdefault(term, (name, sizes[term]))
+        if sizes[term] != size:
+            phrase = _PHRASES.get(term, "{owner}'s {term}, {size}").format(owner=owner, term=term, size=size)
+            raise ValueError(f"{name} must have {phrase}, got {sizes[term]}")
+
+
+def _check_kind(operand: Operand, tensor: Any, query: Any) -> None:
+    name = operand.name
+    if operand.dtype == SAME:
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name} must have query's dtype, {query.dtype}, got {tensor.dtype}")
+    elif _word(tensor.dtype) != operand.dtype:
+        raise ValueError(f"{name} must be {operand.dtype}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device, {query.device}, got {tensor.device}")
+
+
+def given_options(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the options of operands that are given, by name; ``None`` is not given.
+
+    Raises
+    ------
+    ValueError
+        If only some of the operands are given that come together.
+    TypeError
+        For a name that is no operand's.
+    """
+    known = {operand.name: operand for operand in operands.later()}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f"unknown operand {unknown[0]!r}; there are {', '.join(known)}")
+    found = []
+    for option in operands.options():
+        names = [name for name, operand in known.items() if operand.option == option]
+        if check_together(names, given):
+            found.append(option)
+    return tuple(found)
+
+
+def check_together(names: Sequence[str], given: Mapping[str, Any]) -> bool:
+    """Return whether operands that come together are given.
+
+    Raises
+    ------
+    ValueError
+        If only some are.
+    """
+    missing = [name for name in names if given.get(name) is None]
+    if missing and len(missing) < len(names):
+        raise ValueError(f"{' and '.join(names)} come together, and {missing[0]} is None")
+    return not missing
+
+
+def check_operands(problem: Problem, given: Mapping[str, Any], query: Any) -> None:
+    """Check operands beside query, key and value, by name, against the problem that these pose.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, what it must be, and what it is.
+    """
+    known = {BATCH: query.shape[0]}
+    arguments = {argument.name: argument for argument in operands.arguments(problem, "forward")}
+    for operand in operands.later():
+        value = given.get(operand.name)
+        if value is None:
+            continue
+        if operand.role == SCALAR:
+            check_scalar(operand, value)
+            continue
+        argument = arguments[operand.name]
+        _learn(argument, value, known)
+        expected = argument.sizes(known)
+        if tuple(value.shape) != expected:
+            terms = ", ".join(operand.shape)
+            raise ValueError(f"{operand.name} must have shape [{terms}], here {expected}, got {tuple(value.shape)}")
+        _check_kind(operand, value, query)
+
+
+def check_scalar(operand: Operand, value: Any) -> None:
+    """Check a number.
+
+    Raises
+    ------
+    ValueError
+        If it is not one of its kind, or not finite.
+    """
+    if operand.dtype == "float32":
+        is_right = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        kind = "a finite number"
+    else:
+        is_right, kind = isinstance(value, numbers.Integral) and not isinstance(value, bool), "an int"
+    if not is_right:
+        raise ValueError(f"{operand.name} must be {kind}, got {value!r}")
+
+
+def check_call(problem: Problem, arguments: Sequence[Argument], given: Mapping[str, Any]) -> dict[str, int]:
+    """Check what a kernel is given, by name, against its arguments; returns the extents that only a call knows.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, what it must be for the problem, and what it is.
+    """
+    for option in operands.options():
+        names = [operand.name for operand in operands.later() if operand.option == option]
+        is_given = check_together(names, given)
+        if is_given != problem.has(option):
+            state = "takes no" if is_given else "needs"
+            raise ValueError(f"a kernel for {problem} {state} {' and '.join(names)}")
+    for operand in operands.scalars():
+        if given.get(operand.name) is not None:
+            check_scalar(operand, given[operand.name])
+    known: dict[str, int] = {}
+    for argument in arguments:
+        if argument.role != INPUT or argument.name not in given:
+            continue
+        tensor = given[argument.name]
+        _learn(argument, tensor, known)
+        shape = argument.sizes(known)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{argument.name} must have shape {shape} for {problem}, got {tuple(tensor.shape)}")
+        if _word(tensor.dtype) != argument.dtype:
+            raise ValueError(f"{argument.name} must be {argument.dtype} for {problem}, got {_word(tensor.dtype)}")
+    return {BATCH: 0, ADDITIONAL: 0, **known}
+
+
+def _learn(argument: Argument, tensor: Any, known: dict[str, int]) -> None:
+    """Take the extents that only a call knows from the first tensor that has them."""
+    for axis, extent in enumerate(argument.shape):
+        if isinstance(extent, str) and extent not in known:
+            known[extent] = tensor.shape[axis] if axis < len(tensor.shape) else 0
+
+
+def _word(dtype: Any) -> str:
+    return str(getattr(dtype, "name", dtype)).rpartition(".")[2]

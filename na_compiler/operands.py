@@ -1,0 +1,294 @@
+"""The operands of kernels, each said once: its name, shape, dtype and strides, and whether it has a gradient.
+
+What follows from `TABLE`: torch's operators (`na_compiler.ops`: schemas, fakes, autograd, autocast, vmap), ONNX's
+(`na_compiler.onnx`: schemas, signatures), the checks of tensors (`na_compiler.checks`), what a kernel is called with
+and where that may lie (`arguments`), and the operands in a bundle's manifest, by which the C++ operators call kernels.
+
+A new operand goes to the end of the table and has an option, or a default: whatever was made before it was there, a
+program, a model, a call, goes on meaning the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from na_compiler.workspace import ADDITIONAL, Workspace
+
+if TYPE_CHECKING:
+    from na_compiler.problem import Problem
+
+__all__ = [
+    "ADDITIONAL_KV",
+    "BATCH",
+    "COMPACT",
+    "DIRECTIONS",
+    "FREE",
+    "INPUT",
+    "OUTPUT",
+    "PARAMETERS",
+    "SAME",
+    "SCALAR",
+    "TABLE",
+    "WORKSPACE",
+    "Argument",
+    "Operand",
+    "arguments",
+    "defaults",
+    "differentiable",
+    "inputs",
+    "later",
+    "options",
+    "outputs",
+    "scalars",
+]
+
+# Roles.
+INPUT, SCALAR, OUTPUT, WORKSPACE = "input", "scalar", "output", "workspace"
+# Strides: any but the last one, which is 1; or those of a contiguous tensor.
+FREE, COMPACT = "free", "compact"
+# The dtype of the problem.
+SAME = "same"
+# The extent of a shape that a kernel learns when it is called, beside `na_compiler.workspace.ADDITIONAL`.
+BATCH = "batch"
+# The option of the additional keys and values, for which `Problem` has a field of its own.
+ADDITIONAL_KV = "additional_kv"
+# What else an operator is given: a value for each axis, which the problem holds.
+PARAMETERS = ("kernel_size", "stride", "dilation", "is_causal")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor or number that kernels take.
+
+    Parameters
+    ----------
+    name
+        As everybody calls it.
+    role
+        `INPUT`, `SCALAR` or `OUTPUT`.
+    text
+        What it is, in a few words, for documentation.
+    shape
+        In the problem's terms: ``"batch"``, ``"layout"`` (an extent for each axis), ``"heads"``, ``"heads_kv"``,
+        ``"head_dim"``, ``"head_dim_v"``, ``"additional"``, ``"offsets"`` (for each axis, the differences between the
+        places of a query and of its keys: ``2 * kernel_size - 1``).
+    dtype
+        `SAME`, or the name of one. Of a scalar: ``"float32"`` or ``"int64"``.
+    strides
+        `FREE` or `COMPACT`.
+    option
+        What a problem has the operand for; operands of one option come together. ``None``: every problem has it.
+    default
+        Of a scalar that every problem has, where it is not given; ``None``: it must be given.
+    differentiable
+        Whether it has a gradient. The gradient of an input without a batch is what it gets from each batch entry, in
+        float32, with the batch in front; `na_compiler.ops` sums over it.
+    gradient_strides
+        Strides that the gradient of an output may have.
+    """
+
+    name: str
+    role: str
+    text: str
+    shape: tuple[str, ...] = ()
+    dtype: str = SAME
+    strides: str = COMPACT
+    option: str | None = None
+    default: float | int | None = None
+    differentiable: bool = False
+    gradient_strides: str = COMPACT
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether each batch entry has its own."""
+        return BATCH in self.shape
+
+    @property
+    def is_later(self) -> bool:
+        """Whether a call may leave it out."""
+        return self.option is not None or self.default is not None
+
+    def gradient(self) -> Operand:
+        """Return its gradient, as the backward takes or returns it."""
+        name, text = f"grad_{self.name}", f"gradient of {self.name}"
+        if self.role == OUTPUT:
+            return Operand(name, INPUT, text, self.shape, self.dtype, self.gradient_strides, self.option)
+        if self.is_batched:
+            return Operand(name, OUTPUT, text, self.shape, self.dtype, COMPACT, self.option)
+        return Operand(name, OUTPUT, text, (BATCH, *self.shape), "float32", COMPACT, self.option)
+
+
+_TOKENS = (BATCH, "layout")
+_MORE = (BATCH, ADDITIONAL)
+
+TABLE: tuple[Operand, ...] = (
+    Operand(
+        "query", INPUT, "heads is a multiple of heads_kv", (*_TOKENS, "heads", "head_dim"), SAME, FREE,
+        differentiable=True,
+    ),
+    Operand("key", INPUT, "", (*_TOKENS, "heads_kv", "head_dim"), SAME, FREE, differentiable=True),
+    Operand("value", INPUT, "", (*_TOKENS, "heads_kv", "head_dim_v"), SAME, FREE, differentiable=True),
+    Operand(
+        "additional_keys", INPUT, "seen by every query beside its window", (*_MORE, "heads_kv", "head_dim"), SAME,
+        FREE, ADDITIONAL_KV, differentiable=True,
+    ),
+    Operand(
+        "additional_values", INPUT, "there if and only if additional_keys is", (*_MORE, "heads_kv", "head_dim_v"),
+        SAME, FREE, ADDITIONAL_KV, differentiable=True,
+    ),
+    Operand("scale", SCALAR, "of the scores; default 1 / sqrt(head_dim); 0 is 0", dtype="float32"),
+    Operand(
+        "output", OUTPUT, "", (*_TOKENS, "heads", "head_dim_v"), differentiable=True, gradient_strides=FREE,
+    ),
+    Operand(
+        "lse", OUTPUT, "natural logarithm of the sum of exponentials of the scaled scores", (*_TOKENS, "heads"),
+        "float32", differentiable=True,
+    ),
+)  # fmt: skip
+
+
+def inputs() -> tuple[Operand, ...]:
+    """Return the tensors that are read, in the order of the table."""
+    return tuple(operand for operand in TABLE if operand.role == INPUT)
+
+
+def scalars() -> tuple[Operand, ...]:
+    """Return the numbers."""
+    return tuple(operand for operand in TABLE if operand.role == SCALAR)
+
+
+def defaults() -> dict[str, float | int]:
+    """Return the numbers that a call may leave out although every problem has them."""
+    return {operand.name: operand.default for operand in scalars() if operand.default is not None}
+
+
+def outputs() -> tuple[Operand, ...]:
+    """Return the tensors that the forward writes."""
+    return tuple(operand for operand in TABLE if operand.role == OUTPUT)
+
+
+def later() -> tuple[Operand, ...]:
+    """Return what a call may leave out: the last arguments of torch's operators, in this order."""
+    return tuple(operand for operand in TABLE if operand.role in {INPUT, SCALAR} and operand.is_later)
+
+
+def differentiable() -> tuple[Operand, ...]:
+    """Return the inputs that have gradients: what torch's backward operators return, in this order."""
+    return tuple(operand for operand in inputs() if operand.differentiable)
+
+
+def options() -> tuple[str, ...]:
+    """Return what a problem may have beside query, key and value."""
+    return tuple(dict.fromkeys(operand.option for operand in TABLE if operand.option is not None))
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a kernel is called with at one place: an operand in one problem, or a buffer of its workspace.
+
+    Parameters
+    ----------
+    name, role, dtype, strides
+        As of an `Operand`; the role may be `WORKSPACE` as well.
+    shape
+        Extents, of which `BATCH` and ``"additional"`` are known when it is called. Those of a workspace have the number
+        of additional keys rounded up, see `Workspace`.
+    has_layout
+        Whether it has the axes of the layout.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int | str, ...] = ()
+    strides: str = COMPACT
+    has_layout: bool = False
+
+    def sizes(self, known: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape of a call, of which the extents are known that are known only then."""
+        return tuple(known[extent] if isinstance(extent, str) else extent for extent in self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for a manifest."""
+        data: dict[str, Any] = {"name": self.name, "role": self.role, "dtype": self.dtype}
+        if self.role != SCALAR:
+            data |= {"shape": list(self.shape), "strides": self.strides}
+        return data
+
+
+def arguments(problem: Problem, direction: str, workspace: Workspace | None = None) -> tuple[Argument, ...]:
+    """Return what a kernel is called with, in order. Every family of kernels takes its arguments so.
+
+    Parameters
+    ----------
+    problem
+        What it computes.
+    direction
+        ``"forward"``: inputs, scalars, outputs. ``"backward"``: inputs, each output followed by its gradient, scalars,
+        the gradients of the inputs.
+    workspace
+        The buffers that come last; default none.
+
+    Raises
+    ------
+    ValueError
+        For another direction.
+
+    Examples
+    --------
+    >>> from na_compiler import Problem
+    >>> [argument.name for argument in arguments(Problem((8, 8), 2, 16, 3), "forward")]
+    ['query', 'key', 'value', 'scale', 'output', 'lse']
+    """
+    if direction not in _ORDERS:
+        raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+    present = [operand for operand in _ORDERS[direction]() if operand.option is None or problem.has(operand.option)]
+    extents = _extents(problem)
+    made = [
+        Argument(
+            operand.name,
+            operand.role,
+            problem.dtype if operand.dtype == SAME else operand.dtype,
+            tuple(extent for name in operand.shape for extent in extents[name]),
+            operand.strides,
+            "layout" in operand.shape,
+        )
+        for operand in present
+    ]
+    buffers = () if workspace is None else workspace.buffers
+    made += [Argument(f"workspace{i}", WORKSPACE, "float32", (BATCH, *shape)) for i, shape in enumerate(buffers)]
+    return tuple(made)
+
+
+def _forward() -> tuple[Operand, ...]:
+    return (*inputs(), *scalars(), *outputs())
+
+
+def _backward() -> tuple[Operand, ...]:
+    read = [one for output in outputs() for one in (_read(output), output.gradient())]
+    return (*inputs(), *read, *scalars(), *(operand.gradient() for operand in differentiable()))
+
+
+_ORDERS: Mapping[str, Callable[[], tuple[Operand, ...]]] = {"forward": _forward, "backward": _backward}
+DIRECTIONS = tuple(_ORDERS)
+
+
+def _read(output: Operand) -> Operand:
+    """Return an output of the forward, which the backward reads."""
+    return Operand(output.name, INPUT, output.text, output.shape, output.dtype, COMPACT, output.option)
+
+
+def _extents(problem: Problem) -> dict[str, tuple[int | str, ...]]:
+    """Return what the terms of a shape stand for."""
+    return {
+        BATCH: (BATCH,),
+        ADDITIONAL: (ADDITIONAL,),
+        "layout": problem.layout,
+        "heads": (problem.heads,),
+        "heads_kv": (problem.heads_kv,),
+        "head_dim": (problem.head_dim,),
+        "head_dim_v": (problem.head_dim_v,),
+        "offsets": tuple(2 * extent - 1 for extent in problem.kernel_size),
+    }

@@ -1,0 +1,112 @@
+"""`call`: an operator by the shortest way that gives the same result as torch's dispatcher.
+
+The dispatcher and the way back into Python take more time than a small kernel. They are for autocast, modes (FLOP
+counters, fakes), functorch, profiling, tracing and unusual tensors: without any of them the implementation is called
+directly, within an ``autograd.Function`` of its own where a gradient is wanted.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from na_compiler.ops.kernels import backward, forward, on_cuda
+from na_compiler.ops.operators import OPERATORS, cast, differentiate, save_for_backward
+
+__all__ = ["PLAIN", "call"]
+
+
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet.from_raw_repr(0)
+    for name in names:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return int(keys.raw_repr())
+
+
+# What the dispatcher knows of an ordinary dense tensor of a device; of one made in inference mode. Sparse, nested,
+# negated, quantised, wrapped tensors have other keys, and so have those of other devices.
+PLAIN = frozenset(
+    keys
+    for device in ("CPU", "CUDA")
+    for keys in (
+        _keys(device, f"Autocast{device}"),
+        _keys(device, f"Autocast{device}", "ADInplaceOrView", f"Autograd{device}"),
+    )
+)
+
+
+def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Call the operator of a rank; or its implementation, where nothing in between has anything to do."""
+    if not torch.compiler.is_compiling():
+        if _is_plain(arguments):
+            if torch.is_grad_enabled() and _is_wanted(arguments):
+                return _Attention.apply(rank, *arguments)  # type: ignore[no-any-return,no-untyped-call]
+            return _run(forward, arguments[0], rank, arguments)  # type: ignore[no-any-return]
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            from na_compiler.ops.func import Attention  # noqa: PLC0415
+
+            device = arguments[0].device.type
+            if torch.is_autocast_enabled(device):  # What is saved for backward has the dtype of the output.
+                arguments = cast(device, arguments)
+            return Attention.apply(rank, *arguments)  # type: ignore[no-any-return,no-untyped-call]
+    return OPERATORS[rank](*arguments)  # type: ignore[no-any-return]
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Return whether the dispatcher would do nothing but differentiate, and call the implementation."""
+    torch_c = torch._C
+    keys = torch_c._dispatch_keys
+    for argument in arguments:
+        if isinstance(argument, Tensor) and (type(argument) not in _TYPES or keys(argument).raw_repr() not in PLAIN):
+            return False
+    return (
+        not torch_c._len_torch_dispatch_stack()
+        and not torch_c._len_torch_function_stack()
+        and not torch_c._is_any_autocast_enabled()
+        and not torch_c._autograd._profiler_enabled()
+        and forward_ad._current_level < 0
+        and torch_c._functorch.peek_interpreter_stack() is None
+        and torch_c._get_tracing_state() is None
+    )
+
+
+_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _is_wanted(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+
+
+def _run(implementation: Any, like: Tensor, rank: int, arguments: tuple[Any, ...]) -> Any:
+    if like.is_cpu:
+        return implementation(rank, *arguments)
+    return on_cuda(functools.partial(implementation, rank), *arguments)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator of a rank on plain tensors. It has no ``setup_context``, with which torch is slower."""
+
+    @staticmethod
+    def forward(ctx: Any, rank: int, *arguments: Any) -> tuple[Tensor, ...]:
+        """Attend."""
+        results: tuple[Tensor, ...] = _run(forward, arguments[0], rank, arguments)
+        save_for_backward(ctx, arguments, results)
+        ctx.rank, ctx.count = rank, len(arguments)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        """Return the gradients of all arguments."""
+        gradients = differentiate(functools.partial(_backward, ctx.rank), ctx, *grads)
+        return (None, *gradients[: ctx.count])
+
+
+def _backward(rank: int, *arguments: Any) -> Any:
+    # What differentiates a gradient is refused by the operator.
+    if not torch.is_grad_enabled() and _is_plain(arguments):
+        return _run(backward, arguments[0], rank, arguments)
+    return getattr(torch.ops.na_compiler, f"na{rank}d_backward").default(*arguments)
