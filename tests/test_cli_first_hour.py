@@ -82,13 +82,15 @@ def words(text):
     return [word for word in re.split(r"[\s│┃]+", text) if word]
 
 
-def test_tables_do_not_break_words(narrow, capsys):
+def test_tables_do_not_break_words(narrow, capsys, monkeypatch):
+    """Of a terminal, as rich takes standard output for one here."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
     cases = [
         (["problem", *PROBLEM, "--dry-run"], ["layout=56x56", "key_block=1x1x10", "head_dim=32"]),
         (["plan", *PROBLEM, "--target", "llvm:x86-64-v3"], ["computed"]),
     ]
     for arguments, whole in cases:
-        said = run(capsys, *arguments).out
+        said = re.sub(r"\x1b\[[0-9;]*m", "", run(capsys, *arguments).out)
         for word in whole:
             assert any(word in found for found in words(said)), (arguments, word, said)
 
@@ -169,6 +171,8 @@ def test_info(capsys, monkeypatch, tmp_path):
     assert set(found) == {"versions", "machine", "targets", "compilers", "cache", "environment"}
     assert found["cache"]["kernels"].startswith("0,")
     assert found["compilers"]["C"].startswith("none")
+    monkeypatch.delenv("CC")
+    assert re.search(r"\d+\.\d+", json_of(run(capsys, "info", "--json"))["compilers"]["C"])
 
 
 def test_info_tells_of_what_is_broken(capsys, monkeypatch):
@@ -274,10 +278,23 @@ def test_draw(narrow, capsys, tmp_path):
     assert "more than a picture shows" in run(capsys, "draw", *large, "-o", tmp_path / "x.png", status=1).err
 
 
-def test_draw_without_matplotlib(narrow, capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "na_compiler.cli.picture", None)
-    said = run(capsys, "draw", *PROBLEM, "-o", tmp_path / "x.png", status=1).err
-    assert "pip install 'na-compiler[draw]'" in said
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [
+        ("matplotlib", "draw", ["draw", *PROBLEM, "-o", "x.png"]),
+        ("onnxruntime", "onnxruntime", ["bench", "--suite", "onnx"]),
+        ("onnx_ir", "onnx", ["model.onnx", "--dry-run"]),
+    ],
+)
+def test_what_is_not_installed_is_named_with_its_extra(module, extra, arguments, tmp_path):
+    """In a process that cannot import it."""
+    code = "import sys; sys.modules[sys.argv[1]] = None; from na_compiler import cli; sys.exit(cli.main(sys.argv[2:]))"
+    (tmp_path / "model.onnx").write_bytes(b"")
+    command = [sys.executable, "-c", code, module, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert f"pip install 'na-compiler[{extra}]'" in done.stderr
 
 
 def test_the_description_on_an_index_has_no_dead_links(tmp_path):

@@ -32,6 +32,16 @@ examples:
   na-compile info
 """
 
+# What is not installed with the package, and the extra that it comes with.
+_EXTRAS = {
+    "matplotlib": "draw",
+    "ml_dtypes": "onnx",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnxruntime",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
@@ -59,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         return int(options.run(options) or 0)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(str(error.name).partition(".")[0])
+        advice = f"; pip install 'na-compiler[{extra}]'" if extra else ""
+        print(f"na-compile: {error}{advice}", file=sys.stderr)
+        return 1
     except (ValueError, OSError, RuntimeError, NotImplementedError, ImportError) as error:
         sentence, *rest = str(error).strip().splitlines() or [type(error).__name__]
         print(f"na-compile: {sentence}", file=sys.stderr)

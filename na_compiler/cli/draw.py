@@ -44,10 +44,8 @@ def _run(options: argparse.Namespace) -> None:
             "e.g. of three windows an axis"
         )
     queries = [_checked(query, problem) for query in options.query or _chosen(problem)]
-    try:
-        from na_compiler.cli.picture import draw  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError(f"drawing needs matplotlib: pip install 'na-compiler[draw]' ({error})") from error
+    from na_compiler.cli.picture import draw  # noqa: PLC0415
+
     config = choose(problem, target, "forward").config
     visits = draw(problem, target, config, queries, options.output)
     if options.json:

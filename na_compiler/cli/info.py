@@ -6,6 +6,9 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -48,7 +51,7 @@ def collect() -> dict[str, dict[str, str]]:
     return {
         "versions": _versions(),
         "machine": _machine(),
-        "targets": {"CPU": _told(_cpu), "CUDA": _told(_cuda)},
+        "targets": {"CPU": _told(_cpu), "CUDA": _told(_cuda), "GPUs": _told(_gpus)},
         "compilers": {
             "C": _told(_c_compiler),
             "C++": _told(_cxx_compiler),
@@ -115,22 +118,45 @@ def _cuda() -> str:
         return "no GPU here"
 
 
+def _gpus() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "no nvidia-smi"
+    return ", ".join(_said_by(program, "--query-gpu=name,driver_version", "--format=csv,noheader")) or "none"
+
+
+def _said_by(*command: str) -> list[str]:
+    """Return the lines that a program prints, if it does so at once."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def _with_version(program: str, word: str = "") -> str:
+    """Return a compiler with the line in which it says its version: the first one, or the first with a word."""
+    lines = _said_by(*shlex.split(program), "--version")
+    return f"{program}: {next((line for line in lines if word in line), 'says no version')}"
+
+
 def _c_compiler() -> str:
     from na_compiler.runtime.host import c_compiler  # noqa: PLC0415
 
-    return str(c_compiler() or "none: kernels are built in memory, in every process again; install gcc or clang")
+    found = c_compiler()
+    if found is None:
+        return "none: kernels are built in memory, in every process again; install gcc or clang"
+    return _with_version(found)
 
 
 def _cxx_compiler() -> str:
     from na_compiler.runtime.host import cxx_compiler  # noqa: PLC0415
 
-    return str(cxx_compiler() or "none: needed for ort-library and torch-library only")
+    found = cxx_compiler()
+    return "none: needed for ort-library and torch-library only" if found is None else _with_version(found)
 
 
 def _nvcc() -> str:
     from na_compiler.compiler.cuda import find_toolkit  # noqa: PLC0415
 
-    return str(find_toolkit().nvcc)
+    return _with_version(str(find_toolkit().nvcc), "release")
 
 
 def _runtime() -> str:

@@ -113,7 +113,7 @@ def _infer(operator: str, context: Any) -> None:
         )
         signature.problem()
     except (TypeError, ValueError) as error:
-        raise onnx.shape_inference.InferenceError(f"{context.get_display_name()}: {error}") from error
+        raise onnx.shape_inference.InferenceError(f"{context.get_display_name()}: {error}") from None
     for i, result in enumerate(_outputs(signature.rank, types)[: context.get_num_outputs()]):
         context.set_output_type(i, result)
 
