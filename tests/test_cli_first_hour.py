@@ -78,6 +78,37 @@ def test_verbose_on_either_side_of_the_command(narrow, place, monkeypatch):
     assert levels == [logging.INFO, logging.WARNING]
 
 
+@pytest.mark.parametrize(
+    ("word", "told"), [("bnech", "did you mean bench?"), ("xyzzy", "commands are problem, model"), ("cach", "cache?")]
+)
+def test_a_mistyped_command(word, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([word, "list"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert f"'{word}' is no command" in said
+    assert told in said
+
+
+def test_a_reader_that_has_enough(tmp_path):
+    """As ``na-compile ... | head -1``: nothing is said of a broken pipe."""
+    code = (
+        "import os, sys; reading, writing = os.pipe(); os.dup2(writing, 1); os.close(writing); os.close(reading); "
+        "from na_compiler import cli; sys.exit(cli.main(['info']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+def test_the_operating_systems_errors_name_the_file(narrow, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "x.png"
+    said = run(capsys, "draw", *PROBLEM, "-o", path, status=1).err
+    assert "Errno" not in said
+    assert str(tmp_path / "file") in said
+
+
 def words(text):
     return [word for word in re.split(r"[\s│┃]+", text) if word]
 

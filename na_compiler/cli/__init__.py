@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
 
 import na_compiler
 from na_compiler.cli import bench, cache, draw, info, inspect, model, ort_library, plan, torch_library
@@ -65,17 +68,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in (model, inspect, plan, draw, bench, cache, ort_library, torch_library, info):
         module.add_parser(commands)
     _verbose_everywhere(commands)
-    options = parser.parse_args(_with_command(list(sys.argv[1:] if arguments is None else arguments), commands.choices))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    unknown = _unknown_command(words, commands.choices)
+    if unknown:
+        parser.error(unknown)
+    options = parser.parse_args(_with_command(words, commands.choices))
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
-        return int(options.run(options) or 0)
+        return _run(options)
+    except BrokenPipeError:
+        # Who reads has enough, as in `na-compile cache list | head`. Python would flush once more at the end, and fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(str(error.name).partition(".")[0])
         advice = f"; pip install 'na-compiler[{extra}]'" if extra else ""
         print(f"na-compile: {error}{advice}", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError, NotImplementedError, ImportError) as error:
-        sentence, *rest = str(error).strip().splitlines() or [type(error).__name__]
+        sentence, *rest = _text(error).splitlines() or [type(error).__name__]
         print(f"na-compile: {sentence}", file=sys.stderr)
         if rest:
             logging.getLogger("na_compiler").info("%s", "\n".join(rest))
@@ -106,6 +117,29 @@ def _verbose_everywhere(commands: Commands) -> None:
         for action in parser._actions:  # noqa: SLF001 - argparse lists a parser's subparsers nowhere else
             if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001
                 _verbose_everywhere(action)
+
+
+def _run(options: argparse.Namespace) -> int:
+    status = int(options.run(options) or 0)
+    sys.stdout.flush()
+    return status
+
+
+def _text(error: Exception) -> str:
+    """Return what an error says; of the operating system's, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).strip()
+
+
+def _unknown_command(words: Sequence[str], known: Iterable[str]) -> str | None:
+    """Return what to say of a first word that is neither a command nor looks like a model; ``None`` if it is one."""
+    word = next((word for word in words if not word.startswith("-")), None)
+    if word is None or word in known or set(word) & {".", ":", "/"} or Path(word).exists():
+        return None
+    near = difflib.get_close_matches(word, known, 1)
+    advice = f"did you mean {near[0]}?" if near else f"commands are {', '.join(known)}"
+    return f"{word!r} is no command, and there is no such file; {advice}"
 
 
 def _with_command(arguments: list[str], known: Container[str]) -> list[str]:
