@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from na_compiler import checks, operands
 from na_compiler.checks import MAX_RANK
-from na_compiler.window import group_length, window_bounds
+from na_compiler.counting import group_lengths, visible_pairs
 
 __all__ = ["DTYPES", "MAX_RANK", "Problem", "check_strides", "dtype_name", "flags_per_axis", "ints_per_axis", "shown"]
 
@@ -429,12 +429,5 @@ def _check_windows(layout: tuple[int, ...], kernel_size: tuple[int, ...], dilati
 
 
 def _axis_pairs(tokens: int, kernel: int, stride: int, dilation: int, is_causal: bool) -> int:
-    if not is_causal:
-        return tokens * kernel
-    total = 0
-    for group in range(dilation):
-        length = group_length(tokens, dilation, group)
-        for index in range(length):
-            start, end = window_bounds(index, length, kernel, stride, is_causal)
-            total += end - start
-    return total
+    lengths = group_lengths(tokens, dilation)
+    return sum(groups * visible_pairs(length, kernel, stride, is_causal) for length, groups in lengths.items())

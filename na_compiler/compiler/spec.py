@@ -132,7 +132,7 @@ def source_fingerprint() -> str:
     """Return a hash of the sources that decide what code is generated."""
     package = Path(__file__).parent.parent
     families = Path(schedules.__file__).parent
-    named = ("window.py", "operands.py", "compiler/build.py", "compiler/cuda_worker.py")
+    named = ("counting.py", "window.py", "operands.py", "compiler/build.py", "compiler/cuda_worker.py")
     files = [(path.relative_to(families), path) for path in sorted(families.rglob("*.py"))]
     files += [(path.relative_to(package), path) for path in sorted((package / "tensorir").glob("*.py"))]
     files += [(path.relative_to(package), path) for path in sorted((package / "devices").glob("*.py"))]

@@ -9,8 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.cpu.config import QueriesInLanes
@@ -20,8 +24,12 @@ from na_compiler.tensorir.axes import AXES, Extents, round_up
 
 __all__ = ["Candidate", "Machine", "candidates", "choose"]
 
+_Numbers = NDArray[Any]
+
 # Bytes of staged keys and values that a task may keep: about what a second-level cache holds beside the rest.
 _STAGED_BYTES = 512 * 1024
+# How many times as much a task may stage at once, before it comes in chunks.
+_STAGED_AT_ONCE = 4
 # Keys whose scores a tile may keep at once, and keys of a chunk where that is too few.
 _KEYS_AT_ONCE = 4096
 _CHUNK_KEYS = 1024
@@ -182,40 +190,59 @@ def _with_strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
 
 @functools.lru_cache(maxsize=256)
 def _strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
-    best: tuple[float, Tiling] | None = None
-    counts = [_counts(axis.longest, axis.tile) for axis in TilingPlan.make(problem, tiling)]
-    for strip in itertools.product(*counts):
-        candidate = replace(tiling, strip=(strip[0], strip[1], strip[2]))
-        plan = TilingPlan.make(problem, candidate)
-        staged = plan.size("strip_box") * 4 * (plan.head_dim + plan.head_dim_v)
-        keys = plan.size("tile_box")
-        if keys > _KEYS_AT_ONCE or staged > _STAGED_BYTES * 4:
-            if math.prod(strip) > _KEPT_TILES[direction]:
-                continue
-            candidate = replace(candidate, chunk=_chunk(plan))
-            plan = TilingPlan.make(problem, candidate)
-        queries = plan.size("strip")
-        # Staged keys a query, and what a task too many or too large costs.
-        cost = plan.size("strip_box") / queries
-        if staged > _STAGED_BYTES:
-            cost *= 1.5
-        if plan.tasks < _TASKS:
-            cost *= 2.0 * _TASKS / plan.tasks
-        if plan.is_chunked:
-            cost *= plan.size("strip_box") / keys * 10
-        cost *= plan.size("strips") * plan.size("strip") / math.prod(axis.longest for axis in plan)
-        if direction == "backward" and _workspace(problem, plan) > _WORKSPACE:
-            cost *= 1000 * _workspace(problem, plan)
-        if best is None or cost < best[0]:
-            best = cost, candidate
-    assert best is not None
-    return best[1]
+    """Return the cheapest of the strips, of which there may be thousands: what they cost is computed side by side."""
+    single = TilingPlan.make(problem, tiling)
+    counts = [_counts(axis.longest, axis.tile) for axis in single]
+    choices = [
+        [TilingPlan.make(problem, replace(tiling, strip=_along(number, count))).axes[number] for count in along]
+        for number, along in enumerate(counts)
+    ]
+
+    def grid(name: str) -> list[_Numbers]:
+        """Return an attribute of each axis, for all strips."""
+        return list(np.broadcast_arrays(*np.ix_(*([getattr(axis, name) for axis in along] for along in choices))))
+
+    box, keys = _volume(grid("strip_box")), single.size("tile_box")
+    queries, strips = _volume(grid("strip")), _volume(grid("strips"))
+    staged = box * (4 * (single.head_dim + single.head_dim_v))
+    in_chunks = (staged > _STAGED_BYTES * _STAGED_AT_ONCE) | (keys > _KEYS_AT_ONCE)
+    limits = _chunk(grid("strip_box"))
+    held, is_chunked = _in_chunks(single, grid("strip_box"), limits)
+    tasks = problem.heads_kv * strips * single.size("dilation")
+    # Staged keys a query, and what a task too many or too large costs.
+    cost = box / queries
+    cost *= np.where(staged > _STAGED_BYTES, 1.5, 1.0)
+    cost *= np.where(tasks < _TASKS, 2.0 * _TASKS / tasks, 1.0)
+    cost *= np.where(in_chunks & is_chunked, box / keys * 10, 1.0)
+    cost *= strips * queries / math.prod(axis.longest for axis in single)
+    if direction == "backward":
+        space = _workspace(problem, single, strips, np.where(in_chunks, held, box))
+        cost *= np.where(space > _WORKSPACE, 1000 * space, 1.0)
+    kept = _volume(grid("tiles"))
+    cost = np.where(in_chunks & (kept > _KEPT_TILES[direction]), np.inf, cost)
+    best = np.unravel_index(np.argmin(cost), cost.shape)
+    first, second, third = (along[int(at)] for along, at in zip(counts, best, strict=True))
+    chosen = replace(tiling, strip=(first, second, third))
+    if in_chunks[best]:
+        first, second, third = (int(limit[best]) for limit in limits)
+        chosen = replace(chosen, chunk=(first, second, third))
+    return chosen
 
 
-def _workspace(problem: Problem, plan: TilingPlan) -> float:
-    """Return the workspace of a backward over query, key and value in float32."""
-    box = math.prod(axis.chunk * axis.chunks for axis in plan)
-    space = problem.heads_kv * plan.size("strips") * plan.size("dilation") * box * (plan.head_dim + plan.head_dim_v)
+def _volume(parts: Sequence[_Numbers]) -> _Numbers:
+    first, second, third = parts
+    return first * second * third
+
+
+def _along(axis: int, count: int) -> Extents:
+    """Return a strip of some tiles along one axis."""
+    first, second, third = (count if number == axis else 1 for number in range(AXES))
+    return first, second, third
+
+
+def _workspace(problem: Problem, plan: TilingPlan, strips: _Numbers, held: _Numbers) -> _Numbers:
+    """Return the workspace of a backward over query, key and value in float32, for strips that hold so many keys."""
+    space = problem.heads_kv * strips * plan.size("dilation") * held * (plan.head_dim + plan.head_dim_v)
     inputs = problem.heads * problem.head_dim + problem.heads_kv * (problem.head_dim + problem.head_dim_v)
     return space / (problem.tokens * inputs)
 
@@ -225,13 +252,23 @@ def _counts(queries: int, tile: int) -> list[int]:
     return sorted({*(2**power for power in range(tiles.bit_length())), tiles, -(-tiles // 2), -(-tiles // 4)})
 
 
-def _chunk(plan: TilingPlan) -> Extents:
-    """Return a chunk of about `_CHUNK_KEYS` keys, of whole rows where these are short enough."""
-    extents = list(plan.extents("strip_box"))
+def _chunk(boxes: Sequence[_Numbers]) -> list[_Numbers]:
+    """Return, for boxes of strips, chunks of about `_CHUNK_KEYS` keys, of whole rows where these are short enough."""
+    extents = list(boxes)
     for axis in range(AXES):
         others = math.prod(extents) // extents[axis]
-        extents[axis] = max(1, min(extents[axis], _CHUNK_KEYS // others))
-    return extents[0], extents[1], extents[2]
+        extents[axis] = np.maximum(1, np.minimum(extents[axis], _CHUNK_KEYS // others))
+    return extents
+
+
+def _in_chunks(plan: TilingPlan, boxes: Sequence[_Numbers], limits: Sequence[_Numbers]) -> tuple[_Numbers, _Numbers]:
+    """Return how many keys strips hold that are visited in chunks, and whether these are several; as `AxisTiling`."""
+    held, several = np.ones_like(limits[0]), np.zeros_like(limits[0], dtype=bool)
+    for axis, box, limit in zip(plan, boxes, limits, strict=True):
+        chunk = np.where(limit >= box, box, -(-limit // axis.key_block) * axis.key_block)
+        chunks = -(-box // chunk)
+        held, several = held * chunk * chunks, several | (chunks > 1)
+    return held, several
 
 
 def _block(extent: int, least: int, most: int) -> int:

@@ -25,9 +25,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from na_compiler.counting import widest_union
 from na_compiler.problem import Problem
 from na_compiler.tensorir.axes import AXES, Extents, round_up
-from na_compiler.window import group_length, window_end, window_start
+from na_compiler.window import group_length
 
 __all__ = ["AxisTiling", "Tiling", "TilingPlan"]
 
@@ -140,18 +141,7 @@ class AxisTiling:
 
     def _union(self, queries: int) -> int:
         rule = (self.kernel_size, self.stride, self.is_causal)
-        return max(_widest_union(length, *rule, min(queries, length)) for length in self.lengths)
-
-
-@functools.lru_cache(maxsize=4096)
-def _widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, queries: int) -> int:
-    """Return the largest number of keys that ``queries`` consecutive queries, aligned, see together."""
-    widest = 0
-    for first in range(0, length, queries):
-        last = min(first + queries, length) - 1
-        start = window_start(first, length, kernel_size, stride, is_causal)
-        widest = max(widest, window_end(last, length, kernel_size, stride, is_causal) - start)
-    return widest
+        return max(widest_union(length, *rule, min(queries, length)) for length in self.lengths)
 
 
 # A planner tries many tilings whose axes have few different cuts each.

@@ -11,9 +11,9 @@ import functools
 import math
 from dataclasses import dataclass
 
+from na_compiler.counting import group_lengths, most_queries
 from na_compiler.problem import Problem
 from na_compiler.tensorir.axes import AXES, Extents, round_up
-from na_compiler.window import group_length, query_bounds
 
 __all__ = ["DirectAxis", "DirectPlan"]
 
@@ -58,19 +58,8 @@ class DirectAxis:
     @property
     def most_queries(self) -> int:
         """Queries that see one key, at most: more than kernel_size near a border, where windows are shifted."""
-        return _most_queries(self.layout, self.kernel_size, self.stride, self.dilation, self.is_causal)
-
-
-@functools.lru_cache(maxsize=1024)
-def _most_queries(layout: int, kernel_size: int, stride: int, dilation: int, is_causal: bool) -> int:
-    most = 0
-    for length in {group_length(layout, dilation, group) for group in (0, dilation - 1)}:
-        # Away from the borders the numbers repeat with the stride, which is at most the kernel size.
-        near = 3 * kernel_size
-        for key in {*range(min(near, length)), *range(max(length - near, 0), length)}:
-            first, end = query_bounds(key, length, kernel_size, stride, is_causal)
-            most = max(most, end - first)
-    return most
+        rule = (self.kernel_size, self.stride, self.is_causal)
+        return max(most_queries(length, *rule) for length in group_lengths(self.layout, self.dilation))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,145 @@
+"""What the window rule comes to along an axis, in closed form: none of these walks over tokens.
+
+Each holds for one dilation group of ``length`` tokens, with ``kernel_size <= length`` and ``stride <= kernel_size``.
+The rule itself is in `na_compiler.window`; the tests compare with it, token by token.
+"""
+
+from __future__ import annotations
+
+import math
+
+from na_compiler.window import query_bounds, window_end, window_start
+
+__all__ = ["group_lengths", "most_queries", "visible_pairs", "widest_union"]
+
+
+def group_lengths(layout: int, dilation: int) -> dict[int, int]:
+    """Return how many dilation groups have each length: the first ones may be one token longer than the last ones.
+
+    Examples
+    --------
+    >>> group_lengths(10, 4), group_lengths(8, 4)
+    ({3: 2, 2: 2}, {2: 4})
+    """
+    length, longer = divmod(layout, dilation)
+    return {length + 1: longer, length: dilation - longer} if longer else {length: dilation}
+
+
+def visible_pairs(length: int, kernel_size: int, stride: int = 1, is_causal: bool = False) -> int:
+    """Return how many pairs of a query and a key that it sees there are.
+
+    Examples
+    --------
+    >>> visible_pairs(6, 3), visible_pairs(6, 3, is_causal=True)
+    (18, 15)
+    """
+    if not is_causal:
+        return length * kernel_size
+    # Query i sees the keys up to itself, from its window's start: the leader's, which leads `stride` queries, or in the
+    # last stride group, where that is not whole, fewer.
+    whole, rest = divmod(length, stride)
+    # Of the groups that begin after the first key, the first; and the sum of an arithmetic series from there on.
+    first = min(kernel_size // stride, whole)
+    count = whole - first
+    starts = count * (first * stride + stride - kernel_size) + stride * (count * (count - 1) // 2)
+    return length * (length + 1) // 2 - stride * starts - rest * (length - kernel_size)
+
+
+def most_queries(length: int, kernel_size: int, stride: int = 1, is_causal: bool = False) -> int:
+    """Return how many queries see one key, at most: more than kernel_size near a border, where windows are shifted.
+
+    Examples
+    --------
+    >>> most_queries(9, 3), most_queries(4, 3), most_queries(9, 3, is_causal=True)
+    (4, 4, 3)
+    """
+    # Up to the last key of the first window the first query is 0, and with every key more follow; from the first key of
+    # the last window on it is the other way round. Between them no key is seen by more: windows are not shifted there.
+    keys = (kernel_size - 1, length - kernel_size)
+    seen: list[tuple[int, int]] = [query_bounds(key, length, kernel_size, stride, is_causal) for key in keys]
+    return max(end - first for first, end in seen)
+
+
+def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, queries: int) -> int:
+    """Return the largest number of keys that a block of queries sees together.
+
+    Parameters
+    ----------
+    length, kernel_size, stride, is_causal
+        As everywhere in this module.
+    queries
+        Of a block, at most ``length``; blocks lie one after another from the first query on, and the last one may be
+        shorter.
+
+    Examples
+    --------
+    >>> [widest_union(10, 3, 1, False, queries) for queries in (1, 2, 4)]
+    [3, 4, 6]
+    """
+    last = -(-length // queries) - 1
+    rule = (length, kernel_size, stride, is_causal)
+
+    def union(block: int) -> int:
+        end: int = window_end(min((block + 1) * queries, length) - 1, *rule)
+        start: int = window_start(block * queries, *rule)
+        return end - start
+
+    # Of the blocks that begin with the first key, the last has the widest union. (A query does where its leader is no
+    # further from the first one than from the first key of its window.)
+    reach = kernel_size - stride if is_causal else kernel_size // 2 - stride // 2
+    first = min((reach // stride * stride + stride - 1) // queries, last)
+    if length == kernel_size and not is_causal:
+        first = last
+    if is_causal:
+        # In the last stride group all windows begin with the last one: there the last block is the widest.
+        beyond = min(-(-(max(-(-(length - stride) // stride), 0) * stride) // queries), last)
+    else:
+        # Of the blocks that end with the last key, the first is.
+        ends = -(-(length - kernel_size + reach) // stride) * stride
+        beyond = min(max(-(-(ends - queries + 1) // queries), 0), last)
+    widest = max(union(first), union(beyond), union(last))
+    between = beyond - first - 1
+    if between > 0:
+        # Between them nothing is clamped, and what counts is where in its stride group a block begins.
+        residue = _largest_residue(queries, stride, first + 1, between)
+        if is_causal:
+            inside = queries + kernel_size - stride + residue
+        else:
+            inside = (residue + queries - 1) // stride * stride + kernel_size
+        widest = max(widest, inside)
+    return widest
+
+
+def _largest_residue(step: int, modulus: int, first: int, count: int) -> int:
+    """Return the largest ``step * n % modulus`` of ``count`` numbers ``n`` from ``first`` on."""
+    common = math.gcd(step, modulus)
+    if count >= modulus // common:
+        return modulus - common
+    # A residue is at least t where adding modulus - t to the number before division makes the quotient larger.
+    begin = step * first
+    floor = _floor_sum(count, step, begin, modulus)
+    low, high = 0, modulus - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _floor_sum(count, step, begin + modulus - middle, modulus) > floor:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _floor_sum(count: int, step: int, offset: int, divisor: int) -> int:
+    """Return the sum of ``(step * n + offset) // divisor`` over n from 0 to ``count - 1``: Euclid's algorithm.
+
+    The whole parts of slope and offset are summed at once; what is left counts lattice points below a line, which is
+    the same with the axes exchanged (Graham, Knuth, Patashnik: Concrete Mathematics, 3.5).
+    """
+    total = 0
+    while count > 0:
+        total += step // divisor * (count * (count - 1) // 2) + offset // divisor * count
+        step, offset = step % divisor, offset % divisor
+        beyond = step * count + offset
+        if beyond < divisor:
+            break
+        count, offset, step, divisor = beyond // divisor, beyond % divisor, divisor, step
+    return total
