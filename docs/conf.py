@@ -25,7 +25,9 @@ myst_enable_extensions = ["colon_fence"]
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 autodoc_default_options = {"members": True, "show-inheritance": True}
-autodoc_typehints = "none"  # Shapes and meaning are in the text; signatures have the types.
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 100
 # Single backticks in docstrings name things of this package, or are words.
 default_role = "code"
 
