@@ -10,7 +10,7 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -20,6 +20,11 @@ from na_compiler.cli.output import Commands, add_json, notes, print_json, print_
 from na_compiler.cli.overheads import measure_overheads
 from na_compiler.cli.timing import Run, interleave
 from na_compiler.problem import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from na_compiler.cli.competitors import Inputs
 
 __all__ = ["add_parser"]
 
@@ -184,7 +189,7 @@ def _row(
     }
 
 
-def _expected(inputs: Any, grad: Any) -> list[Any]:
+def _expected(inputs: Inputs, grad: Tensor | None) -> list[Tensor]:
     """Return the output, or the gradients, in float64."""
     import torch  # noqa: PLC0415
 
@@ -196,7 +201,7 @@ def _expected(inputs: Any, grad: Any) -> list[Any]:
     return [output] if grad is None else list(torch.autograd.grad(output, tensors, grad.double()))
 
 
-def _check(name: str, results: Any, expected: list[Any]) -> None:
+def _check(name: str, results: Tensor | tuple[Tensor, ...], expected: list[Tensor]) -> None:
     for result, reference in zip(results if isinstance(results, tuple) else [results], expected, strict=True):
         error = ((result.double() - reference).norm() / reference.norm()).item()
         if not error < _TOLERANCE:

@@ -17,11 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from na_compiler.cli.output import print_json, print_table
 from na_compiler.cli.timing import interleave
 from na_compiler.problem import Problem
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["run"]
 
@@ -180,7 +183,7 @@ def _bundle(options: argparse.Namespace, folder: Path) -> dict[str, tuple[float,
 # ---- Models --------------------------------------------------------------------------------------------------------
 
 
-def transformer(*, is_identity: bool = False) -> Any:
+def transformer(*, is_identity: bool = False) -> torch.nn.Module:
     """Return the transformer; its attention returns value as it is where that is asked for."""
     import torch  # noqa: PLC0415
     from torch import nn  # noqa: PLC0415
@@ -207,7 +210,7 @@ def transformer(*, is_identity: bool = False) -> Any:
     return nn.Sequential(*(Block() for _ in range(_LAYERS))).eval()
 
 
-def _kernels(x: Any) -> Callable[[], None]:
+def _kernels(x: torch.Tensor) -> Callable[[], None]:
     """Return what runs the model's kernels, and nothing else: each on views of a projection of its own."""
     import torch  # noqa: PLC0415
 

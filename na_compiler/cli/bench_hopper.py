@@ -19,12 +19,15 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from na_compiler.cli.output import notes, print_json, print_table
 from na_compiler.problem import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["SUITE", "Row", "run", "save"]
 
@@ -34,6 +37,9 @@ _TOLERANCE = 1e-2
 # Queries of each head that are compared with the reference.
 _SAMPLE = 128
 _SIZE = 8192  # of the matrix product
+
+
+Ints = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Row:
 
 
 def _row(
-    title: str, layout: Any, heads: int, kernel: Any, stride: Any, floor: float, goal: float, natten: float | None
+    title: str, layout: Ints, heads: int, kernel: Ints, stride: Ints, floor: float, goal: float, natten: float | None
 ) -> Row:
     return Row(title, Problem(layout, heads, 128, kernel, stride, dtype="bfloat16"), floor, goal, natten)
 
@@ -121,7 +127,7 @@ class _Inputs:
         """Return ``[batch, heads, tokens, head_dim]``: views, nothing is copied."""
         return [tensor.flatten(1, -3).transpose(1, 2) for tensor in self.tensors]
 
-    def expected(self, problem: Problem) -> Any:
+    def expected(self, problem: Problem) -> Tensor:
         """Return the output of some queries in float64, ``[heads, queries, head_dim]``; by head, to save memory."""
         import torch  # noqa: PLC0415
 
@@ -143,7 +149,7 @@ class _Inputs:
             found.append(output.flatten(0, 1).flatten(1))
         return torch.stack(found)
 
-    def check(self, name: str, output: Any, expected: Any) -> None:
+    def check(self, name: str, output: Tensor, expected: Tensor) -> None:
         """Compare an output, ``[heads, tokens, head_dim]``."""
         error = ((output[:, self.tokens].double() - expected).norm() / expected.norm()).item()
         if not error < _TOLERANCE:
@@ -206,7 +212,7 @@ def _dense(inputs: _Inputs) -> Callable[[], Any]:
 
     tensors = inputs.heads_first()
 
-    def call() -> Any:
+    def call() -> object:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return scaled_dot_product_attention(*tensors)
 
@@ -219,7 +225,7 @@ def _flex(inputs: _Inputs) -> Callable[[], Any]:
 
     problem = inputs.problem
 
-    def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:  # noqa: ARG001
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
         seen = None
         axes = zip(problem.layout, problem.kernel_size, problem.stride, strict=True)
         for extent, kernel, stride in reversed(list(axes)):
@@ -229,6 +235,7 @@ def _flex(inputs: _Inputs) -> Callable[[], Any]:
             along = (place >= start) & (place < start + kernel)
             seen = along if seen is None else seen & along
             query, key = query // extent, key // extent
+        assert seen is not None  # There is an axis.
         return seen
 
     blocks = create_block_mask(sees, None, None, problem.tokens, problem.tokens, device="cuda", _compile=True)

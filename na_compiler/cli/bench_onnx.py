@@ -7,10 +7,12 @@ before another is timed.
 from __future__ import annotations
 
 import argparse
+import logging
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,9 @@ _REST_SECONDS = 0.03
 class _Attention(torch.nn.Module):
     """The operator, as a model."""
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
-        return na2d(query, key, value, PROBLEM.kernel_size)
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = na2d(query, key, value, PROBLEM.kernel_size)
+        return output
 
 
 class _MaskedAttention(torch.nn.Module):
@@ -59,7 +62,7 @@ class _MaskedAttention(torch.nn.Module):
 class _Nothing(torch.nn.Module):
     """What is left of a session's run without attention."""
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return query + 0, key.flatten()[:1] + value.flatten()[:1]
 
 
@@ -79,7 +82,11 @@ def run(options: argparse.Namespace) -> None:
     about = f"{PROBLEM}, {options.threads} threads, ONNX Runtime {onnxruntime.__version__}"
     notes(options).print(about, soft_wrap=True)
     with tempfile.TemporaryDirectory(prefix="na_compiler-bench-") as folder:
-        models = _models(Path(folder))
+        # What torch's exporter says of itself is nothing that a reader of figures can act on.
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            models = _models(Path(folder))
         times = _times(models, Path(folder), options)
         figures = [*_speeds(times), *_memory(models), *_library(Path(folder))]
     if options.json:

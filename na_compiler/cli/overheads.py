@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from na_compiler.cli.timing import Run, interleave, repeated
 from na_compiler.problem import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["measure_overheads"]
 
@@ -40,7 +43,7 @@ def _call() -> float:
     return 1e6 * (min(repeated(lambda: na2d(query, key, value, 3)) for _ in range(20)) - bare)
 
 
-def _kernel(problem: Problem, query: Any, key: Any, value: Any, target: str = "llvm") -> tuple[Any, Any, Any]:
+def _kernel(problem: Problem, query: Tensor, key: Tensor, value: Tensor, target: str = "llvm") -> tuple[Any, Any, Any]:
     """Return a kernel, and what it makes of some tensors."""
     from na_compiler.compiler.kernels import compile as compile_kernel  # noqa: PLC0415
 
