@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from na_compiler import after_torch
 from na_compiler.problem import Problem
+
+if TYPE_CHECKING:  # What `__getattr__` finds; type checkers do not call it.
+    from na_compiler.compiler.bundle import save_bundle
+    from na_compiler.compiler.kernels import compile  # noqa: A004
+    from na_compiler.compiler.spec import KernelSpec
+    from na_compiler.functional import na1d, na2d, na3d
+    from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+    from na_compiler.passes import convert
+    from na_compiler.runtime.bundle import load_bundle
+    from na_compiler.runtime.jit import MissingKernelError, compiling
 
 __all__ = [
     "KernelSpec",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 
+from na_compiler import checks, operands
 from na_compiler.ops.call import call
 from na_compiler.ops.operators import refuse_unless_dense
 from na_compiler.problem import flags_per_axis, ints_per_axis
@@ -100,8 +102,7 @@ def _attention(
     return_lse: bool,
     tuning: dict[str, Any],
 ) -> Any:
-    if tuning:
-        _ignore(rank, tuning)
+    others = _others(rank, tuning) if tuning else ()
     _check_tensors(rank, query=query, key=key, value=value)
     if additional_keys is not None or additional_values is not None:
         given = {"additional_keys": additional_keys, "additional_values": additional_values}
@@ -115,8 +116,26 @@ def _attention(
         _default_scale(query) if scale is None else _checked_scale(scale),
         additional_keys,
         additional_values,
+        *others,
     )
     return result if return_lse else result[0]
+
+
+# Operands that the table has beside those which the signature names, by keyword; each may be left out.
+_OTHERS = tuple(operand for operand in operands.later() if not operand.name.startswith("additional_"))
+
+
+def _others(rank: int, given: dict[str, Any]) -> tuple[Any, ...]:
+    """Take further operands from keyword arguments, in the operator's order; the rest is for tuning."""
+    values = tuple(given.pop(operand.name, operand.default) for operand in _OTHERS)
+    for operand, value in zip(_OTHERS, values, strict=True):
+        if value is not None and operand.role == operands.SCALAR:
+            checks.check_scalar(operand, value)
+        elif value is not None:
+            _check_tensors(rank, **{operand.name: value})
+    if given:
+        _ignore(rank, given)
+    return values
 
 
 def _check_tensors(rank: int, **tensors: Any) -> None:
@@ -137,7 +156,8 @@ def _checked_scale(scale: Any) -> float:
         return scale  # type: ignore[return-value]
     # Where layers of different scales were compiled, Dynamo makes the scale an input, of which it knows no value.
     is_known = not torch.compiler.is_compiling()
-    if not isinstance(scale, float | int) or isinstance(scale, bool) or (is_known and not math.isfinite(scale)):
+    is_number = isinstance(scale, (float, int, numbers.Real))  # NumPy's are only the latter.
+    if not is_number or isinstance(scale, bool) or (is_known and not math.isfinite(scale)):
         raise ValueError(f"scale must be a finite number, got {scale!r}; None is head_dim ** -0.5")
     return float(scale)
 
@@ -161,11 +181,20 @@ def canonical_parameters(rank: int, kernel_size: Any, stride: Any, dilation: Any
         If one is not what it must be.
     """
     return (
-        ints_per_axis("kernel_size", kernel_size, rank),
-        ints_per_axis("stride", 1 if stride is None else stride, rank),
-        ints_per_axis("dilation", 1 if dilation is None else dilation, rank),
+        _ints("kernel_size", kernel_size, rank),
+        _ints("stride", 1 if stride is None else stride, rank),
+        _ints("dilation", 1 if dilation is None else dilation, rank),
         flags_per_axis("is_causal", False if is_causal is None else is_causal, rank),
     )
+
+
+def _ints(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    """Return a parameter with a value for each axis; symbols, of a program whose layout is dynamic, as they are."""
+    axes = (value,) * rank if isinstance(value, torch.SymInt) else value
+    if isinstance(axes, Sequence) and any(isinstance(extent, torch.SymInt) for extent in axes):
+        known = ints_per_axis(name, [1 if isinstance(extent, torch.SymInt) else extent for extent in axes], rank)
+        return tuple(own if isinstance(own, torch.SymInt) else one for own, one in zip(axes, known, strict=True))  # type: ignore[misc]
+    return ints_per_axis(name, value, rank)
 
 
 # Equal keys may differ in type: True == 1, and kernel_size=True is refused.
@@ -182,75 +211,68 @@ def _ignore(rank: int, tuning: dict[str, Any]) -> None:
         _LOG.warning("ignoring %s: kernels are planned for each problem", ", ".join(new))
 
 
+class _Attend(Protocol):
+    """The signature that the functions share, which is NATTEN's."""
+
+    __name__: str
+    __qualname__: str
+
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Ints,
+        stride: Ints | None = 1,
+        dilation: Ints | None = 1,
+        is_causal: Flags | None = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        *,
+        return_lse: Literal[False] = False,
+        **tuning: Any,
+    ) -> Tensor: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Ints,
+        stride: Ints | None = 1,
+        dilation: Ints | None = 1,
+        is_causal: Flags | None = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        *,
+        return_lse: Literal[True],
+        **tuning: Any,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Ints,
+        stride: Ints | None = 1,
+        dilation: Ints | None = 1,
+        is_causal: Flags | None = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        *,
+        return_lse: bool,
+        **tuning: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 _AXES = {1: "X", 2: "X, Y", 3: "X, Y, Z"}
-
-
-def na1d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: Ints,
-    stride: Ints | None = 1,
-    dilation: Ints | None = 1,
-    is_causal: Flags | None = False,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    *,
-    return_lse: bool = False,
-    **tuning: Any,
-) -> Any:
-    """Attend along one axis, each query to its neighborhood."""
-    return _attention(
-        1, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
-        return_lse, tuning,
-    )  # fmt: skip
-
-
-def na2d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: Ints,
-    stride: Ints | None = 1,
-    dilation: Ints | None = 1,
-    is_causal: Flags | None = False,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    *,
-    return_lse: bool = False,
-    **tuning: Any,
-) -> Any:
-    """Attend over two axes, each query to its neighborhood."""
-    return _attention(
-        2, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
-        return_lse, tuning,
-    )  # fmt: skip
-
-
-def na3d(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: Ints,
-    stride: Ints | None = 1,
-    dilation: Ints | None = 1,
-    is_causal: Flags | None = False,
-    scale: float | None = None,
-    additional_keys: Tensor | None = None,
-    additional_values: Tensor | None = None,
-    *,
-    return_lse: bool = False,
-    **tuning: Any,
-) -> Any:
-    """Attend over three axes, each query to its neighborhood."""
-    return _attention(
-        3, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
-        return_lse, tuning,
-    )  # fmt: skip
-
-
+_WORDS = {1: "Attend along one axis", 2: "Attend over two axes", 3: "Attend over three axes"}
+_SIZES = {1: "8", 2: "8, 8", 3: "4, 4, 4"}
 _EXAMPLE = """
     Examples
     --------
@@ -259,7 +281,37 @@ _EXAMPLE = """
     >>> na{rank}d(query, key, value, kernel_size=3).shape
     torch.Size([1, {sizes}, 2, 16])
 """
-for _rank, _function, _sizes in ((1, na1d, "8"), (2, na2d, "8, 8"), (3, na3d, "4, 4, 4")):
-    _function.__doc__ = (
-        f"{_function.__doc__}\n{_PARAMETERS.format(axes=_AXES[_rank])}{_EXAMPLE.format(rank=_rank, sizes=_sizes)}"
+
+
+def _function(rank: int) -> _Attend:
+    """Make the function of a rank."""
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Ints,
+        stride: Ints | None = 1,
+        dilation: Ints | None = 1,
+        is_causal: Flags | None = False,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        *,
+        return_lse: bool = False,
+        **tuning: Any,
+    ) -> Any:
+        return _attention(
+            rank, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
+            additional_values, return_lse, tuning,
+        )  # fmt: skip
+
+    attend.__name__ = attend.__qualname__ = f"na{rank}d"
+    attend.__doc__ = (
+        f"{_WORDS[rank]}, each query to its neighborhood.\n{_PARAMETERS.format(axes=_AXES[rank])}"
+        f"{_EXAMPLE.format(rank=rank, sizes=_SIZES[rank])}"
     )
+    return attend
+
+
+na1d, na2d, na3d = map(_function, (1, 2, 3))

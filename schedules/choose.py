@@ -93,7 +93,12 @@ def _first(problem: Problem, target: Target, direction: str) -> tuple[Family, li
     reasons: list[str] = []
     for family in map(_load, FAMILIES):
         if family.is_for(target):
-            reason = family.refusal(problem, target, direction)
+            unknown = sorted(set(problem.operands) - family.operands)
+            reason = (
+                f"{family.name} has no kernels with {', '.join(unknown)}."
+                if unknown
+                else family.refusal(problem, target, direction)
+            )
             if reason is None:
                 return family, reasons
             reasons.append(reason)

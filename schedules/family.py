@@ -64,9 +64,13 @@ class Family(ABC):
     ----------
     name
         That of its folder, and what its configs say as `Config.family`.
+    operands
+        Optional operands of `na_compiler.operands`, beside the additional keys and values, that its kernels take. A
+        problem with any other is not put to it.
     """
 
     name: str
+    operands: frozenset[str] = frozenset()
 
     @abstractmethod
     def is_for(self, target: Target) -> bool:

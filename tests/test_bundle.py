@@ -1,7 +1,10 @@
 """`save_bundle` and `load_bundle`: kernels in a folder, for machines without a compiler."""
 
+import contextvars
 import json
+import queue
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import na_compiler
 from na_compiler import KernelSpec, Problem, cli, load_bundle, save_bundle
 from na_compiler.runtime import bundle as bundle_module
 from na_compiler.runtime.folders import runtime_library
+from na_compiler.runtime.jit import is_compiling_allowed
 
 PROBLEM = Problem((5, 6), 2, 8, 3)
 OTHER = Problem(20, 2, 8, 5, additional_kv=True)
@@ -259,6 +263,46 @@ def test_compiling_is_switched_off_in_a_block(monkeypatch, tmp_path):
     monkeypatch.setenv("NA_COMPILER_JIT", "perhaps")
     with pytest.raises(ValueError, match="NA_COMPILER_JIT must be 0 or 1, got 'perhaps'"):
         na_compiler.compile(Problem(25, 3, 8, 7))
+
+
+def test_compiling_is_switched_off_in_all_threads(monkeypatch, tmp_path):
+    """Those that the block did not start: autograd's run backwards, and were there before."""
+    monkeypatch.setenv("NA_COMPILER_CACHE", str(tmp_path))
+    asked, answers = queue.Queue(), queue.Queue()
+
+    def answer():
+        for allowed in iter(asked.get, "end"):
+            if allowed is None:
+                answers.put(is_compiling_allowed())
+            else:
+                with na_compiler.compiling(allowed):
+                    answers.put(is_compiling_allowed())
+
+    def elsewhere(allowed=None):
+        asked.put(allowed)
+        return answers.get(timeout=60)
+
+    other = threading.Thread(target=answer)
+    other.start()
+    try:
+        assert elsewhere()
+        with na_compiler.compiling(False):
+            assert not elsewhere()
+            assert elsewhere(True)  # Its own block.
+            with na_compiler.compiling(True):
+                assert is_compiling_allowed()
+                assert not elsewhere()  # One of the two forbids it.
+            assert not is_compiling_allowed()
+            context = contextvars.copy_context()
+        assert elsewhere()
+        assert context.run(is_compiling_allowed)  # A task that outlives the block.
+        with na_compiler.compiling(True):
+            monkeypatch.setenv("NA_COMPILER_JIT", "0")
+            assert elsewhere()
+        assert not elsewhere()
+    finally:
+        asked.put("end")
+        other.join()
 
 
 def test_brings_tvms_runtime(tmp_path, seed):

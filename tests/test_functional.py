@@ -1,8 +1,11 @@
 """`na_compiler.functional`: the functions that people call, and everything that they refuse."""
 
+import fractions
 import inspect
 import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracle import check_forward, draw
@@ -54,6 +57,44 @@ def test_scale_is_taken_as_it_is(scale, seed):
     example = draw(Problem((5, 6), 1, 8, 3), scale=scale)
     output, lse = na2d(*example.inputs, 3, scale=scale, return_lse=True)
     check_forward(example, output, lse)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.25), np.float64(0.25), np.int64(2), fractions.Fraction(1, 4)])
+def test_numbers_of_other_libraries(scale, seed):
+    query = torch.randn(1, 5, 6, 1, 8)
+    assert torch.equal(na2d(query, query, query, 3, scale=scale), na2d(query, query, query, 3, scale=float(scale)))
+
+
+@pytest.mark.full
+def test_types_of_the_results(tmp_path, monkeypatch):
+    """What is returned depends on return_lse, and type checkers know it."""
+    mypy = pytest.importorskip("mypy.api")
+    file = tmp_path / "use.py"
+    file.write_text(TYPED)
+    root = Path(functional.__file__).parents[1]
+    monkeypatch.setenv("MYPYPATH", str(root))
+    monkeypatch.chdir(tmp_path)
+    options = ["--strict", "--follow-imports=silent", "--cache-dir", str(root / ".mypy_cache"), str(file)]
+    said, errors, status = mypy.run(options)
+    assert status == 0, said + errors
+
+
+TYPED = """
+import torch
+from na_compiler import na1d, na2d, na3d
+
+query = torch.empty(1)
+output: torch.Tensor = na1d(query, query, query, 3)
+again: torch.Tensor = na2d(query, query, query, 3, return_lse=False)
+both: tuple[torch.Tensor, torch.Tensor] = na3d(query, query, query, (3, 4, 5), is_causal=True, return_lse=True)
+
+
+def either(flag: bool) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return na2d(query, query, query, 3, return_lse=flag)
+
+
+na1d(query, query, query, 3, return_lse=True).shape  # type: ignore[attr-defined]
+"""
 
 
 def test_empty_batch(seed):

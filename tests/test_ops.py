@@ -214,6 +214,13 @@ class TestVmap:
         mapped = torch.vmap(torch.vmap(lambda q: na2d(q, q, q, 3)))(x)
         torch.testing.assert_close(mapped[1, 2], na2d(x[1, 2], x[1, 2], x[1, 2], 3))
 
+    def test_over_nothing(self, seed):
+        x = torch.randn(0, 2, 6, 9, 2, 8)
+        for mode in MODES:
+            with mode():
+                assert torch.vmap(lambda q: na2d(q, q, q, 3))(x).shape == x.shape
+        assert torch.vmap(torch.func.grad(lambda q: na2d(q, q, q, 3).sum()))(x).shape == x.shape
+
 
 class TestFunctionalTransforms:
     """`torch.func`, against the same in plain autograd."""
@@ -273,6 +280,14 @@ class TestFunctionalTransforms:
         expected = torch.func.grad(lambda x: na2d(x, x, x, 3).square().sum())(x)
         assert grad.dtype == torch.float32
         assert error(grad, expected) < 2e-2
+
+    def test_compiled(self, seed):
+        x = torch.randn(1, 6, 9, 2, 8)
+        compiled = torch.compile(torch.func.grad(self.loss), fullgraph=True, backend="aot_eager")
+        assert error(compiled(x), self.gradient(x)) < 1e-6
+        each = torch.compile(torch.vmap(torch.func.grad(self.loss)), fullgraph=True, backend="aot_eager")
+        samples = torch.stack([x, 2 * x])
+        assert error(each(samples), torch.stack([self.gradient(x), self.gradient(2 * x)])) < 1e-6
 
     def test_second_derivatives_are_refused(self, seed):
         x = torch.randn(1, 4, 1, 2)
@@ -398,6 +413,42 @@ class TestCompile:
             torch.compile(lambda q: na2d(q, q, q, 7), fullgraph=True)(query)
 
 
+class TestTracing:
+    """By what is older than torch.export: `torch.jit.trace`, the exporter before, counters that are made of it."""
+
+    class Attend(torch.nn.Module):
+        def forward(self, x):
+            return na2d(x, x, 2 * x, (3, 4), is_causal=(True, False))
+
+    def test_jit(self, seed):
+        traced = torch.jit.trace(self.Attend(), torch.randn(1, 6, 9, 2, 8))
+        x = torch.randn(3, 6, 9, 2, 8)
+        assert torch.equal(traced(x), self.Attend()(x))
+        # What counters of operations look for.
+        kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+        assert kinds.count("na_compiler::na2d") == 1
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_exporter_before(self, seed):
+        import onnx
+
+        file = io.BytesIO()
+        kinds = torch.onnx.OperatorExportTypes
+        torch.onnx.export(
+            self.Attend(), (torch.randn(1, 6, 9, 2, 8),), file, dynamo=False,
+            operator_export_type=kinds.ONNX_FALLTHROUGH,
+        )  # fmt: skip
+        nodes = onnx.load_from_string(file.getvalue()).graph.node
+        assert [node.op_type for node in nodes if node.domain == "na_compiler"] == ["na2d"]
+
+
+class Whole(torch.nn.Module):
+    """Attends with a window as large as the layout allows."""
+
+    def forward(self, x):
+        return na2d(x, x, x, kernel_size=(min(7, x.shape[1]), 3))
+
+
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -437,6 +488,21 @@ class TestExport:
         command = [sys.executable, "-c", LOAD, str(tmp_path / "net.pt2"), str(tmp_path / "cases.pt")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.stdout.strip().endswith("ok"), done.stderr
+
+    def test_a_kernel_size_that_depends_on_the_layout(self, seed, tmp_path):
+        dims = {1: torch.export.Dim("x", min=2, max=40)}
+        program = torch.export.export(Whole(), (torch.randn(1, 8, 9, 2, 8),), dynamic_shapes=(dims,))
+        torch.export.save(program, tmp_path / "whole.pt2")
+        loaded = torch.export.load(tmp_path / "whole.pt2")
+        compiled = torch.compile(Whole(), fullgraph=True, dynamic=True, backend="aot_eager")
+        for tokens in (5, 8, 12):
+            x = torch.randn(1, tokens, 9, 2, 8)
+            expected = Whole()(x)
+            for module in (program.module(), loaded.module(), compiled):
+                assert torch.equal(module(x), expected)
+        for tokens, window in ((5, 5), (12, 7)):
+            (site,) = na_compiler.passes.collect(program, [{"x": (1, tokens, 9, 2, 8)}])
+            assert site.problem.kernel_size == (window, 3)
 
     def test_decompositions_keep_the_operator(self, seed):
         program = torch.export.export(Net(), (torch.randn(2, 7, 8, 16),)).run_decompositions()

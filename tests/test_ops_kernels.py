@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import logging
 import threading
 
@@ -153,3 +154,75 @@ def test_two_python_threads_at_once_find_one_kernel(seed):
         thread.join()
     assert len(results) == 4
     assert all(error(result, expected) < 1e-5 for result in results)
+
+
+class TestChecks:
+    """What is refused is refused whatever ran before, with one message."""
+
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    def test_dtypes_of_additional_tensors(self, mode, seed):
+        query, extra = torch.randn(1, 6, 9, 2, 8), torch.randn(1, 5, 2, 8)
+        with mode():
+            for _ in range(2):
+                na2d(query, query, query, 3, additional_keys=extra, additional_values=extra)
+                for given in ((extra.half(), extra), (extra, extra.half()), (extra.double(), extra.double())):
+                    with pytest.raises(ValueError, match="must have query's dtype"):
+                        na2d(query, query, query, 3, additional_keys=given[0], additional_values=given[1])
+
+    def test_ranks(self, seed):
+        query = torch.randn(1, 6, 9, 2, 8)
+        parameters = ([3, 3], [1, 1], [1, 1], [0, 0], 0.3)
+        for _ in range(2):
+            OPS.na2d(query, query, query, *parameters)
+            for operator in (OPS.na1d, OPS.na3d):
+                with pytest.raises(ValueError, match=r"query must have [46] dimensions for na[13]d"):
+                    operator(query, query, query, *parameters)
+
+    def test_flags(self, seed):
+        query = torch.randn(1, 6, 9, 2, 8)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"is_causal must be 0 or 1 for each axis, got \[2, 0\]"):
+                OPS.na2d(query, query, query, [3, 3], [1, 1], [1, 1], [2, 0], 0.3)
+
+    @pytest.mark.parametrize("place", range(7))
+    def test_tensors_of_a_backward(self, place, seed):
+        """Shapes and dtypes, of which only query, key and value say which kernel it is."""
+        query = torch.randn(1, 6, 9, 2, 8)
+        output, lse = na2d(query, query, query, 3, return_lse=True)
+        tensors = [output, lse, query, query, query, output, lse]
+        parameters = ([3, 3], [1, 1], [1, 1], [0, 0], 0.3)
+        for _ in range(2):
+            OPS.na2d_backward(*tensors, *parameters)
+            for wrong in (tensors[place].double(), tensors[place][:, :5]):
+                given = [wrong if i == place else tensor for i, tensor in enumerate(tensors)]
+                with pytest.raises(ValueError, match="must"):
+                    OPS.na2d_backward(*given, *parameters)
+
+
+def test_no_tensor_is_kept(seed):
+    """One that was made in a user's call may belong to a CUDA graph, which frees it."""
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            return [value]
+        parts = [getattr(value, name) for name in getattr(value, "__slots__", ())]
+        parts += value if isinstance(value, list | tuple) else []
+        parts += [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        parts += vars(value).values() if dataclasses.is_dataclass(value) and hasattr(value, "__dict__") else []
+        return [tensor for part in parts for tensor in tensors(part)]
+
+    table = na_compiler.ops.kernels._kernels
+    table.clear()
+    query = torch.randn(1, 6, 9, 2, 8, requires_grad=True)
+    before = count_tensors()
+    na2d(query, query, query, 3, additional_keys=query[:, 0], additional_values=query[:, 0]).sum().backward()
+    query.grad = None
+    assert len(table) == 2
+    assert not tensors([*table, *table.values()])
+    assert count_tensors() == before
+
+
+def count_tensors():
+    """Return how many tensors there are in the process."""
+    gc.collect()
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
+from na_compiler import operands
 from na_compiler.cli.output import Commands, add_json, counted, print_json, print_line
 from na_compiler.cli.table import print_rows, rows
 from na_compiler.compiler.bundle import check_place, save_bundle
@@ -77,6 +78,10 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads-kv", type=int, help="heads of keys and values (default: as many)")
     parser.add_argument("--head-dim-v", type=int, help="length of a value (default: the same)")
     parser.add_argument("--additional-kv", action="store_true", help="there are additional keys")
+    parser.add_argument(
+        "--operand", action="append", default=[], metavar="NAME",
+        help="a further operand that there is; again for several" if operands.options()[1:] else argparse.SUPPRESS,
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tensors (default: float32)")
 
 
@@ -167,6 +172,7 @@ def problem_of(options: argparse.Namespace) -> Problem:
         head_dim_v=options.head_dim_v,
         additional_kv=options.additional_kv,
         dtype=options.dtype,
+        operands=options.operand,
     )
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from na_compiler.onnx import schema  # noqa: F401  (shape inference needs the schemas)
-from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, OPERATORS, Signature
+from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, INPUTS, OPERATORS, Signature
 from na_compiler.problem import Problem
 
 __all__ = ["attention_nodes", "load", "node_signature", "problems"]
@@ -47,15 +47,17 @@ def node_signature(node: ir.Node) -> Signature:
         If only one of the additional inputs is there.
     """
     inputs = list(node.inputs)
-    while len(inputs) > 3 and inputs[-1] is None:
-        inputs.pop()
-    if len(inputs) == 4 or (len(inputs) == 5 and inputs[3] is None):
-        missing = "additional_values" if len(inputs) == 4 else "additional_keys"
-        raise ValueError(
-            f"node {node.name!r}: additional_keys and additional_values come together, {missing} is missing"
-        )
+    if any(value is not None for value in inputs[len(INPUTS) :]):
+        raise ValueError(f"node {node.name!r}: {node.op_type} takes {len(INPUTS)} inputs, got {len(inputs)}")
+    # Query, key and value are there whatever is known of them.
+    named = enumerate(zip(INPUTS, inputs, strict=False))
+    given = {name: value for i, (name, value) in named if i < 3 or value is not None}
+    pair = ("additional_keys", "additional_values")
+    if len(missing := [name for name in pair if name not in given]) == 1:
+        raise ValueError(f"node {node.name!r}: {' and '.join(pair)} come together, {missing[0]} is missing")
     attributes = {name: _value(node.attributes[name]) for name in ATTRIBUTES if name in node.attributes}
-    return Signature(node.op_type, tuple(map(_shape, inputs)), tuple(map(_dtype, inputs)), attributes)
+    values = given.values()
+    return Signature(node.op_type, tuple(map(_shape, values)), tuple(map(_dtype, values)), attributes, tuple(given))
 
 
 def problems(model: Source) -> dict[Problem, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 from onnx.defs import OpSchema
 
+from na_compiler import operands
 from na_compiler.onnx.signature import (
     ATTRIBUTES,
     DOMAIN,
@@ -19,28 +20,24 @@ from na_compiler.onnx.signature import (
     Signature,
     default_attribute,
 )
+from na_compiler.operands import PARAMETERS, SAME, Operand
 
 __all__ = ["register_schemas", "schema"]
 
 _AXES = {1: "X", 2: "X, Y", 3: "X, Y, Z"}
-_DESCRIPTIONS = {
-    "query": "[batch, {axes}, heads, head_dim].",
-    "key": "[batch, {axes}, heads_kv, head_dim]; heads is a multiple of heads_kv.",
-    "value": "[batch, {axes}, heads_kv, head_dim_v].",
-    "additional_keys": "[batch, additional, heads_kv, head_dim]: seen by every query beside its window.",
-    "additional_values": "[batch, additional, heads_kv, head_dim_v]; there if and only if additional_keys is.",
-    "output": "[batch, {axes}, heads, head_dim_v].",
-    "lse": "[batch, {axes}, heads]: natural logarithm of the sum of exponentials of the scaled scores.",
+_PARAMETERS = {
     "kernel_size": "Window along each axis in tokens of a dilation group, at least 1; times dilation at most the axis.",
     "stride": "Queries along each axis that share one window, in [1, kernel_size].",
     "dilation": "Distance between neighbors along each axis, at least 1.",
     "is_causal": "For each axis 1 if a query sees no key after itself, else 0.",
-    "scale": "Of the scores. Default: 1 / sqrt(head_dim). 0 is 0.",
 }
+# Of operands whose type is not the model's.
+_TYPES = {"float32": "tensor(float)", "bool": "tensor(bool)", "int64": "tensor(int64)"}
 _ELEMENT_TYPES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.BOOL: "bool",
 }
 
 
@@ -59,24 +56,16 @@ def schema(operator: str) -> OpSchema:
     ['query', 'key', 'value', 'additional_keys', 'additional_values']
     """
     rank = OPERATORS[operator]
-    text = {name: description.format(axes=_AXES[rank]) for name, description in _DESCRIPTIONS.items()}
-    optional = OpSchema.FormalParameterOption.Optional
-    single = OpSchema.FormalParameterOption.Single
     made = OpSchema(
         operator,
         DOMAIN,
         VERSION,
         doc=f"Neighborhood attention over {rank} ax{'es' if rank > 1 else 'is'}; see docs/onnx-operators.md.",
-        inputs=[
-            OpSchema.FormalParameter(name, "T", text[name], param_option=optional if i >= 3 else single)
-            for i, name in enumerate(INPUTS)
-        ],
-        outputs=[
-            OpSchema.FormalParameter("output", "T", text["output"]),
-            OpSchema.FormalParameter("lse", "tensor(float)", text["lse"], param_option=optional),
-        ],
+        inputs=[_parameter(operand, rank) for operand in operands.inputs()],
+        # All but the first may be left out.
+        outputs=[_parameter(operand, rank, optional=i > 0) for i, operand in enumerate(operands.outputs())],
         type_constraints=[("T", list(DTYPES.values()), "Of query, key, value and output.")],
-        attributes=[_attribute(name, rank, text[name]) for name in ATTRIBUTES],
+        attributes=[*(_attribute(name, rank) for name in PARAMETERS), *map(_number, operands.scalars())],
     )
     made.set_type_and_shape_inference_function(functools.partial(_infer, operator))
     return made
@@ -89,27 +78,46 @@ def register_schemas() -> None:
             onnx.defs.register_schema(schema(operator))
 
 
-def _attribute(name: str, rank: int, description: str) -> OpSchema.Attribute:
-    if name == "scale":
-        return OpSchema.Attribute(name, OpSchema.AttrType.FLOAT, description, required=False)
+def _parameter(operand: Operand, rank: int, *, optional: bool = False) -> OpSchema.FormalParameter:
+    kinds = OpSchema.FormalParameterOption
+    shape = ", ".join(_AXES[rank] if term == "layout" else term for term in operand.shape)
+    return OpSchema.FormalParameter(
+        operand.name,
+        "T" if operand.dtype == SAME else _TYPES[operand.dtype],
+        f"[{shape}]{': ' if operand.text else ''}{operand.text}.",
+        param_option=kinds.Optional if optional or operand.is_later else kinds.Single,
+    )
+
+
+def _attribute(name: str, rank: int) -> OpSchema.Attribute:
     if name == "kernel_size":
-        return OpSchema.Attribute(name, OpSchema.AttrType.INTS, description, required=True)
-    return OpSchema.Attribute(name, onnx.helper.make_attribute(name, default_attribute(name, rank)), description)
+        return OpSchema.Attribute(name, OpSchema.AttrType.INTS, _PARAMETERS[name], required=True)
+    return OpSchema.Attribute(name, onnx.helper.make_attribute(name, default_attribute(name, rank)), _PARAMETERS[name])
+
+
+def _number(operand: Operand) -> OpSchema.Attribute:
+    text = f"{operand.text[:1].upper()}{operand.text[1:]}."
+    if operand.default is not None:
+        return OpSchema.Attribute(operand.name, onnx.helper.make_attribute(operand.name, operand.default), text)
+    kind = OpSchema.AttrType.INT if operand.dtype == "int64" else OpSchema.AttrType.FLOAT
+    return OpSchema.Attribute(operand.name, kind, text, required=False)
 
 
 def _infer(operator: str, context: Any) -> None:
     """Infer types and shapes of a node's outputs, or refuse the node."""
     types = [context.get_input_type(i) if context.has_input(i) else None for i in range(context.get_num_inputs())]
-    # An input whose type is not known looks like one that is absent. These two change nothing about the outputs.
-    if not any(types[3:]):
-        types = types[:3]
+    # An input whose type is not known looks like one that is absent. What may be left out changes no output's shape.
+    options = [operand.option for operand in operands.inputs()]
+    there = {None, *(option for option, type_ in zip(options, types, strict=False) if type_ is not None)}
+    given = [i for i in range(len(types)) if options[i] in there]
     attributes = {name: context.get_attribute(name) for name in ATTRIBUTES}
     try:
         signature = Signature(
             operator,
-            tuple(map(_sizes, types)),
-            tuple(map(_dtype, types)),
+            tuple(_sizes(types[i]) for i in given),
+            tuple(_dtype(types[i]) for i in given),
             {name: onnx.helper.get_attribute_value(a) for name, a in attributes.items() if a is not None},
+            tuple(INPUTS[i] for i in given),
         )
         signature.problem()
     except (TypeError, ValueError) as error:

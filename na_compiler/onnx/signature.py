@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from na_compiler import operands
+from na_compiler.operands import PARAMETERS, SAME, Operand
 from na_compiler.problem import Problem, shown
 
 __all__ = [
@@ -30,9 +32,12 @@ DOMAIN = "na_compiler"
 VERSION = 1
 # Operator to the rank of its layout.
 OPERATORS = {"NA1D": 1, "NA2D": 2, "NA3D": 3}
-INPUTS = ("query", "key", "value", "additional_keys", "additional_values")
-OUTPUTS = ("output", "lse")
-ATTRIBUTES = ("kernel_size", "stride", "dilation", "is_causal", "scale")
+# As in `na_compiler.operands`: numbers are attributes, and what is later may be left out.
+INPUTS = tuple(operand.name for operand in operands.inputs())
+OUTPUTS = tuple(operand.name for operand in operands.outputs())
+ATTRIBUTES = (*PARAMETERS, *(operand.name for operand in operands.scalars()))
+_OPERANDS = {operand.name: operand for operand in operands.TABLE}
+_REQUIRED = sum(not operand.is_later for operand in operands.inputs())
 # Problem's name of a dtype to ONNX's of a tensor of it.
 DTYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 
@@ -70,12 +75,19 @@ class Signature:
         Of the inputs, as `Problem` names them; ``None`` where it is not known.
     attributes
         As the node has them.
+    names
+        Of the inputs, where it is not the first ones that there are.
     """
 
     operator: str
     shapes: tuple[Shape | None, ...]
     dtypes: tuple[str | None, ...]
     attributes: Mapping[str, Any]
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            object.__setattr__(self, "names", INPUTS[: len(self.shapes)])
 
     @property
     def rank(self) -> int:
@@ -92,18 +104,23 @@ class Signature:
         ValueError
             If attributes and inputs do not fit each other, whatever the sizes are that are not known.
         """
-        shapes = self._check_inputs()
-        known = all(None not in (shape or (None,))[1:] for shape in shapes[:3])
+        self._check_inputs()
+        shapes = dict(zip(self.names, self.shapes, strict=True))
+        known = all(None not in (shapes[name] or (None,))[1:] for name in INPUTS[:_REQUIRED])
         parameters = self._parameters()
-        stand_ins = _complete(self.rank, shapes, parameters["kernel_size"], parameters["dilation"])
+        stand_ins = _complete(self.rank, shapes, parameters)
         dtype = next((dtype for dtype in self.dtypes if dtype is not None), "float32")
-        tensors = [
-            SimpleNamespace(shape=shape, dtype=own or dtype, device="one")
-            for shape, own in zip(stand_ins, self.dtypes, strict=True)
-        ]
-        named: dict[str, Any] = {**dict(zip(INPUTS, tensors, strict=False)), **parameters}
-        problem = Problem.of_tensors(**named)
-        if problem.additional_kv and stand_ins[3][1] == 0 and (shapes[3] or (0, 1))[1] == 0:
+        tensors = {
+            name: SimpleNamespace(
+                shape=stand_ins[name],
+                dtype=own or (dtype if _OPERANDS[name].dtype == SAME else _OPERANDS[name].dtype),
+                device="one",
+            )
+            for name, own in zip(self.names, self.dtypes, strict=True)
+        }
+        numbers = {name: self.attributes.get(name) for name in ATTRIBUTES if _is_later_number(name)}
+        problem = Problem.of_tensors(**tensors, **parameters, **numbers)
+        if problem.additional_kv and stand_ins["additional_keys"][1] == 0:
             problem = problem.replace(additional_kv=False)
         return problem if known else None
 
@@ -115,27 +132,31 @@ class Signature:
         head_dims = [shape[-1] for shape in self.shapes[:2] if shape]
         return next((float(dim) ** -0.5 for dim in head_dims if dim is not None), None)
 
-    def _check_inputs(self) -> list[Shape | None]:
-        if len(self.shapes) not in {3, 5} or len(self.shapes) != len(self.dtypes):
+    def _check_inputs(self) -> None:
+        count = len(self.names)
+        pair = {"additional_keys", "additional_values"}
+        if len(self.shapes) != count or len(self.dtypes) != count or len(pair & set(self.names)) == 1:
             raise ValueError(
                 f"{self.operator} takes 3 inputs (query, key, value) or 5 (and additional_keys, additional_values), "
                 f"got {len(self.shapes)}"
             )
-        for name, shape, dtype in zip(INPUTS, self.shapes, self.dtypes, strict=False):
-            rank = 4 if name.startswith("additional") else self.rank + 3
-            if shape is not None and len(shape) != rank:
-                axes = "additional" if rank == 4 and name.startswith("additional") else ", ".join("XYZ"[: self.rank])
+        for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True):
+            operand = _OPERANDS[name]
+            terms = _terms(operand, self.rank)
+            if shape is not None and len(shape) != len(terms):
+                described = ["width" if term.startswith("head_dim") else term for term in terms]
+                described = ["heads" if term == "heads_kv" else term for term in described]
+                described = ["XYZ"[int(term[-1])] if term.startswith("layout") else term for term in described]
                 raise ValueError(
-                    f"{name} must have {rank} dimensions for {self.operator}, [batch, {axes}, heads, width], "
+                    f"{name} must have {len(terms)} dimensions for {self.operator}, [{', '.join(described)}], "
                     f"got {len(shape)}"
                 )
-            if dtype is not None and dtype not in DTYPES:
+            if dtype is not None and operand.dtype == SAME and dtype not in DTYPES:
                 raise ValueError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype}")
-        return list(self.shapes)
 
     def _parameters(self) -> dict[str, Any]:
         parameters: dict[str, Any] = {}
-        for name in ATTRIBUTES[:4]:
+        for name in PARAMETERS:
             value = self.attributes.get(name)
             if value is None:
                 if name == "kernel_size":
@@ -156,28 +177,40 @@ class Signature:
         return parameters
 
 
-def _complete(rank: int, shapes: list[Shape | None], kernel_size: Any, dilation: Any) -> list[tuple[int, ...]]:
-    """Return shapes in which what is not known is what it must be for the rest to fit, or else something that fits."""
-    full: list[list[Size]] = [
-        list(shape) if shape is not None else [None] * (4 if i >= 3 else rank + 3) for i, shape in enumerate(shapes)
+def _is_later_number(name: str) -> bool:
+    return name in _OPERANDS and _OPERANDS[name].is_later
+
+
+def _terms(operand: Operand, rank: int) -> list[str]:
+    """Return the terms of a shape, an axis each."""
+    axes = {"layout", "offsets"}
+    return [
+        name
+        for term in operand.shape
+        for name in ([f"{term}{axis}" for axis in range(rank)] if term in axes else [term])
     ]
-    layout = range(1, rank + 1)
-    # Sizes that are one and the same: places (input, axis), and what to take where none of them is known.
-    same: list[tuple[list[tuple[int, int]], int]] = [([(i, 0) for i in range(len(full))], 1)]
-    for axis in layout:
-        window = [kernel_size[axis - 1], dilation[axis - 1]] if len(kernel_size) == len(dilation) == rank else [1]
+
+
+def _complete(rank: int, shapes: dict[str, Shape | None], parameters: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return shapes in which what is not known is what it must be for the rest to fit, or else something that fits."""
+    terms = {name: _terms(_OPERANDS[name], rank) for name in shapes}
+    known: dict[str, int] = {}
+    for name, shape in shapes.items():
+        for term, size in zip(terms[name], shape or [None] * len(terms[name]), strict=True):
+            if size is not None:
+                known.setdefault(term, size)
+    kernel_size, dilation = parameters["kernel_size"], parameters["dilation"]
+    is_whole = len(kernel_size) == len(dilation) == rank
+    for axis in range(rank):
+        window = [kernel_size[axis], dilation[axis]] if is_whole else [1]
         fits = math.prod(extent for extent in window if isinstance(extent, int))
-        same.append(([(i, axis) for i in range(3)], max(fits, 1)))
-    heads, heads_kv = full[0][-2], next((shape[-2] for shape in full[1:] if shape[-2] is not None), None)
-    same.append(([(0, -2)], heads_kv or 1))
-    same.append(([(i, -2) for i in range(1, len(full))], heads or 1))
-    same.append(([(0, -1), (1, -1), *([(3, -1)] if len(full) == 5 else [])], 1))
-    same.append(([(2, -1), *([(4, -1)] if len(full) == 5 else [])], 1))
-    if len(full) == 5:
-        same.append(([(3, 1), (4, 1)], 1))
-    for places, otherwise in same:
-        given = next((size for i, axis in places if (size := full[i][axis]) is not None), otherwise)
-        for i, axis in places:
-            if full[i][axis] is None:
-                full[i][axis] = given
-    return [tuple(size for size in shape if size is not None) for shape in full]
+        known.setdefault(f"layout{axis}", max(fits, 1))
+        known.setdefault(f"offsets{axis}", 2 * window[0] - 1 if isinstance(window[0], int) else 1)
+    known.setdefault("heads", known.get("heads_kv", 1))
+    known.setdefault("heads_kv", known["heads"])
+    result: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        own = shape or [None] * len(terms[name])
+        sizes = zip(terms[name], own, strict=True)
+        result[name] = tuple(known.setdefault(term, 1) if size is None else size for term, size in sizes)
+    return result

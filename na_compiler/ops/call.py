@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from na_compiler.ops.kernels import backward, forward, on_cuda
-from na_compiler.ops.operators import OPERATORS, cast, differentiate, save_for_backward
+from na_compiler.ops.operators import OPERATORS, differentiate, save_for_backward
 
 __all__ = ["PLAIN", "call"]
 
@@ -41,18 +41,10 @@ PLAIN = frozenset(
 
 def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Call the operator of a rank; or its implementation, where nothing in between has anything to do."""
-    if not torch.compiler.is_compiling():
-        if _is_plain(arguments):
-            if torch.is_grad_enabled() and _is_wanted(arguments):
-                return _Attention.apply(rank, *arguments)  # type: ignore[no-any-return,no-untyped-call]
-            return _run(forward, arguments[0], rank, arguments)  # type: ignore[no-any-return]
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            from na_compiler.ops.func import Attention  # noqa: PLC0415
-
-            device = arguments[0].device.type
-            if torch.is_autocast_enabled(device):  # What is saved for backward has the dtype of the output.
-                arguments = cast(device, arguments)
-            return Attention.apply(rank, *arguments)  # type: ignore[no-any-return,no-untyped-call]
+    if not torch.compiler.is_compiling() and _is_plain(arguments):
+        if torch.is_grad_enabled() and _is_wanted(arguments):
+            return _Attention.apply(rank, *arguments)  # type: ignore[no-any-return,no-untyped-call]
+        return _run(forward, arguments[0], rank, arguments)  # type: ignore[no-any-return]
     return OPERATORS[rank](*arguments)  # type: ignore[no-any-return]
 
 
@@ -95,14 +87,13 @@ class _Attention(torch.autograd.Function):
         """Attend."""
         results: tuple[Tensor, ...] = _run(forward, arguments[0], rank, arguments)
         save_for_backward(ctx, arguments, results)
-        ctx.rank, ctx.count = rank, len(arguments)
+        ctx.rank = rank
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """Return the gradients of all arguments."""
-        gradients = differentiate(functools.partial(_backward, ctx.rank), ctx, *grads)
-        return (None, *gradients[: ctx.count])
+        return (None, *differentiate(functools.partial(_backward, ctx.rank), ctx, *grads))
 
 
 def _backward(rank: int, *arguments: Any) -> Any:

@@ -9,12 +9,11 @@ batching, FLOPs) is registered here, for whatever operands there are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl
+from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
@@ -115,9 +114,10 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep what backward needs of a forward's inputs and outputs."""
-    inputs = FORWARD.complete(inputs)
-    tensors = [inputs[place] for place in _TENSORS]
+    tensors = [inputs[place] if place < len(inputs) else None for place in _TENSORS]
     ctx.save_for_backward(*tensors, *output)
+    ctx.count = len(inputs)
+    inputs = FORWARD.complete(inputs)
     ctx.rest = [None if place in _TENSORS else one for place, one in enumerate(inputs)]
     ctx.set_materialize_grads(False)
 
@@ -125,7 +125,7 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 def differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Return the gradients of a forward's inputs, by what computes the backward operator."""
     if not any(grad is not None for grad in grads):
-        return (None,) * len(FORWARD.names)
+        return (None,) * int(ctx.count)
     *tensors, output, lse = ctx.saved_tensors
     inputs = list(ctx.rest)
     for place, tensor in zip(_TENSORS, tensors, strict=True):
@@ -142,7 +142,7 @@ def differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, 
         if place < len(inputs) and inputs[place] is not None:
             # What all batch entries share has what each adds to its gradient.
             gradients[place] = result if operand.is_batched else result.sum(0).to(inputs[place].dtype)
-    return tuple(gradients)
+    return tuple(gradients[: ctx.count])
 
 
 def differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
@@ -156,13 +156,39 @@ def differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
     raise NotImplementedError("neighborhood attention cannot be differentiated twice")
 
 
-def _refuse_forward_mode(differentiable: Callable[..., Any], keyset: Any, *arguments: Any, **named: Any) -> Any:
-    """Differentiate, or refuse: torch would drop tangents in silence."""
+class _Differentiable(torch.autograd.function._SingleLevelFunction):
+    """An operator with a derivative, at the level of ``torch.func``'s transforms that it is called at, if any.
+
+    torch's own way to give an operator of Python a derivative is a ``torch.autograd.Function``, which refuses such
+    levels. This class is what ``torch.func`` makes of one for each level.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, operator: Any, setup: Any, derivative: Any, *arguments: Any) -> Any:
+        ctx.derivative = derivative
+        with torch._C._AutoDispatchBelowAutograd():
+            results = operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+        setup(ctx, arguments, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None, None, None, None, *ctx.derivative(ctx, *grads))
+
+
+def _autograd(operator: Any, setup: Any, derivative: Any, keyset: Any, *arguments: Any) -> Any:
+    """Call an operator, and note how it is differentiated; torch would drop tangents in silence, which are refused."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if forward_ad._current_level >= 0:
-        for argument in arguments:
-            if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+        for tensor in tensors:
+            if forward_ad.unpack_dual(tensor).tangent is not None:
                 refuse_tangents()
-    return differentiable(keyset, *arguments, **named)
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+        return _Differentiable.apply(  # type: ignore[attr-defined]
+            keyset, operator, setup, derivative, *arguments
+        )
 
 
 def refuse_tangents() -> NoReturn:
@@ -241,8 +267,8 @@ def _register(rank: int) -> Any:
         torch.library.register_fake(
             f"na_compiler::{name}", (functools.partial(_forward_fake, rank), _backward_fake)[i], lib=_library
         )
-        autograd = make_autograd_impl(operator, Info(derivatives[i], setup[i]))
-        _library.impl(name, functools.partial(_refuse_forward_mode, autograd), "Autograd", with_keyset=True)
+        autograd = functools.partial(_autograd, operator, setup[i], derivatives[i])
+        _library.impl(name, autograd, "Autograd", with_keyset=True)
         torch.library.register_vmap(
             f"na_compiler::{name}", functools.partial(batched, operator, signatures[i]), lib=_library
         )

@@ -19,6 +19,7 @@ from typing import Any
 
 from na_compiler.problem import Problem
 from na_compiler.runtime import folders, threads
+from na_compiler.runtime.jit import command_for
 from na_compiler.runtime.kernel import ABI, Kernel, KernelInfo, make_kernel
 from na_compiler.runtime.library import load_function
 from na_compiler.target import Target
@@ -173,6 +174,7 @@ def read_bundle(folder: str | Path) -> tuple[Bundle, Path | None, Path | None]:
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"no bundle in {folder}: it has no {MANIFEST}")
+    manifest = None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         _check_versions(manifest)
@@ -182,7 +184,7 @@ def read_bundle(folder: str | Path) -> tuple[Bundle, Path | None, Path | None]:
         files = {name: _file(folder, data) for name, data in manifest["files"].items()}
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         reason = f"{MANIFEST} has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"the bundle in {folder} cannot be used: {reason}; make it again with na-compile") from error
+        raise ValueError(f"the bundle in {folder} cannot be used: {reason}; {_again(manifest, folder)}") from error
     return Bundle(folder, entries, manifest["versions"]), files.get("launcher"), files.get("runtime")
 
 
@@ -190,6 +192,21 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     """Return a hash of all that a manifest says."""
     content = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _again(manifest: Any, folder: Path) -> str:
+    """Return how to make a bundle again: by the command of its first kernel, if the manifest says what that is."""
+    try:
+        commands = [
+            command_for(Problem.from_dict(kernel["problem"]), kernel["direction"], kernel["target"], str(folder))
+            for kernel in manifest["kernels"]
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        commands = []
+    if not commands:
+        return "make it again with na-compile"
+    others = f" (and {len(commands) - 1} kernels more: na-compile MODEL finds those of a model)" if commands[1:] else ""
+    return f"make it again with:  {commands[0]}{others}"
 
 
 def _check_versions(manifest: Mapping[str, Any]) -> None:

@@ -11,7 +11,18 @@ from na_compiler.problem import Problem
 
 __all__ = ["MissingKernelError", "command_for", "compiling", "is_compiling_allowed"]
 
-_allowed: ContextVar[bool | None] = ContextVar("na_compiler_compiling", default=None)
+
+class _Block:
+    """A block of `compiling` that is open."""
+
+    def __init__(self, allowed: bool) -> None:
+        self.allowed = allowed
+
+
+# The innermost one of this thread, or of this task; and those of the process. A task that outlives the block in which
+# it was started still has it as its own, though it is open no more.
+_own: ContextVar[_Block | None] = ContextVar("na_compiler_compiling", default=None)
+_open: list[_Block] = []
 _VALUES = {"0": False, "false": False, "off": False, "1": True, "true": True, "on": True, "": True}
 
 
@@ -35,17 +46,26 @@ def compiling(allowed: bool) -> Iterator[None]:
         False makes a kernel that is neither in a bundle nor in the cache an error, `MissingKernelError`, which names
         the command that would add it.
 
+    Notes
+    -----
+    It holds in the whole process while the block lasts: in threads that it did not start as well, such as those in
+    which torch's autograd runs backwards. A thread or task in a block of its own, or started from within one, follows
+    that. Any other may compile if none of the blocks that are open forbids it.
+
     Examples
     --------
     >>> with compiling(False):
     ...     is_compiling_allowed()
     False
     """
-    token = _allowed.set(allowed)
+    block = _Block(allowed)
+    _open.append(block)
+    token = _own.set(block)
     try:
         yield
     finally:
-        _allowed.reset(token)
+        _own.reset(token)
+        _open.remove(block)
 
 
 def is_compiling_allowed() -> bool:
@@ -56,16 +76,18 @@ def is_compiling_allowed() -> bool:
     ValueError
         If the variable is neither 0 nor 1.
     """
-    allowed = _allowed.get()
-    if allowed is not None:
-        return allowed
+    own, blocks = _own.get(), tuple(_open)
+    if own in blocks:
+        return own.allowed
+    if blocks:
+        return all(block.allowed for block in blocks)
     named = os.environ.get("NA_COMPILER_JIT", "")
     if named.lower() not in _VALUES:
         raise ValueError(f"NA_COMPILER_JIT must be 0 or 1, got {named!r}")
     return _VALUES[named.lower()]
 
 
-def command_for(problem: Problem, direction: str, target: str) -> str:
+def command_for(problem: Problem, direction: str, target: str, bundle: str = "BUNDLE") -> str:
     """Return the command that makes a bundle with a kernel."""
 
     def times(values: tuple[int, ...]) -> str:
@@ -84,8 +106,9 @@ def command_for(problem: Problem, direction: str, target: str) -> str:
         words.append("--causal " + "x".join("1" if flag else "0" for flag in problem.is_causal))
     if problem.additional_kv:
         words.append("--additional-kv")
+    words += [f"--operand {name}" for name in problem.operands]
     if problem.dtype != "float32":
         words.append(f"--dtype {problem.dtype}")
     if direction == "backward":
         words.append("--training")
-    return " ".join([*words, f"--target {target}", "-o BUNDLE"])
+    return " ".join([*words, f"--target {target}", f"-o {bundle}"])
