@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import na_compiler
 from na_compiler.cli.output import Commands, add_json, print_json, print_line
@@ -131,10 +131,11 @@ def _said_by(*command: str) -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
-def _with_version(program: str, word: str = "") -> str:
+def _with_version(command: str | Sequence[str], word: str = "") -> str:
     """Return a compiler with the line in which it says its version: the first one, or the first with a word."""
-    lines = _said_by(*shlex.split(program), "--version")
-    return f"{program}: {next((line for line in lines if word in line), 'says no version')}"
+    words = [command] if isinstance(command, str) else command
+    lines = _said_by(*words, "--version")
+    return f"{shlex.join(words)}: {next((line for line in lines if word in line), 'says no version')}"
 
 
 def _c_compiler() -> str:
