@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from na_compiler.compiler import cuda
+from na_compiler.compiler import toolkit
 
 
 def _has_nvcc() -> bool:
     try:
-        cuda.find_toolkit()
+        toolkit.find_toolkit()
     except RuntimeError:
         return False
     return True

@@ -10,7 +10,8 @@ from nvcc import needs_nvcc
 from processes import run_python
 
 import na_compiler
-from na_compiler.compiler import cuda
+from na_compiler.compiler import cuda, toolkit
+from na_compiler.compiler.nvcc import check_library
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 
@@ -26,7 +27,7 @@ def test_builds_machine_code_and_refuses_to_call_it_here(target, direction, tmp_
     kernel = na_compiler.compile(PROBLEM, target, direction)
     libraries = list((tmp_path / "kernels").glob("*/kernel.so"))
     assert len(libraries) == 1
-    cuda.check_library(libraries[0])
+    check_library(libraries[0])
     tensors = torch.zeros(3, 1, 9, 10, 2, 32)
     with pytest.raises(RuntimeError, match=f"compiled for {target}, which this machine cannot run"):
         kernel(*tensors, *tensors)
@@ -57,28 +58,26 @@ def test_another_process_finds_it_without_tvm_nvcc_or_a_driver(tmp_path, monkeyp
 
 
 def test_without_nvcc_there_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(cuda, "_compilers", lambda: iter(()))
-    with pytest.raises(RuntimeError, match=r"needs nvcc, and it is not in CUDA_HOME, on the path or in a package"):
-        cuda.find_toolkit()
+    monkeypatch.setattr(toolkit, "_compilers", lambda: iter(()))
+    with pytest.raises(RuntimeError, match="needs nvcc 13 or later, and it is not in CUDA_HOME, CUDA_PATH, on the"):
+        toolkit.find_toolkit()
 
 
 def test_source_text_is_refused(tmp_path):
     library = tmp_path / "kernel.so"
     library.write_bytes(b'\x7fELF extern "C" __global__ void main_kernel()')
     with pytest.raises(RuntimeError, match="holds CUDA source text instead of machine code"):
-        cuda.check_library(library)
+        check_library(library)
     library.write_bytes(b"\x7fELF" + bytes(100))
     with pytest.raises(RuntimeError, match="holds no machine code for a GPU"):
-        cuda.check_library(library)
+        check_library(library)
 
 
 @needs_nvcc
 def test_what_nvcc_says_is_passed_on(tmp_path, monkeypatch):
     """Its errors, and those of a library that is not what it should be."""
-    broken = tmp_path / "nvcc"
-    broken.write_text("#!/bin/sh\necho 'nvcc fatal: no such thing' >&2\nexit 1\n", encoding="ascii")
-    broken.chmod(0o755)
-    monkeypatch.setattr(cuda, "find_toolkit", lambda: cuda.Toolkit(broken, None))
+    broken = compiler(tmp_path, "13.1.5", "echo 'nvcc fatal: no such thing' >&2\nexit 1")
+    monkeypatch.setattr(toolkit, "_compilers", lambda: iter([broken]))
     with pytest.raises(RuntimeError, match="nvcc fatal: no such thing"):
         cuda.build_library(KernelSpec.make(PROBLEM, "cuda:sm_80"), tmp_path / "kernel.so")
 
@@ -91,11 +90,56 @@ def test_generates_without_nvcc():
 
 
 def test_nvcc_is_taken_from_cuda_home(monkeypatch, tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("")
+    nvcc = compiler(tmp_path / "bin", "13.2.1")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert cuda.find_toolkit().nvcc == nvcc
+    assert toolkit.find_toolkit() == toolkit.Toolkit(nvcc, "13.2.1")
+
+
+@pytest.mark.parametrize(
+    ("version", "told"), [("12.4.131", "is version 12.4.131"), (None, "is of no version that it tells")]
+)
+def test_another_nvcc_is_refused_and_a_later_one_is_looked_for(monkeypatch, tmp_path, version, told):
+    old, new = compiler(tmp_path / "old" / "bin", version), compiler(tmp_path / "new", "14.0.1")
+    monkeypatch.setattr(toolkit, "packaged", lambda path: iter(()))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RuntimeError, match=rf"needs nvcc 13 or later, and {old} {told}; install .*-nvcc==13"):
+        toolkit.find_toolkit()
+    monkeypatch.setenv("PATH", f"{new.parent}:/bin:/usr/bin")
+    assert toolkit.find_toolkit().nvcc == new
+
+
+def test_keys_change_with_nvcc(monkeypatch, tmp_path):
+    """Without any, kernels are found that were compiled with the one that was there before."""
+    monkeypatch.setenv("NA_COMPILER_CACHE", str(tmp_path / "cache"))
+    nvcc = compiler(tmp_path, "13.1.5")
+    monkeypatch.setattr(toolkit, "_compilers", lambda: iter([nvcc] if nvcc.exists() else []))
+
+    def keys():
+        return tuple(KernelSpec.make(PROBLEM, target).key for target in ("cuda:sm_80", "llvm:x86-64-v3"))
+
+    first = keys()
+    (tmp_path / "cache").mkdir()
+    toolkit.remember_version()
+    compiler(tmp_path, "13.1.6")
+    second = keys()
+    assert second[0] != first[0]
+    assert second[1] == first[1], "a CPU's kernels have nothing to do with it"
+    nvcc.unlink()
+    assert keys() == first
+
+
+def compiler(folder, version, what=""):
+    """Write something that says that it is nvcc, of a version."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "nvcc"
+    said = f"Cuda compilation tools, release {version.rpartition('.')[0]}, V{version}" if version else "what?"
+    text = f"#!/bin/sh\nif [ $1 = --version ]; then echo '{said}'; exit; fi\n{what}\n"
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="ascii")
+    path.chmod(0o755)
+    return path
 
 
 @needs_nvcc

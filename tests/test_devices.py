@@ -69,7 +69,7 @@ def test_cpp_says_the_same(tmp_path):
     gpus = [f"cuda:sm_{n}{suffix}" for n in cuda._SHARED_MEMORY for suffix in ("", *(["a"] if n >= 90 else []))]
     (tmp_path / "main.cc").write_text(textwrap.dedent(MAIN))
     source = Path(native.__file__).with_name("devices.cc")
-    command = [cxx_compiler(), "-std=c++17", *native.flags(), str(tmp_path / "main.cc"), str(source), "-ldl"]
+    command = [*cxx_compiler(), "-std=c++17", *native.flags(), str(tmp_path / "main.cc"), str(source), "-ldl"]
     subprocess.run([*command, "-o", str(tmp_path / "main")], check=True)
     asked = [f"cpu {target} {' '.join(features)}" for features in FEATURES for target in cpus]
     asked += [f"cuda {target} {number}" for number in numbers for target in gpus]

@@ -35,7 +35,16 @@ def test_the_compiler_is_found(variable, monkeypatch, tmp_path):
     name = {"CC": "clang", "CXX": "clang++"}[variable]
     (tmp_path / name).write_text("#!/bin/sh\n")
     (tmp_path / name).chmod(0o755)
-    assert find() == str(tmp_path / name)
+    assert find() == (str(tmp_path / name),)
+    monkeypatch.setenv(variable, f"{name} -m64 '-DWHAT=a b'")
+    assert find() == (str(tmp_path / name), "-m64", "-DWHAT=a b")
+    spaced = tmp_path / "a b" / name
+    spaced.parent.mkdir()
+    (tmp_path / name).rename(spaced)
+    monkeypatch.setenv(variable, str(spaced))
+    assert find() == (str(spaced),)
+    monkeypatch.setenv(variable, f"{name} -m64")
+    assert find() is None
 
 
 def test_built_once_and_again_when_anything_of_it_changes(tmp_path, cache, caplog):

@@ -13,8 +13,10 @@ ROOT = Path(__file__).parent.parent
 # there imports nothing of its neighbours.
 LAYERS = """
     window workspace
-    problem
+    counting
     operands
+    checks
+    problem
     reference tensorir
     devices
     target
@@ -43,10 +45,18 @@ def sources():
     return found
 
 
+def running(node):
+    """A tree's nodes, without those that only type checkers read."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from running(child)
+
+
 def imports(module, path, modules):
     """The modules of the package that a module imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in running(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names if name.name in modules}
         elif isinstance(node, ast.ImportFrom):

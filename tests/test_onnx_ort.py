@@ -488,7 +488,7 @@ def test_the_slots_are_those_of_the_header(tmp_path):
     if header is None:
         pytest.skip("no onnxruntime_c_api.h is installed here; NA_COMPILER_ORT_INCLUDE names the folder of one")
     (tmp_path / "check.cc").write_text(CHECK)
-    command = [cxx_compiler(), "-std=c++17", "-fsyntax-only", "-w", f"-I{header.parent}"]
+    command = [*cxx_compiler(), "-std=c++17", "-fsyntax-only", "-w", f"-I{header.parent}"]
     result = subprocess.run(
         [*command, f"-I{build.source_folder()}", tmp_path / "check.cc"], capture_output=True, text=True, check=False
     )

@@ -155,7 +155,7 @@ def _cxx_compiler() -> str:
 
 
 def _nvcc() -> str:
-    from na_compiler.compiler.cuda import find_toolkit  # noqa: PLC0415
+    from na_compiler.compiler.toolkit import find_toolkit  # noqa: PLC0415
 
     return _with_version(str(find_toolkit().nvcc), "release")
 

@@ -11,19 +11,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from na_compiler.compiler import cuda
+from na_compiler.compiler.messages import Build
+from na_compiler.compiler.nvcc import Nvcc, check_library
 from na_compiler.compiler.spec import KernelSpec
+from na_compiler.compiler.workers import POOL, Pool
 from na_compiler.runtime import threads
 from na_compiler.runtime.host import c_compiler
 from na_compiler.schedules.choose import family_of
 from na_compiler.schedules.family import Lowered
 from na_compiler.target import CpuTarget, CudaTarget
 
-__all__ = ["build_in_memory", "build_library", "can_link", "compile_lowered", "lowered"]
+__all__ = ["build_in_memory", "build_library", "can_link", "compile_here", "compile_lowered", "lowered"]
 
 _LOG = logging.getLogger("na_compiler")
 # TVM's builder keeps the function it is at in a global.
 _LOCK = threading.Lock()
+# A forked child compiles in a process of its own: its parent may have been compiling, and have held locks of TVM's.
+_PROCESS = os.getpid()
 
 
 def can_link() -> bool:
@@ -31,36 +35,80 @@ def can_link() -> bool:
     return c_compiler() is not None
 
 
-def build_library(spec: KernelSpec, path: Path) -> None:
+def build_library(spec: KernelSpec, path: Path, pool: Pool | None = None) -> Build:
     """Compile a spec to a shared library, or to an object file where this machine cannot link for the target.
+
+    Parameters
+    ----------
+    spec
+        What to compile.
+    path
+        Where to write the library.
+    pool
+        Whose processes compile. Default: this process does, for a CPU, and one of the common pool for a GPU.
 
     Raises
     ------
     RuntimeError
         If a compiler or the linker fails, or is not there.
+    OSError
+        If the library cannot be written.
     """
     _LOG.info("compiling %s", spec)
     started = time.perf_counter()
-    if isinstance(spec.target, CudaTarget):
-        cuda.build_library(spec, path)
+    if pool is None and spec.target.device_type == "cpu" and os.getpid() == _PROCESS:
+        built = compile_here(spec, str(path), None, c_compiler())
     else:
-        assert isinstance(spec.target, CpuTarget)
-        module = _compile(spec)
-        compiler = c_compiler() if spec.target.is_native else shutil.which(f"{spec.target.triple}-gcc")
-        if compiler or spec.target.is_native:
-            _link(module, path, compiler)
-        else:
-            module.mod.write_to_file(str(path), "o")
+        built = (pool or POOL).build(spec, path)
+    if spec.target.device_type == "cuda":
+        check_library(path)
     _LOG.info("compiled %s in %.2f s", spec, time.perf_counter() - started)
+    return built
 
 
-def _link(module: Any, path: Path, compiler: str | None) -> None:
+def compile_here(spec: KernelSpec, path: str | None, nvcc: str | None, linker: tuple[str, ...] | None) -> Build:
+    """Compile a spec in this process.
+
+    For CUDA that has to be one of `na_compiler.compiler.workers`. The parameters are those of a `Request`.
+    """
+    if isinstance(spec.target, CudaTarget):
+        return _compile_for_cuda(spec, path, nvcc, linker)
+    assert isinstance(spec.target, CpuTarget)
+    assert path is not None
+    module = _compile(spec)
+    other = shutil.which(f"{spec.target.triple}-gcc")
+    compiler = linker if spec.target.is_native else (other,) if other else None
+    if compiler or spec.target.is_native:
+        _link(module, path, compiler)
+    else:
+        module.mod.write_to_file(path, "o")
+    return Build()
+
+
+def _compile_for_cuda(spec: KernelSpec, path: str | None, nvcc: str | None, linker: tuple[str, ...] | None) -> Build:
+    import tvm  # noqa: PLC0415
+
+    assert isinstance(spec.target, CudaTarget)
+    compiler = Nvcc(spec.target, nvcc)
+    tvm.register_global_func("tvm_callback_cuda_compile", compiler.__call__, override=True)
+    target = tvm.target.Target(spec.target.to_tvm())
+    with _LOCK, target:
+        made = lowered(spec)
+        compiler.options = made.nvcc
+        module = compile_lowered(made, target)
+    if path is not None:
+        _link(module, path, linker)
+    return Build(compiler.source, compiler.log)
+
+
+def _link(module: Any, path: str, compiler: tuple[str, ...] | None) -> None:
+    command, *options = compiler or (None,)
     try:
-        module.export_library(str(path), cc=compiler)
+        module.export_library(path, cc=command, **({"options": options} if options else {}))
     except RuntimeError as error:
         # The linker says so in its own words; callers know what to do about an OSError.
         if os.strerror(errno.ENOSPC) in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from error
         raise
 
 

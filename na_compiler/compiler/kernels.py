@@ -7,13 +7,15 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from na_compiler.compiler import cache
+from na_compiler.compiler.locks import KeyLocks
 from na_compiler.compiler.spec import KernelSpec
+from na_compiler.compiler.toolkit import remember_version
+from na_compiler.compiler.workers import Pool
 from na_compiler.problem import Problem
 from na_compiler.runtime.bundle import loaded_bundles
 from na_compiler.runtime.folders import cache_folder
@@ -28,7 +30,7 @@ __all__ = ["compile", "compile_spec", "find_kernel"]
 _LOG = logging.getLogger("na_compiler")
 _kernels: dict[KernelSpec, Kernel] = {}
 _by_key: dict[str, Kernel] = {}
-_lock = threading.Lock()
+_locks = KeyLocks()
 _said: set[str] = set()
 
 
@@ -87,7 +89,8 @@ def compile_spec(spec: KernelSpec) -> Kernel:
     """Return the kernel of a spec; see `compile`."""
     kernel = _kernels.get(spec)
     if kernel is None:
-        with _lock:
+        # A lock for each: what is cached waits for nothing that is being compiled.
+        with _locks.hold(spec):
             kernel = _kernels.get(spec)
             if kernel is None:
                 kernel = _kernels[spec] = _load(spec)
@@ -166,13 +169,23 @@ def kernel_by_key(key: str) -> Kernel:
     return _by_key[key]
 
 
-def make_entry(spec: KernelSpec) -> cache.Entry:
-    """Compile a spec that is not cached, or wait for the process that does; where there is no cache, for this one."""
+def make_entry(spec: KernelSpec, pool: Pool | None = None) -> cache.Entry:
+    """Compile a spec that is not cached, or wait for the process that does; where there is no cache, for this one.
+
+    Parameters
+    ----------
+    spec
+        What to compile.
+    pool
+        Whose processes compile; default: see `na_compiler.compiler.build.build_library`.
+    """
 
     def build(path: Path) -> None:
         from na_compiler.compiler.build import build_library  # noqa: PLC0415
 
-        build_library(spec, path)
+        build_library(spec, path, pool)
+        if spec.target.device_type == "cuda":
+            remember_version()
 
     try:
         return cache.make(spec.key, spec.describe, build)

@@ -1,31 +1,27 @@
-"""`compile_all`: many kernels at once, in worker processes."""
+"""`compile_all`: many kernels at once, in processes of `na_compiler.compiler.workers`."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import importlib.util
-import json
-import os
-import pickle
-import subprocess
-import sys
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import IO, Any
 
 from na_compiler.compiler import cache
-from na_compiler.compiler.kernels import cached_entry
+from na_compiler.compiler.kernels import cached_entry, make_entry
 from na_compiler.compiler.spec import KernelSpec
+from na_compiler.compiler.workers import Pool
 from na_compiler.runtime.host import c_compiler
 from na_compiler.runtime.threads import cores
 
 __all__ = ["CompileError", "Compiled", "Progress", "compile_all"]
 
+# Seconds. A thread whose process was ended may wait for another program's lock on a kernel: it is left alone then.
+_PATIENCE = 2.0
 # Called with a kernel that is done, how many are, and how many there are.
 Progress = Callable[["Compiled", int, int], None]
 
@@ -81,7 +77,7 @@ def compile_all(
     Yields
     ------
     list of Compiled
-        In the order of ``specs``. Where the cache cannot be written the libraries are gone after the block.
+        In the order of ``specs``. Where the cache cannot be written, the libraries are gone with this process.
 
     Raises
     ------
@@ -108,10 +104,8 @@ def compile_all(
     missing = sorted((spec for spec in wanted if spec not in done), key=_effort, reverse=True)
     if missing:
         _check_compilers(missing)
-    with tempfile.TemporaryDirectory(prefix="na_compiler-") as temporary:
-        if missing:
-            _run(missing, min(jobs or cores(), len(missing)), Path(temporary), ready)
-        yield [done[spec] for spec in wanted]
+        _run(missing, min(jobs or cores(), len(missing)), ready)
+    yield [done[spec] for spec in wanted]
 
 
 def _check_compilers(specs: list[KernelSpec]) -> None:
@@ -126,78 +120,45 @@ def _effort(spec: KernelSpec) -> int:
     return (3 if spec.direction == "backward" else 1) * (2 if problem.additional_kv else 1) * problem.rank
 
 
-def _run(specs: list[KernelSpec], jobs: int, temporary: Path, ready: Callable[[Compiled], None]) -> None:
+def _run(specs: list[KernelSpec], jobs: int, ready: Callable[[Compiled], None]) -> None:
     pending: SimpleQueue[KernelSpec] = SimpleQueue()
-    answers: SimpleQueue[tuple[KernelSpec, dict[str, Any]]] = SimpleQueue()
+    made: SimpleQueue[Compiled | tuple[KernelSpec, BaseException]] = SimpleQueue()
     for spec in specs:
         pending.put(spec)
-    workers = [_Worker(temporary, number) for number in range(jobs)]
+    pool = Pool(keep=jobs)
+    threads = [threading.Thread(target=_serve, args=(pending, made, pool), daemon=True) for _ in range(jobs)]
     try:
-        threads = [threading.Thread(target=worker.serve, args=(pending, answers), daemon=True) for worker in workers]
         for thread in threads:
             thread.start()
         for _ in specs:
-            spec, answer = answers.get()
-            if "error" in answer:
-                raise CompileError(f"{spec} could not be compiled: {answer['error']}")
-            entry = cache.read_entry(Path(answer["library"]).parent, spec.key)
-            ready(Compiled(spec, entry, max(float(answer["seconds"]), 1e-9)))
+            one = made.get()
+            if not isinstance(one, Compiled):
+                spec, error = one
+                raise CompileError(f"{spec} could not be compiled: {error}") from error
+            ready(one)
     finally:
-        for worker in workers:
-            worker.stop()
+        with contextlib.suppress(Empty):
+            while True:
+                pending.get_nowait()
+        pool.end()
+        # Each finds that its process has ended, and gives up its lock and what it has half made in the cache.
+        for thread in threads:
+            thread.join(_PATIENCE)
 
 
-class _Worker:
-    """One worker process, and the thread's side of talking to it."""
-
-    def __init__(self, temporary: Path, number: int) -> None:
-        self.log = temporary / f"worker-{number}.log"
-        with self.log.open("w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "na_compiler.compiler.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                # Where the cache cannot be written, libraries go to the temporary folder. A worker uses one core.
-                env={**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1"},
-            )
-
-    def serve(self, pending: SimpleQueue[KernelSpec], answers: SimpleQueue[tuple[KernelSpec, dict[str, Any]]]) -> None:
-        """Hand specs to the process until there are none, or it is gone."""
-        while True:
-            try:
-                spec = pending.get_nowait()
-            except Empty:
-                return
-            answers.put((spec, self._ask(spec)))
-
-    def _ask(self, spec: KernelSpec) -> dict[str, Any]:
-        to, back = self.process.stdin, self.process.stdout
-        assert to is not None
-        assert back is not None
+def _serve(
+    pending: SimpleQueue[KernelSpec], made: SimpleQueue[Compiled | tuple[KernelSpec, BaseException]], pool: Pool
+) -> None:
+    """Compile specs until there are none."""
+    while True:
         try:
-            print(base64.b64encode(pickle.dumps(spec)).decode(), file=to, flush=True)
-            answer = _line(back)
-        except (OSError, ValueError):
-            answer = None
-        if answer is None:
-            status = self.process.wait()
-            tail = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            reason = f"signal {-status}" if status < 0 else f"status {status}"
-            return {"error": f"the worker process ended with {reason}{': ' + tail[0] if tail else ''}"}
-        return answer
-
-    def stop(self) -> None:
-        """End the process."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-
-def _line(pipe: IO[str]) -> dict[str, Any] | None:
-    line = pipe.readline()
-    return json.loads(line) if line.endswith("\n") else None
+            spec = pending.get_nowait()
+        except Empty:
+            return
+        started = time.perf_counter()
+        try:
+            entry = make_entry(spec, pool)
+        except Exception as error:  # noqa: BLE001 - told to the thread that waits, which raises it
+            made.put((spec, error))
+        else:
+            made.put(Compiled(spec, entry, max(time.perf_counter() - started, 1e-9)))

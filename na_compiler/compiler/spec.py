@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from na_compiler import schedules
+from na_compiler.compiler.toolkit import nvcc_version
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import ABI, DIRECTIONS, KernelInfo
 from na_compiler.schedules.choose import Choice, choose
@@ -102,6 +103,7 @@ class KernelSpec:
             "config": self.forced and repr(self.forced),
             "sources": source_fingerprint(),
             "tvm": tvm_version(),
+            **({"nvcc": nvcc_version()} if self.target.device_type == "cuda" else {}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -132,7 +134,7 @@ def source_fingerprint() -> str:
     """Return a hash of the sources that decide what code is generated."""
     package = Path(__file__).parent.parent
     families = Path(schedules.__file__).parent
-    named = ("counting.py", "window.py", "operands.py", "compiler/build.py", "compiler/cuda_worker.py")
+    named = ("counting.py", "window.py", "operands.py", "compiler/build.py", "compiler/nvcc.py")
     files = [(path.relative_to(families), path) for path in sorted(families.rglob("*.py"))]
     files += [(path.relative_to(package), path) for path in sorted((package / "tensorir").glob("*.py"))]
     files += [(path.relative_to(package), path) for path in sorted((package / "devices").glob("*.py"))]

@@ -1,39 +1,52 @@
-"""A worker process of `na_compiler.compiler.parallel`: reads specs, compiles them, writes what became of them.
+"""A compiling process: reads requests, compiles, answers. Started by `na_compiler.compiler.workers` alone.
 
-One line each way: a pickled spec in base64, and an answer in JSON. A process of its own, and not one forked or spawned
-by multiprocessing, so that a user's script needs no ``if __name__ == "__main__"``, and a worker that crashes says so by
-going away.
+It ends when whoever started it has ended, or has had nothing to compile for a while.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import pickle
-import sys
-import time
+import os
+import select
+import shutil
 import traceback
 
-from na_compiler.compiler.kernels import make_entry
-from na_compiler.compiler.spec import KernelSpec
+from na_compiler.compiler.build import compile_here
+from na_compiler.compiler.messages import Answer, Failure, Request, receive, send
 
-__all__ = ["main"]
+__all__ = ["serve"]
 
-
-def main() -> None:
-    """Serve until the input ends."""
-    # Whatever libraries print would be taken for an answer.
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        started = time.perf_counter()
-        try:
-            spec: KernelSpec = pickle.loads(base64.b64decode(line))  # noqa: S301 - from the parent process
-            answer = {"library": str(make_entry(spec).library), "seconds": time.perf_counter() - started}
-        except Exception as error:  # noqa: BLE001 - told to the parent, which raises it
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)}
-        print(json.dumps(answer), file=answers, flush=True)
+# After this long with nothing to compile the process ends: it takes some hundred megabytes.
+_IDLE_SECONDS = 120.0
 
 
-if __name__ == "__main__":
-    main()
+def serve(folder: str) -> None:
+    """Answer requests until there are none.
+
+    Parameters
+    ----------
+    folder
+        Of this process alone, for what is temporary; deleted in the end.
+    """
+    requests, answers = os.dup(0), os.dup(1)
+    # What libraries print goes to standard error: the pipe is for answers. Compilers that are called read nothing.
+    os.dup2(2, 1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    try:
+        while select.select([requests], [], [], _IDLE_SECONDS)[0]:
+            send(answers, _answer(receive(requests)))
+    except (EOFError, BrokenPipeError):
+        pass  # Nobody asks any more.
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answer(request: Request) -> Answer:
+    try:
+        return Answer(request.number, compile_here(request.spec, request.path, request.nvcc, request.linker))
+    except OSError as error:
+        traceback.print_exc()
+        return Answer(request.number, Failure(str(error), error.errno))
+    except Exception as error:  # noqa: BLE001 - told to the other process, which raises it
+        traceback.print_exc()
+        return Answer(request.number, Failure(f"{type(error).__name__}: {error}"))

@@ -6,6 +6,7 @@ import atexit
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,19 +31,22 @@ class NoCompilerError(HostCompileError):
     """There is no compiler."""
 
 
-def c_compiler() -> str | None:
-    """Return the system's C compiler: ``CC``, or the first of the usual names on the path."""
+def c_compiler() -> tuple[str, ...] | None:
+    """Return the system's C compiler, with its arguments: ``CC``, or the first of the usual names on the path."""
     return _compiler("CC", "cc", "gcc", "clang")
 
 
-def cxx_compiler() -> str | None:
-    """Return the system's C++ compiler: ``CXX``, or the first of the usual names on the path."""
+def cxx_compiler() -> tuple[str, ...] | None:
+    """Return the system's C++ compiler, with its arguments: ``CXX``, or the first of the usual names on the path."""
     return _compiler("CXX", "c++", "g++", "clang++")
 
 
-def _compiler(variable: str, *names: str) -> str | None:
+def _compiler(variable: str, *names: str) -> tuple[str, ...] | None:
     named = os.environ.get(variable)
-    return next(filter(None, map(shutil.which, [named] if named else names)), None)
+    # A path with spaces, or a command with arguments, as make reads it: "gcc -m64", "ccache gcc".
+    commands = [(named,), tuple(shlex.split(named))] if named else [(name,) for name in names]
+    found = ((shutil.which(command), arguments) for command, *arguments in commands)
+    return next(((path, *arguments) for path, arguments in found if path), None)
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,12 @@ class HostLibrary:
         # Built beside its place and renamed into it, so that it is whole or not there.
         with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
             made = Path(temporary) / self.name
-            command = [compiler, *self.options, "-shared", "-fPIC", "-o", str(made), *self._given(), *self.libraries]
+            command = [*compiler, *self.options, "-shared", "-fPIC", "-o", str(made), *self._given(), *self.libraries]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
             except (OSError, subprocess.CalledProcessError) as error:
                 detail = (getattr(error, "stderr", None) or str(error)).strip()
-                raise HostCompileError(f"{compiler} could not build {self.what}: {detail}") from error
+                raise HostCompileError(f"{' '.join(compiler)} could not build {self.what}: {detail}") from error
             made.replace(folder / self.name)
         _LOG.info("built %s in %.1f s", folder / self.name, time.perf_counter() - started)
         return folder / self.name

@@ -104,5 +104,6 @@ def _export(executable: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as temporary:
         made = Path(temporary) / path.name
-        executable.export_library(str(made), cc=c_compiler())
+        command, *options = c_compiler() or ()
+        executable.export_library(str(made), cc=command, **({"options": options} if options else {}))
         made.replace(path)
