@@ -6,7 +6,6 @@ ports where these are more. They need not be right, only in the right order.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -26,25 +25,43 @@ __all__ = ["Candidate", "Machine", "candidates", "choose"]
 
 _Numbers = NDArray[Any]
 
-# Bytes of staged keys and values that a task may keep: about what a second-level cache holds beside the rest.
+# Sizes of caches are round numbers below those of usual CPUs (32 KB of L1, 1 MB of L2 a core). The other numbers were
+# found by measuring kernels on a CPU with AVX-512, where nothing else is said.
+_FLOAT_BYTES = 4  # Staged rows are float32.
+# Bytes of staged keys and values that a task may keep: about what a second-level cache holds beside the rest. A factor
+# of cost for more; and how many times as many may be staged at once, before they come in chunks.
 _STAGED_BYTES = 512 * 1024
-# How many times as much a task may stage at once, before it comes in chunks.
+_STAGED_BEYOND = 1.5
 _STAGED_AT_ONCE = 4
-# Keys whose scores a tile may keep at once, and keys of a chunk where that is too few.
+# Bytes of values that stay in the innermost cache while patches share them. A factor of cost for more.
+_L1_BYTES = 20 * 1024
+_VALUES_BEYOND = 1.3
+# Keys whose scores a tile may keep at once, and keys of a chunk where that is too few. A factor of cost for chunks,
+# beside the keys of a strip over those of a tile: each tile visits all of its strip's.
 _KEYS_AT_ONCE = 4096
 _CHUNK_KEYS = 1024
+_CHUNK_COST = 10
 # Tiles whose sums a task may keep from one chunk to the next.
 _KEPT_TILES = {"forward": 64, "backward": 256}
-# Most that the workspace of a backward may be, over its inputs.
+# The workspace of a backward, over its inputs in float32, from which on its size is what it costs, by a factor so
+# large that nothing else counts.
 _WORKSPACE = 6.0
-# Tasks of one batch entry, below which a strip is cut smaller.
+_WORKSPACE_COST = 1000
+# Tasks of one batch entry, below which a strip is cut smaller: cores wait for the last of few tasks. A factor of cost
+# for half as many, and so on.
 _TASKS = 24
+_TASKS_COST = 2.0
+# Keys that all patches visit before the next ones, where values do not stay in the innermost cache.
 _ROW_BLOCK = 32
 # Keys whose gradients are summed at once.
 _GRAD_BLOCK = 4
-_L1_BYTES = 20 * 1024
-# Cycles, fitted to measurements: of the softmax a vector of scores, of staging a vector, of a tile beside its loops.
-_SOFTMAX, _STAGE, _TILE = 18.0, 6.0, 900.0
+# Additional keys that are staged at once, at least.
+_ADDITIONAL_BLOCK = 64
+# Accumulators that cover the latency of an addition: four cycles, two a cycle.
+_CHAINS = 8
+# Cycles, fitted: of the softmax a vector of scores, of staging a vector, of a tile beside its loops, of a row of a
+# patch's box beside its keys, and of a pair's part of the gradients of a key and a value, a vector of them.
+_SOFTMAX, _STAGE, _TILE, _PATCH_ROW, _GRADIENT = 18.0, 6.0, 900.0, 12.0, 0.6
 
 
 @dataclass(frozen=True)
@@ -143,8 +160,9 @@ def _configs(problem: Problem, machine: Machine, direction: str) -> Iterator[Que
     least = min(map(wasted, tiles))
     for tile in tiles:
         if wasted(tile) == least:
+            tiling = _of_tile(problem, machine, direction, tile)
             for patch in _patches(tile, machine):
-                yield _complete(problem, machine, direction, tile, patch)
+                yield _with_patch(problem, machine, tiling, patch)
 
 
 def _factorizations(lanes: int) -> Iterator[Extents]:
@@ -161,42 +179,40 @@ def _patches(tile: Extents, machine: Machine) -> Iterator[Extents]:
             yield patch[0], patch[1], patch[2]
 
 
-def _complete(problem: Problem, machine: Machine, direction: str, tile: Extents, patch: Extents) -> QueriesInLanes:
-    """Choose the rest of a config, given tile and patch."""
-    bare = Tiling(tile=tile, patch=patch, vector=machine.vector)
+def _of_tile(problem: Problem, machine: Machine, direction: str, tile: Extents) -> Tiling:
+    """Choose the rest of a tiling, given the tile: none of it depends on the patch."""
+    bare = Tiling(tile=tile, vector=machine.vector)
     box = TilingPlan.make(problem, bare).axes[-1].tile_box
     vectors = math.prod(tile) // machine.vector
-    # Eight accumulators cover the latency of an addition.
-    key_block = _block(box, max(8 // vectors, 1), machine.scores // vectors)
-    tiling = replace(bare, key_block=(1, 1, key_block), additional_block=round_up(64, key_block))
+    key_block = _block(box, max(_CHAINS // vectors, 1), machine.scores // vectors)
+    tiling = replace(bare, key_block=(1, 1, key_block), additional_block=round_up(_ADDITIONAL_BLOCK, key_block))
     tiling = _with_strip(problem, tiling, direction)
     if direction == "backward":
         grad_block = _divisor(TilingPlan.make(problem, tiling).axes[-1].visited, _GRAD_BLOCK)
-        additional_block = round_up(64, math.lcm(key_block, grad_block))
+        additional_block = round_up(_ADDITIONAL_BLOCK, math.lcm(key_block, grad_block))
         tiling = replace(tiling, grad_block=grad_block, additional_block=additional_block)
+    return tiling
+
+
+def _with_patch(problem: Problem, machine: Machine, tiling: Tiling, patch: Extents) -> QueriesInLanes:
+    """Choose the rest of a config, given tiling and patch."""
+    tiling = replace(tiling, patch=patch)
     plan = TilingPlan.make(problem, tiling)
     visited = plan.extents("patch_visited")
     row_block = None
-    if math.prod(visited) * 4 * plan.head_dim_v > _L1_BYTES and visited[-1] % _ROW_BLOCK == 0:
+    if math.prod(visited) * _FLOAT_BYTES * plan.head_dim_v > _L1_BYTES and visited[-1] % _ROW_BLOCK == 0:
         row_block = _ROW_BLOCK
     return QueriesInLanes(tiling, machine.accumulators, row_block)
 
 
 def _with_strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
-    """Choose how many tiles share staged keys, and whether these come in chunks."""
-    chosen = _strip(problem, replace(tiling, patch=(1, 1, 1)), direction)
-    return replace(tiling, strip=chosen.strip, chunk=chosen.chunk)
+    """Choose how many tiles share staged keys, and whether these come in chunks.
 
-
-@functools.lru_cache(maxsize=256)
-def _strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
-    """Return the cheapest of the strips, of which there may be thousands: what they cost is computed side by side."""
+    There may be thousands of strips: what they cost is computed side by side.
+    """
     single = TilingPlan.make(problem, tiling)
     counts = [_counts(axis.longest, axis.tile) for axis in single]
-    choices = [
-        [TilingPlan.make(problem, replace(tiling, strip=_along(number, count))).axes[number] for count in along]
-        for number, along in enumerate(counts)
-    ]
+    choices = [[axis.with_tiles(count) for count in along] for axis, along in zip(single, counts, strict=True)]
 
     def grid(name: str) -> list[_Numbers]:
         """Return an attribute of each axis, for all strips."""
@@ -204,20 +220,20 @@ def _strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
 
     box, keys = _volume(grid("strip_box")), single.size("tile_box")
     queries, strips = _volume(grid("strip")), _volume(grid("strips"))
-    staged = box * (4 * (single.head_dim + single.head_dim_v))
+    staged = box * (_FLOAT_BYTES * (single.head_dim + single.head_dim_v))
     in_chunks = (staged > _STAGED_BYTES * _STAGED_AT_ONCE) | (keys > _KEYS_AT_ONCE)
     limits = _chunk(grid("strip_box"))
     held, is_chunked = _in_chunks(single, grid("strip_box"), limits)
     tasks = problem.heads_kv * strips * single.size("dilation")
     # Staged keys a query, and what a task too many or too large costs.
     cost = box / queries
-    cost *= np.where(staged > _STAGED_BYTES, 1.5, 1.0)
-    cost *= np.where(tasks < _TASKS, 2.0 * _TASKS / tasks, 1.0)
-    cost *= np.where(in_chunks & is_chunked, box / keys * 10, 1.0)
+    cost *= np.where(staged > _STAGED_BYTES, _STAGED_BEYOND, 1.0)
+    cost *= np.where(tasks < _TASKS, _TASKS_COST * _TASKS / tasks, 1.0)
+    cost *= np.where(in_chunks & is_chunked, box / keys * _CHUNK_COST, 1.0)
     cost *= strips * queries / math.prod(axis.longest for axis in single)
     if direction == "backward":
         space = _workspace(problem, single, strips, np.where(in_chunks, held, box))
-        cost *= np.where(space > _WORKSPACE, 1000 * space, 1.0)
+        cost *= np.where(space > _WORKSPACE, _WORKSPACE_COST * space, 1.0)
     kept = _volume(grid("tiles"))
     cost = np.where(in_chunks & (kept > _KEPT_TILES[direction]), np.inf, cost)
     best = np.unravel_index(np.argmin(cost), cost.shape)
@@ -232,12 +248,6 @@ def _strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
 def _volume(parts: Sequence[_Numbers]) -> _Numbers:
     first, second, third = parts
     return first * second * third
-
-
-def _along(axis: int, count: int) -> Extents:
-    """Return a strip of some tiles along one axis."""
-    first, second, third = (count if number == axis else 1 for number in range(AXES))
-    return first, second, third
 
 
 def _workspace(problem: Problem, plan: TilingPlan, strips: _Numbers, held: _Numbers) -> _Numbers:
@@ -293,17 +303,17 @@ def _cycles(problem: Problem, machine: Machine, config: QueriesInLanes, directio
     queries = math.prod(config.tiling.patch)
     columns = _divisor(max(int(depth_v), 1), max(config.accumulators // queries, 1))
     weighted = _product(queries, columns) / (queries * columns)
-    if config.row_block is None and plan.size("visited") * columns * machine.vector * 4 > _L1_BYTES:
-        weighted *= 1.3  # The values that the patches share do not stay in the innermost cache.
+    if config.row_block is None and plan.size("visited") * columns * machine.vector * _FLOAT_BYTES > _L1_BYTES:
+        weighted *= _VALUES_BEYOND  # The values that the patches share do not stay in the innermost cache.
     patches = lanes // queries
-    overhead = patches * plan.extents("patch_visited")[0] * plan.extents("patch_visited")[1] * 12.0
+    overhead = patches * plan.extents("patch_visited")[0] * plan.extents("patch_visited")[1] * _PATCH_ROW
     tile = visited * vectors * _SOFTMAX + _TILE * vectors + overhead
     if direction == "forward":
         tile += visited * problem.head_dim * score + lanes * patch_visited * depth_v * weighted
     else:
         tile += visited * (problem.head_dim + problem.head_dim_v) * score
         tile += lanes * patch_visited * depth * weighted
-        tile += visited * lanes * (depth + depth_v) * 0.6
+        tile += visited * lanes * (depth + depth_v) * _GRADIENT
     tiles = plan.size("tiles") * plan.size("strips") * plan.size("dilation")
     staged = plan.size("strip_box") * (depth + depth_v) * _STAGE * plan.size("strips") * plan.size("dilation")
     return tiles * tile + staged

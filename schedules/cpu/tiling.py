@@ -139,6 +139,11 @@ class AxisTiling:
         """Whether any query masks a key of its tile's box: a whole box as long as a window is every query's window."""
         return self.is_causal or self.chunks > 1 or self.visited != self.kernel_size
 
+    def with_tiles(self, tiles: int) -> AxisTiling:
+        """Return the axis with another number of tiles in a strip."""
+        rule = (self.kernel_size, self.stride, self.dilation, self.is_causal)
+        return _axis_tiling(self.layout, *rule, self.tile, self.patch, tiles, self.chunk_limit, self.key_block)
+
     def _union(self, queries: int) -> int:
         rule = (self.kernel_size, self.stride, self.is_causal)
         return max(widest_union(length, *rule, min(queries, length)) for length in self.lengths)
@@ -174,16 +179,16 @@ class TilingPlan:
         is_causal = (False,) * missing + problem.is_causal
         axes = [
             _axis_tiling(
-                layout=layout[axis],
-                kernel_size=kernel_size[axis],
-                stride=stride[axis],
-                dilation=dilation[axis],
-                is_causal=is_causal[axis],
-                tile=tiling.tile[axis],
-                patch=tiling.patch[axis],
-                tiles=tiling.strip[axis],
-                chunk_limit=tiling.chunk[axis] if tiling.chunk else None,
-                key_block=tiling.key_block[axis],
+                layout[axis],
+                kernel_size[axis],
+                stride[axis],
+                dilation[axis],
+                is_causal[axis],
+                tiling.tile[axis],
+                tiling.patch[axis],
+                tiling.strip[axis],
+                tiling.chunk[axis] if tiling.chunk else None,
+                tiling.key_block[axis],
             )
             for axis in range(AXES)
         ]

@@ -10,16 +10,24 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate as Base
+from na_compiler.schedules.shared.counts import tiles_met
 from na_compiler.schedules.sm90.config import Sm90
-from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, pieces_of
-from na_compiler.window import group_length, window_bounds
+from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, Plan, pieces_of
+from na_compiler.window import group_length
 
 __all__ = ["Candidate", "candidates", "most_registers", "refusal"]
+
+_Numbers = NDArray[Any]
 
 _PROCESSORS = 132
 # Products of 16-bit numbers, in operations a cycle of one multiprocessor, by the datasheet.
@@ -116,7 +124,7 @@ def refusal(problem: Problem, direction: str) -> str | None:
         f"takes dilations up to {MAX_ELEMENT_STRIDE}, TMA's largest step": max(problem.dilation) > MAX_ELEMENT_STRIDE,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if reason is None and next(_configs(problem), None) is None:
+    if reason is None and not _spaces(problem):
         reason = f"has no tiles for {problem}"
     return reason and f"The schedule for Hopper {reason}."
 
@@ -124,42 +132,79 @@ def refusal(problem: Problem, direction: str) -> str | None:
 @functools.lru_cache(maxsize=256)
 def candidates(problem: Problem, count: int = 8) -> tuple[Candidate, ...]:
     """Return the best configs of a problem that the schedule takes, the best first."""
-    found = [_measure(problem, config) for config in _configs(problem)]
-    return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
+    measured = [_measure(problem, space) for space in _spaces(problem)]
+    best: list[tuple[float, _Measured, tuple[int, int]]] = []
+    for space in measured:
+        order = np.argsort(space.cycles, axis=None, kind="stable")[:count]
+        for query, key in zip(*(map(int, at) for at in np.unravel_index(order, space.cycles.shape)), strict=True):
+            best.append((float(space.cycles[query, key]), space, (query, key)))
+    best.sort(key=lambda one: one[0])
+    return tuple(space.candidate(*at) for _, space, at in best[:count])
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Configs that may be chosen: each of some boxes of queries with each of some boxes of keys.
+
+    Parameters
+    ----------
+    warpgroups
+        Of all.
+    queries, keys
+        The boxes.
+    stages
+        By keys of a box.
+    """
+
+    warpgroups: int
+    queries: list[tuple[int, ...]]
+    keys: list[tuple[int, ...]]
+    stages: dict[int, int]
+
+    def config(self, query: int, key: int) -> Sm90:
+        """Return the config of a box of queries and one of keys, by their numbers."""
+        tile = self.keys[key]
+        return Sm90(self.queries[query], tile, self.warpgroups, self.stages[math.prod(tile)])
+
+
+def _spaces(problem: Problem) -> list[_Space]:
+    """Return what may be chosen: tiles that fit the layout, and where there are none of these, any."""
+    lengths = [group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True)]
+    return _spaces_within(problem, lengths) or _spaces_within(problem, [1 << 30] * problem.rank)
+
+
+def _spaces_within(problem: Problem, lengths: list[int]) -> list[_Space]:
+    found = []
+    for warpgroups in (2, 3):
+        stages = {extent: number for extent in _KEYS if (number := _most_stages(problem, warpgroups, extent))}
+        keys = [
+            tile
+            for extent in stages
+            for tile in _boxes(extent, problem.rank)
+            if tile[-1] % 8 == 0 and _fits(problem, tile, lengths)
+        ]
+        within = [-(-lengths[0] // warpgroups), *lengths[1:]]
+        queries = [tile for tile in _boxes(ROWS, problem.rank) if _fits(problem, tile, within)]
+        if queries and keys:
+            found.append(_Space(warpgroups, queries, keys, stages))
+    return found
+
+
+def _most_stages(problem: Problem, warpgroups: int, keys: int) -> int | None:
+    """Return the stages that there is room for; ``None`` if for none. What lies where in a box plays no part in it."""
+    row = (1,) * (problem.rank - 1)
+    for stages in _STAGES:
+        plan = Sm90((*row, ROWS), (*row, keys), warpgroups, stages).plan(problem)
+        if plan.shared_bytes <= SHARED_MEMORY and plan.needed_registers <= _REGISTERS[warpgroups]:
+            return stages
+    return None
 
 
 def _configs(problem: Problem) -> Iterator[Sm90]:
-    """Yield what may be chosen: tiles that fit the layout, and where there are none of these, any."""
-    lengths = [group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True)]
-    fitting = _configs_within(problem, lengths)
-    first = next(fitting, None)
-    if first is None:
-        yield from _configs_within(problem, list(itertools.repeat(1 << 30, problem.rank)))
-        return
-    yield first
-    yield from fitting
-
-
-def _configs_within(problem: Problem, lengths: list[int]) -> Iterator[Sm90]:
-    keys = [
-        tile
-        for extent in _KEYS
-        for tile in _boxes(extent, problem.rank)
-        if tile[-1] % 8 == 0 and _fits(problem, tile, lengths)
-    ]
-    for warpgroups in (2, 3):
-        queries = [
-            tile
-            for tile in _boxes(ROWS, problem.rank)
-            if _fits(problem, tile, [-(-lengths[0] // warpgroups), *lengths[1:]])
-        ]
-        for query_tile, key_tile in itertools.product(queries, keys):
-            for stages in _STAGES:
-                config = Sm90(query_tile, key_tile, warpgroups, stages)
-                plan = config.plan(problem)
-                if plan.shared_bytes <= SHARED_MEMORY and plan.needed_registers <= _REGISTERS[warpgroups]:
-                    yield config
-                    break
+    """Yield what may be chosen."""
+    for space in _spaces(problem):
+        for query, key in itertools.product(range(len(space.queries)), range(len(space.keys))):
+            yield space.config(query, key)
 
 
 def _fits(problem: Problem, tile: tuple[int, ...], lengths: list[int]) -> bool:
@@ -179,67 +224,65 @@ def _boxes(volume: int, rank: int) -> list[tuple[int, ...]]:
     ]  # fmt: skip
 
 
-def _measure(problem: Problem, config: Sm90) -> Candidate:
-    plan = config.plan(problem)
-    visited = steps = 1
-    whole = 1.0
-    warp_box = plan.warp_box or plan.own_box
-    blocks = math.prod(plan.tiles) * plan.groups
-    for axis in range(problem.rank):
-        parts = config.warpgroups if axis == 0 else 1
-        counts = _axis(problem, axis, config.query_tile[axis], warp_box[axis], parts, config.key_tile[axis], plan.skips)
-        visited, whole, steps = visited * counts[0], whole * counts[1], steps * counts[2]
-    score = ROWS * plan.streamed
-    products = 2 * score * (16 * -(-problem.head_dim // 16) + problem.head_dim_v) / _RATE * _PRODUCTS
-    products *= _CROWDED if plan.streamed > _AMPLE_KEYS else 1
-    tile = max(products, plan.streamed * _EXPONENTIALS[config.warpgroups]) + _TILE
-    tile *= 1 + _ROW * (plan.streamed // plan.stream_tile[-1])
+@dataclass(frozen=True)
+class _Measured:
+    """What the configs of a space would do: a row for each box of queries, a column for each of keys."""
+
+    problem: Problem
+    space: _Space
+    cycles: _Numbers
+    visited: _Numbers
+    whole: _Numbers
+    blocks: _Numbers
+
+    def candidate(self, query: int, key: int) -> Candidate:
+        """Return one of them."""
+        config, blocks = self.space.config(query, key), int(self.blocks[query, 0])
+        plan = config.plan(self.problem)
+        visited, whole = (float(counted[query, key]) for counted in (self.visited, self.whole))
+        waves = blocks * self.problem.heads / _PROCESSORS
+        is_short = waves > 1 and visited <= _SHORT * blocks * config.warpgroups
+        # Measured: 7% faster with three warpgroups, 1 to 5% slower elsewhere.
+        chosen = replace(
+            config, persistent=is_short and _may_persist(self.problem, config), overlap=config.warpgroups == 3
+        )
+        waste = visited * ROWS * plan.streamed / self.problem.pairs()
+        masked = (visited - whole) / visited
+        cycles = float(self.cycles[query, key])
+        return Candidate(chosen, cycles, waste, masked, blocks * self.problem.heads, plan.shared_bytes)
+
+
+def _measure(problem: Problem, space: _Space) -> _Measured:
+    """Count what the configs of a space would do, and make cycles of it: of some thousands, side by side."""
+    plans = [space.config(query, 0).plan(problem) for query in range(len(space.queries))]
+    counts = [_counts(problem, axis, space, plans) for axis in range(problem.rank)]
+    visited, whole, steps = functools.reduce(operator.mul, counts)
+    blocks = np.array([math.prod(plan.tiles) * plan.groups for plan in plans], dtype=float)[:, None]
+    streamed = np.array([math.prod(tile) for tile in space.keys])
+    products = 2 * (ROWS * streamed) * (16 * -(-problem.head_dim // 16) + problem.head_dim_v) / _RATE * _PRODUCTS
+    products = products * np.where(streamed > _AMPLE_KEYS, _CROWDED, 1)
+    tile = np.maximum(products, streamed * _EXPONENTIALS[space.warpgroups]) + _TILE
+    tile = tile * (1 + _ROW * np.array([math.prod(tile[:-1]) for tile in space.keys]))
     masked = visited - whole
     # While one warpgroup leaves a tile out, the others' softmax has less to hide behind.
-    lone = config.warpgroups * steps - visited
-    block = (visited * tile + lone * tile * _LONE + masked * (_MASK[0] + plan.streamed * _MASK[1])) / blocks + _BLOCK
+    lone = space.warpgroups * steps - visited
+    block = (visited * tile + lone * tile * _LONE + masked * (_MASK[0] + streamed * _MASK[1])) / blocks + _BLOCK
     waves = blocks * problem.heads / _PROCESSORS
     # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
-    cycles = block * (math.ceil(waves) if waves < 4 else waves + 0.5)
-    needed = problem.pairs()
-    persistent = waves > 1 and visited <= _SHORT * blocks * config.warpgroups and _may_persist(problem, config)
-    # Measured: 7% faster with three warpgroups, 1 to 5% slower elsewhere.
-    config = replace(config, persistent=persistent, overlap=config.warpgroups == 3)
-    return Candidate(
-        config, cycles, visited * score / needed, masked / visited, blocks * problem.heads, plan.shared_bytes
-    )
+    cycles = block * np.where(waves < 4, np.ceil(waves), waves + 0.5)
+    return _Measured(problem, space, cycles, visited, whole, blocks)
 
 
-@functools.lru_cache(maxsize=65536)
-def _axis(
-    problem: Problem, axis: int, box: int, warp_box: int, parts: int, keys: int, skips: bool
-) -> tuple[int, float, int]:
-    """Count along one axis, over all tiles of queries: tiles of keys visited, those without a mask, those loaded."""
-    dilation, kernel = problem.dilation[axis], problem.kernel_size[axis]
-    rule = (kernel, problem.stride[axis], problem.is_causal[axis])
-    tile = box * parts
-    visited = loaded = 0
-    whole = 0.0
-    for group in range(dilation):
-        length = group_length(problem.layout[axis], dilation, group)
-        bounds = functools.partial(window_bounds, length=length, kernel_size=rule[0], stride=rule[1], is_causal=rule[2])
-        for first in range(0, length, tile):
-            low = bounds(first)[0]
-            highest = bounds(min(first + tile, length) - 1)[1]
-            loaded += -(-(highest - low) // keys)
-            for part in range(parts):
-                begin = min(first + part * box, length - 1)
-                last = min(begin + box, length) - 1
-                start, end = (bounds(begin)[0], bounds(last)[1]) if skips else (low, highest)
-                from_tile, to_tile = (start - low) // keys, -(-(end - low) // keys)
-                visited += to_tile - from_tile
-                # Tiles that lie in every window of a warp, on the average of the warps.
-                for offset in range(0, box, warp_box):
-                    its_first = min(begin + offset, length - 1)
-                    its_last = min(its_first + warp_box, length) - 1
-                    until, since = (bounds(its_first)[1] - low) // keys, -(-(bounds(its_last)[0] - low) // keys)
-                    whole += max(until - max(since, from_tile), 0) * warp_box / box
-    return visited, whole, loaded
+def _counts(problem: Problem, axis: int, space: _Space, plans: list[Plan]) -> _Numbers:
+    """Count along one axis: tiles of keys visited, those without a mask, those loaded, for all configs of a space."""
+    rule = (problem.kernel_size[axis], problem.stride[axis], problem.dilation[axis], problem.is_causal[axis])
+    extents = [tile[axis] for tile in space.keys]
+    streams = sorted(set(extents))
+    found = []
+    for plan in plans:
+        own = (plan.own_box[axis], (plan.warp_box or plan.own_box)[axis], space.warpgroups if axis == 0 else 1)
+        found.append(tiles_met((problem.layout[axis], *rule), own, tuple(streams), skips=plan.skips))
+    return np.stack(found, axis=1)[:, :, [streams.index(extent) for extent in extents]]
 
 
 def _may_persist(problem: Problem, config: Sm90) -> bool:
