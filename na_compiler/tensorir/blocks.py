@@ -14,7 +14,7 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-__all__ = ["block", "local", "prim_func", "reduction", "update"]
+__all__ = ["block", "local", "prim_func", "reduction", "steps", "update"]
 
 
 @contextlib.contextmanager
@@ -103,3 +103,16 @@ def prim_func(parameters: dict[str, Any], body: Callable[..., None]) -> Any:
             ]
             body(*buffers)
         return builder.get()
+
+
+def steps(schedule: Any) -> list[Any]:
+    """Return the blocks of a schedule of TVM's that hold no others: what is to be scheduled, by names."""
+
+    def inside(outer: Any) -> Iterator[Any]:
+        for inner in schedule.get_child_blocks(outer):
+            if schedule.get_child_blocks(inner):
+                yield from inside(inner)
+            else:
+                yield inner
+
+    return list(inside(schedule.get_sblock("root")))

@@ -18,60 +18,82 @@ from na_compiler.schedules.cpu.config import QueriesInLanes
 from na_compiler.schedules.cpu.forward import forward
 from na_compiler.schedules.cpu.tiling import TilingPlan
 from na_compiler.schedules.cpu.transpose import transpose_intrin
+from na_compiler.tensorir.blocks import steps
 
 __all__ = ["schedule_backward", "schedule_forward"]
 
 _CHAINS = 4  # Independent partial results of a reduction: enough to cover the latency of an addition.
 _UNROLL = 4
 _SHORT_ROW = 64
+# Blocks that stay as they are written: zeros, and sums that are changed in place, whose loops are vectors already.
+# Those of additional keys have a prefix, which is left out. All others are scheduled by their names, each by one step.
+_AS_WRITTEN = {
+    "add",
+    "clear_additional_key_space",
+    "clear_additional_value_space",
+    "clear_key_space",
+    "clear_value_space",
+    "grad_padding",
+    "key_padding",
+    "key_part_add",
+    "merge_highest",
+    "merge_total",
+    "merge_weighted",
+    "output_padding",
+    "query_padding",
+    "start",
+    "start_",
+    "value_padding",
+    "value_part_add",
+}
 
 
 def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     """Return the scheduled forward."""
-    steps = _Steps(forward(plan), plan, config)
-    steps.ahead()
-    for prefix in steps.prefixes:
-        steps.stage(prefix)
-        steps.queries(f"{prefix}query", plan.problem.head_dim)
-        steps.bias(prefix)
-        steps.product(f"{prefix}score", plan.problem.head_dim)
-        steps.over_keys(f"{prefix}highest")
-        steps.elementwise(f"{prefix}weight")
-        steps.over_keys(f"{prefix}total")
-        steps.weighted_rows(f"{prefix}weighted", plan.head_dim_v)
+    made = _Steps(forward(plan), plan, config)
+    made.ahead()
+    for prefix in made.prefixes:
+        made.stage(prefix)
+        made.queries(f"{prefix}query", plan.problem.head_dim)
+        made.bias(prefix)
+        made.product(f"{prefix}score", plan.problem.head_dim)
+        made.over_keys(f"{prefix}highest")
+        made.elementwise(f"{prefix}weight")
+        made.over_keys(f"{prefix}total")
+        made.weighted_rows(f"{prefix}weighted", plan.head_dim_v)
         if plan.merges:
-            steps.lanes(f"{prefix}raised", f"{prefix}factor")
-    steps.lanes("inverse", "natural")
-    steps.store("output", plan.problem.head_dim_v)
-    steps.unroll("lse")
-    return steps.function()
+            made.lanes(f"{prefix}raised", f"{prefix}factor")
+    made.lanes("inverse", "natural")
+    made.store("output", plan.problem.head_dim_v)
+    made.unroll("lse")
+    return made.function()
 
 
 def schedule_backward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     """Return the scheduled backward."""
-    steps = _Steps(backward(plan), plan, config)
+    made = _Steps(backward(plan), plan, config)
     problem = plan.problem
-    steps.ahead()
-    for prefix in steps.prefixes:
-        steps.stage(prefix)
-        steps.queries(f"{prefix}query", problem.head_dim)
-        steps.queries(f"{prefix}grad", problem.head_dim_v)
-        steps.queries(f"{prefix}output", problem.head_dim_v)
-        steps.over_depth(f"{prefix}dot", plan.head_dim_v)
-        steps.unroll(f"{prefix}delta", f"{prefix}exponent")
-        steps.bias(prefix, existing=True)
-        steps.product(f"{prefix}score", problem.head_dim)
-        steps.product(f"{prefix}grad_weight", problem.head_dim_v)
-        steps.weighted_rows(f"{prefix}query_grad", plan.head_dim)
-        steps.key_gradients(f"{prefix}value_part", plan.head_dim_v)
-        steps.key_gradients(f"{prefix}key_part", plan.head_dim)
-    steps.store("query_store", problem.head_dim)
-    steps.gather("key", problem.head_dim)
-    steps.gather("value", problem.head_dim_v)
+    made.ahead()
+    for prefix in made.prefixes:
+        made.stage(prefix)
+        made.queries(f"{prefix}query", problem.head_dim)
+        made.queries(f"{prefix}grad", problem.head_dim_v)
+        made.queries(f"{prefix}output", problem.head_dim_v)
+        made.over_depth(f"{prefix}dot", plan.head_dim_v)
+        made.unroll(f"{prefix}delta", f"{prefix}exponent")
+        made.bias(prefix, existing=True)
+        made.product(f"{prefix}score", problem.head_dim)
+        made.product(f"{prefix}grad_weight", problem.head_dim_v)
+        made.weighted_rows(f"{prefix}query_grad", plan.head_dim)
+        made.key_gradients(f"{prefix}value_part", plan.head_dim_v)
+        made.key_gradients(f"{prefix}key_part", plan.head_dim)
+    made.store("query_store", problem.head_dim)
+    made.gather("key", problem.head_dim)
+    made.gather("value", problem.head_dim_v)
     if problem.additional_kv:
-        steps.gather("additional_key", problem.head_dim)
-        steps.gather("additional_value", problem.head_dim_v)
-    return steps.function()
+        made.gather("additional_key", problem.head_dim)
+        made.gather("additional_value", problem.head_dim_v)
+    return made.function()
 
 
 class _Steps:
@@ -82,12 +104,35 @@ class _Steps:
         self.vector = plan.tiling.vector
         self.prefixes = ("", "additional_") if plan.problem.additional_kv else ("",)
         self.schedule = s_tir.Schedule(description)
+        self.unclaimed = {self.schedule.get(block).name_hint for block in steps(self.schedule)}
         loops = self.schedule.get_loops(self.schedule.get_sblock("task"))
         self.schedule.parallel(self.schedule.fuse(*loops))
 
     def function(self) -> tirx.PrimFunc:
-        """Return what was scheduled."""
+        """Return what was scheduled.
+
+        Raises
+        ------
+        ValueError
+            If the description has blocks that no step claimed.
+        """
+        left = {name for name in self.unclaimed if name.removeprefix("additional_") not in _AS_WRITTEN}
+        if left:
+            raise ValueError(f"no step of the schedule for CPUs claims the blocks {', '.join(sorted(left))}")
         return self.schedule.mod["main"]
+
+    def claim(self, *names: str) -> None:
+        """Note that blocks are scheduled now.
+
+        Raises
+        ------
+        ValueError
+            If there is no such block, or it is claimed already.
+        """
+        for name in names:
+            if name not in self.unclaimed:
+                raise ValueError(f"the schedule for CPUs claims a block {name}, which is not there, or claimed already")
+            self.unclaimed.remove(name)
 
     def loops(self, name: str, count: int) -> list[Any]:
         """Return the innermost loops around a block."""
@@ -101,27 +146,34 @@ class _Steps:
 
     def lanes(self, *names: str) -> None:
         """Vectorize blocks over the lanes, their last axis."""
+        self.claim(*names)
         for name in names:
             self.schedule.vectorize(self.loops(name, 1)[0])
 
     def unroll(self, *names: str) -> None:
         """Unroll the innermost loop of blocks that gather or scatter, lane by lane."""
+        self.claim(*names)
         for name in names:
             self.schedule.unroll(self.loops(name, 1)[0])
 
     def ahead(self) -> None:
         """Unroll what is fetched ahead where rows are short: long ones are many lines of code, slow to compile."""
         plan = self.plan
-        if plan.fetches_ahead and max(plan.head_dim, plan.head_dim_v) <= _SHORT_ROW:
-            self.unroll("ahead")
+        if plan.fetches_ahead:
+            if max(plan.head_dim, plan.head_dim_v) <= _SHORT_ROW:
+                self.unroll("ahead")
+            else:
+                self.claim("ahead")
 
     def stage(self, prefix: str) -> None:
         """Copy rows of keys and values by vectors."""
         for name, width in (("key", self.plan.problem.head_dim), ("value", self.plan.problem.head_dim_v)):
+            self.claim(prefix + name)
             self.schedule.unroll(self.vectorize(self.loops(prefix + name, 1)[0], width))
 
     def queries(self, name: str, width: int) -> None:
         """Copy a tile's rows by vectors, and transpose them in registers."""
+        self.claim(name, f"{name}_lanes")
         lane, d = self.loops(name, 2)
         self.schedule.unroll(self.vectorize(d, width))
         self.schedule.unroll(lane)
@@ -144,6 +196,7 @@ class _Steps:
 
     def product(self, name: str, depth: int) -> None:
         """Accumulate the scores of a block of keys in registers, and consume them there."""
+        self.claim(name, f"{name}_use")
         schedule = self.schedule
         *u, lane, d = self.loops(name, 5)
         d_outer, d_inner = schedule.split(d, [None, math.gcd(depth, _UNROLL)])
@@ -159,12 +212,14 @@ class _Steps:
 
     def over_keys(self, name: str) -> None:
         """Reduce over the keys of a tile, lane by lane."""
+        self.claim(name)
         _, *u = self.loops(name, 4)
         extent = math.prod(self.schedule.get(loop).extent.value for loop in u)
         self._reduce(name, self.schedule.fuse(*u), extent)
 
     def over_depth(self, name: str, depth: int) -> None:
         """Reduce over head_dim, lane by lane."""
+        self.claim(name)
         self._reduce(name, self.loops(name, 2)[1], depth)
 
     def _reduce(self, name: str, loop: Any, extent: int) -> None:
@@ -188,6 +243,7 @@ class _Steps:
 
     def elementwise(self, name: str) -> None:
         """Vectorize over lanes, a few keys at a time."""
+        self.claim(name)
         *u, lane = self.loops(name, 4)
         self.schedule.vectorize(lane)
         extent = math.prod(self.schedule.get(loop).extent.value for loop in u)
@@ -196,6 +252,7 @@ class _Steps:
 
     def weighted_rows(self, name: str, width: int) -> None:
         """Accumulate a patch's rows in registers, as many vectors at once as there are accumulators for."""
+        self.claim(name)
         schedule, config = self.schedule, self.config
         block = schedule.get_sblock(name)
         *patches, y0, y1, y2, d, r0, r1, r2 = self.loops(name, 10)
@@ -218,6 +275,7 @@ class _Steps:
 
     def key_gradients(self, name: str, width: int) -> None:
         """Accumulate the gradients of a few keys in registers over the tile's queries."""
+        self.claim(name)
         schedule = self.schedule
         block = schedule.get_sblock(name)
         u, d, lane = self.loops(name, 3)
@@ -235,6 +293,7 @@ class _Steps:
 
     def store(self, name: str, width: int) -> None:
         """Store rows of a patch by vectors."""
+        self.claim(name)
         *y, d = self.loops(name, 4)
         for loop in y:
             self.schedule.unroll(loop)
@@ -242,6 +301,7 @@ class _Steps:
 
     def gather(self, name: str, width: int) -> None:
         """Add up the parts of the strips, in parallel over tokens."""
+        self.claim(f"{name}_total", f"{name}_grad")
         schedule = self.schedule
         schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock(f"gather_{name}"))))
         block = schedule.get_sblock(f"{name}_total")

@@ -15,9 +15,15 @@ from na_compiler.schedules.simt.backward import direct_backward
 from na_compiler.schedules.simt.config import Simt
 from na_compiler.schedules.simt.forward import direct_forward
 from na_compiler.schedules.simt.plan import DirectPlan
+from na_compiler.tensorir.axes import AXES
+from na_compiler.tensorir.blocks import steps
 
 __all__ = ["schedule_backward", "schedule_forward"]
 
+# All steps by name, each in one list. Their prefixes, which say what is visited, are left out.
+_PREFIXES = ("additional_", "strip_")
+# Steps that copy rows as they are, by vectors.
+_ROWS = {"grad_rows", "key_rows", "output_rows", "query_rows", "value_rows"}
 # Steps whose last loop runs over the elements of a row: loads, stores, and products that are summed over the lanes.
 _LAST = {
     "dot",
@@ -38,6 +44,35 @@ _LAST = {
 }
 # Sums over the rows of a chunk, or over strips, whose first loop runs over the elements of a row.
 _FIRST = {"key_part", "key_total", "query_part", "value_part", "value_total", "weighted"}
+# Steps that change a row in place, which are written as they are to run, and steps on a number for each row of a chunk.
+_EACH = {
+    *(f"{name}{axis}" for name in ("first_key", "first_query", "keys", "queries") for axis in range(AXES)),
+    "delta",
+    "delta_store",
+    "exponent",
+    "factor",
+    "highest",
+    "inverse",
+    "key_part_add",
+    "lse",
+    "merge_highest",
+    "merge_total",
+    "natural",
+    "query_part_add",
+    "raised",
+    "seen",
+    "slope",
+    "start_highest",
+    "start_key_grad",
+    "start_output",
+    "start_query_grad",
+    "start_total",
+    "start_value_grad",
+    "total",
+    "value_part_add",
+    "weight",
+    "weighted_add",
+}
 # Sums with too many terms to unroll.
 _LONG = {"key_total", "value_total"}
 
@@ -58,30 +93,33 @@ def _scheduled(description: tirx.PrimFunc, config: Simt) -> tirx.PrimFunc:
         *outer, rows = schedule.get_loops(task)
         schedule.bind(schedule.fuse(*outer), "blockIdx.x")
         schedule.bind(rows, "threadIdx.y")
-        _inside(schedule, config, task)
+    for step in steps(schedule):
+        _schedule(schedule, config, step)
     return schedule.mod["main"]
 
 
-def _inside(schedule: s_tir.Schedule, config: Simt, outer: Any) -> None:
-    """Schedule the steps of a task, or of a chunk, each known by the name of its block."""
-    for step in schedule.get_child_blocks(outer):
-        if schedule.get_child_blocks(step):
-            _inside(schedule, config, step)
-            continue
-        name = schedule.get(step).name_hint.removeprefix("additional_").removeprefix("strip_")
-        loops = schedule.get_loops(step)
-        if name.endswith("_rows"):
-            vectors, elements = _spread(schedule, config, loops[-1])
-            schedule.vectorize(elements)
-            loops[-1:] = [vectors]
-        elif name in _LAST:
-            loops[-1:] = _spread(schedule, config, loops[-1])
-        elif name in _FIRST:
-            loops[:1] = _spread(schedule, config, loops[0])
-        for loop in loops[:1] if name in _LONG else loops:
-            # Loops over lanes, which blocks that change a row in place have from the start, stay as they are.
-            if schedule.get(loop).thread_binding is None:
-                schedule.unroll(loop)
+def _schedule(schedule: s_tir.Schedule, config: Simt, step: Any) -> None:
+    """Schedule a step of a task, or of a chunk, known by the name of its block."""
+    name = schedule.get(step).name_hint
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    loops = schedule.get_loops(step)
+    if name in _ROWS:
+        vectors, elements = _spread(schedule, config, loops[-1])
+        schedule.vectorize(elements)
+        loops[-1:] = [vectors]
+    elif name in _LAST:
+        loops[-1:] = _spread(schedule, config, loops[-1])
+    elif name in _FIRST:
+        loops[:1] = _spread(schedule, config, loops[0])
+    elif name not in _EACH:
+        raise ValueError(
+            f"the schedule for CUDA cores knows no block {name!r}: it belongs in one of its lists of steps"
+        )
+    for loop in loops[:1] if name in _LONG else loops:
+        # Loops over lanes, which blocks that change a row in place have from the start, stay as they are.
+        if schedule.get(loop).thread_binding is None:
+            schedule.unroll(loop)
 
 
 def _spread(schedule: s_tir.Schedule, config: Simt, loop: Any) -> tuple[Any, Any]:
