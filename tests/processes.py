@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+
+import pytest
 
 
 def environment(**variables: str | os.PathLike | None) -> dict[str, str]:
@@ -41,3 +45,28 @@ class NoTorch:
 
 sys.meta_path.insert(0, NoTorch())
 """
+
+
+def run_bare(command: list, work: str | os.PathLike, *read_only: str | os.PathLike, **variables: str) -> str:
+    """Run a program in the barest environment that can be made here, and return what it printed.
+
+    It has no environment variables but those given, an empty current folder which it cannot write, and no rights to
+    write where permissions forbid it; ``read_only`` cannot be written meanwhile. ``work`` is where that one is made.
+    """
+    prefix = []
+    if os.geteuid() == 0:  # Permissions do not hold root back, unless it gives up the right to ignore them.
+        prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+        if shutil.which("setpriv") is None:
+            pytest.skip("running as root, and there is no setpriv")
+    empty = Path(work) / "nothing"
+    empty.mkdir(exist_ok=True)
+    try:
+        subprocess.run(["chmod", "-R", "a-w", empty, *read_only], check=True)
+        done = subprocess.run(
+            [*prefix, *map(str, command)], cwd=empty, env=variables, capture_output=True, text=True, check=False,
+            timeout=300,
+        )  # fmt: skip
+    finally:
+        subprocess.run(["chmod", "-R", "u+w", empty, *read_only], check=True)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
+    return done.stdout

@@ -15,6 +15,7 @@ from processes import WITHOUT_TORCH, run_python
 import na_compiler
 from na_compiler import KernelSpec, Problem, cli, load_bundle, save_bundle
 from na_compiler.runtime import bundle as bundle_module
+from na_compiler.runtime import manifest as manifest_module
 from na_compiler.runtime.folders import runtime_library
 from na_compiler.runtime.jit import is_compiling_allowed
 
@@ -134,7 +135,7 @@ def no_kernels(folder):
     data = json.loads(path.read_text())
     del data["kernels"]
     path.write_text(json.dumps(data))
-    return "manifest.json was edited"
+    return "manifest.json: kernels is missing"
 
 
 def another_manifest(folder):
@@ -339,7 +340,7 @@ def rewrite(folder, change):
     path = folder / "manifest.json"
     data = json.loads(path.read_text())
     change(data)
-    data["digest"] = bundle_module.digest_of(data)
+    data["digest"] = manifest_module.digest_of(data)
     path.write_text(json.dumps(data))
 
 

@@ -165,7 +165,7 @@ def test_a_damaged_kernel_is_compiled_again(folder, caplog):
     kernels._kernels.clear()
     with caplog.at_level(logging.WARNING, logger="na_compiler"):
         assert works(na_compiler.compile(PROBLEM))
-    assert "is not what was compiled" in caplog.text
+    assert "kernel.so is not the file that was put in" in caplog.text
     assert len(list(cache.entries())) == 1
 
 

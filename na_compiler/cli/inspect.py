@@ -19,22 +19,23 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    bundle, launcher, runtime = read_bundle(options.bundle)
+    bundle = read_bundle(options.bundle)
+    kinds = {kind for kind, _, _ in bundle.files}
     total = sum(entry.bytes for entry in bundle.entries)
     if options.json:
         kernels = [
             {"key": e.key, "library": e.library.name, "bytes": e.bytes, "sha256": e.sha256, **e.info.to_dict()}
             for e in bundle.entries
         ]
-        extra = {"launcher": launcher is not None, "runtime": runtime is not None}
+        extra = {"launcher": "launcher" in kinds, "runtime": "runtime" in kinds}
         print_json({"bundle": options.bundle, "versions": bundle.versions, **extra, "kernels": kernels})
         return
     rows = []
     for entry in bundle.entries:
-        here = "yes" if entry.target.runs_here else "no"
+        here = "yes" if entry.runs_here else "no"
         size = f"{entry.bytes / 1024:.0f} KiB"
         rows.append((str(entry.info.problem), entry.info.direction, entry.info.target, here, size))
     title = f"{counted(len(bundle), 'kernel')}, {total / 1024:.0f} KiB, in {options.bundle}"
     print_table(("problem", "direction", "target", "runs here", "size"), rows, title, numbers=("size",))
     print_line(", ".join(f"{name} {version}" for name, version in bundle.versions.items()))
-    print_line(f"TVM's runtime: {'in the bundle' if runtime else 'not in the bundle'}")
+    print_line(f"TVM's runtime: {'in the bundle' if 'runtime' in kinds else 'not in the bundle'}")

@@ -1,14 +1,7 @@
 """`save_bundle`: compiled kernels in a folder of their own, for machines without a compiler.
 
-The folder holds a manifest and the libraries it names, beside it; no path in it is absolute. The manifest is JSON::
-
-    {"format": 2,
-     "versions": {"na_compiler": "0.1.0", "abi": "1", "apache-tvm": "0.27.0", "apache-tvm-ffi": "0.1.14"},
-     "kernels": [{"key": "...", "library": "....so", "function": "main", "bytes": 42640, "sha256": "...",
-                  "problem": {"layout": [56, 56], ...}, "direction": "forward", "target": "llvm:x86-64-v3",
-                  "workspace": null}, ...],
-     "files": {"launcher": {"library": "...", "bytes": ..., "sha256": "..."}, "runtime": {...}},
-     "digest": "..."}
+The folder holds a manifest and the libraries it names, beside it; no path in it is absolute. docs/bundle-format.md says
+what is in the manifest.
 """
 
 from __future__ import annotations
@@ -17,21 +10,30 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import na_compiler
 from na_compiler.compiler.parallel import Compiled, Progress, compile_all
 from na_compiler.compiler.spec import KernelSpec
+from na_compiler.devices.cpu import machine as machine_here
 from na_compiler.runtime import threads
-from na_compiler.runtime.bundle import FORMAT, MANIFEST, digest_of
+from na_compiler.runtime.bundle import FORMAT, MANIFEST, read_bundle
 from na_compiler.runtime.folders import runtime_library
 from na_compiler.runtime.kernel import ABI
+from na_compiler.runtime.manifest import digest_of
+from na_compiler.target import CpuTarget, Target
 
-__all__ = ["save_bundle"]
+__all__ = ["check_place", "save_bundle"]
+
+_LOG = logging.getLogger("na_compiler")
+# Of an ELF header: what kind of file it is, and for which architecture.
+_SHARED = 3
+_MACHINES = {62: "x86-64", 183: "aarch64"}
 
 
 def save_bundle(
@@ -54,7 +56,7 @@ def save_bundle(
     jobs
         Processes that compile; default: one for each core.
     with_runtime
-        Whether to put TVM's runtime library in as well, for machines that have apache-tvm-ffi and not apache-tvm.
+        Whether to put TVM's runtime libraries in as well, for machines that have apache-tvm-ffi and not apache-tvm.
     progress
         See `na_compiler.compiler.parallel.compile_all`.
 
@@ -68,7 +70,9 @@ def save_bundle(
     FileExistsError
         If the folder is there and no bundle.
     RuntimeError
-        If this machine cannot link libraries for a target.
+        If this machine cannot link libraries for a target, or its TVM's runtime is not for all of them.
+    ValueError
+        If there are more kernels than a manifest may name.
     OSError
         If it cannot be written; a bundle that was there stays as it was.
 
@@ -86,16 +90,12 @@ def save_bundle(
         made = Path(temporary) / "bundle"
         made.mkdir()
         kernels = [_kernel(one, made) for one in compiled]
-        files = {}
-        launcher = threads.launcher_library()
-        if launcher is not None:
-            files["launcher"] = _file(launcher, made / launcher.name)
-        if with_runtime:
-            library = runtime_library()
-            files["runtime"] = _file(library, made / library.name)
+        files = [*_launchers(compiled, made), *(_runtimes(compiled, made) if with_runtime else [])]
         manifest: dict[str, Any] = {"format": FORMAT, "versions": _versions(), "kernels": kernels, "files": files}
         manifest["digest"] = digest_of(manifest)
-        (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="ascii")
+        # What a reader would refuse is refused here.
+        read_bundle(made)
         _replace(made, folder, Path(temporary) / "replaced")
     return compiled
 
@@ -138,20 +138,65 @@ def _versions() -> dict[str, str]:
 
 def _kernel(compiled: Compiled, folder: Path) -> Mapping[str, Any]:
     spec = compiled.spec
-    if not _is_shared(compiled.library):
+    if _machine_of(compiled.library) != _machine(spec.target):
         raise RuntimeError(
             f"kernels for {spec.target} are compiled here but cannot be linked: install a C compiler for it "
             f"({getattr(spec.target, 'triple', spec.target)}-gcc), or run na-compile on such a machine"
         )
-    copied = _file(compiled.library, folder / f"{spec.key}.so")
-    return {"key": spec.key, **copied, "function": "main", **compiled.entry.info.to_dict()}
+    return {"key": spec.key, **_file(compiled.library, folder / f"{spec.key}.so"), **compiled.entry.info.to_dict()}
 
 
-def _is_shared(library: Path) -> bool:
-    """Return whether a file is a shared library, by the type in its ELF header, and not an object file."""
+def _launchers(compiled: Iterable[Compiled], folder: Path) -> Iterator[dict[str, Any]]:
+    """Put in a launcher for each architecture that it can be compiled for here; where it runs, the others are made."""
+    for machine in sorted({_machine(one.spec.target) for one in compiled}):
+        library = threads.launcher_library() if machine == machine_here() else _cross_launcher(machine)
+        if library is None or _machine_of(library) != machine:
+            _LOG.info(
+                "no launcher for %s in the bundle: its kernels need a C compiler there, or run on TVM's threads",
+                machine,
+            )
+            continue
+        named = folder / f"{machine}-{library.name}"
+        yield {"kind": "launcher", "machine": machine, **_file(library, named)}
+
+
+def _cross_launcher(machine: str) -> Path | None:
+    compiler = shutil.which(f"{CpuTarget(machine).triple}-gcc")
+    return None if compiler is None else threads.launcher_library((compiler,))
+
+
+def _runtimes(compiled: Iterable[Compiled], folder: Path) -> Iterator[dict[str, Any]]:
+    library = runtime_library()
+    has = _machine_of(library)
+    for one in compiled:
+        if _machine(one.spec.target) != has:
+            raise RuntimeError(
+                f"{library} is for {has}, and the bundle has kernels for {one.spec.target}; name the folder of TVM's "
+                f"runtime for that in NA_COMPILER_TVM_LIB, or make a bundle for each architecture"
+            )
+    assert has is not None
+    yield {"kind": "runtime", "machine": has, **_file(library, folder / library.name)}
+    if any(one.spec.target.device_type == "cuda" for one in compiled):
+        library = library.with_name("libtvm_runtime_cuda.so")
+        if not library.is_file():
+            raise RuntimeError(
+                f"kernels for CUDA need {library.name}, and it is not beside libtvm_runtime.so in {library.parent}"
+            )
+        yield {"kind": "runtime-cuda", "machine": has, **_file(library, folder / library.name)}
+
+
+def _machine(target: Target) -> str:
+    """Return the architecture of the CPU that kernels for a target are called on: of a GPU's, this one's."""
+    return target.instruction_set.partition("-v")[0] if isinstance(target, CpuTarget) else machine_here()
+
+
+def _machine_of(library: Path) -> str | None:
+    """Return the architecture of a shared library, by its ELF header; ``None`` for an object file and anything else."""
     with library.open("rb") as file:
-        header = file.read(18)
-    return header[:4] == b"\x7fELF" and int.from_bytes(header[16:18], "little") == 3
+        header = file.read(20)
+    if header[:4] != b"\x7fELF" or int.from_bytes(header[16:18], "little") != _SHARED:
+        return None
+    return _MACHINES.get(int.from_bytes(header[18:20], "little"))
 
 
 def _file(source: Path, target: Path) -> dict[str, Any]:

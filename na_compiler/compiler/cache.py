@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from na_compiler.runtime import manifest
 from na_compiler.runtime.folders import cache_folder
 from na_compiler.runtime.kernel import KernelInfo
 
@@ -28,7 +29,7 @@ __all__ = ["Entry", "clear", "entries", "find", "make", "read_entry", "write_ent
 
 _LOG = logging.getLogger("na_compiler")
 _MANIFEST = "kernel.json"
-_FORMAT = 3
+_FORMAT = 4
 # A lock is held while one kernel compiles: seconds. This is for a machine that crawls.
 _LOCK_SECONDS = 600.0
 _DEFAULT_LIMIT = 1 << 30
@@ -119,15 +120,16 @@ def write_entry(folder: Path, key: str, description: Mapping[str, Any], build: C
         library = made / "kernel.so"
         build(library)
         data = library.read_bytes()
-        manifest = {
+        says: dict[str, Any] = {
             "format": _FORMAT,
             "key": key,
             "library": library.name,
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            **description,
+            **{name: manifest.plain(value) if isinstance(value, str) else value for name, value in description.items()},
         }
-        (made / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        says["digest"] = manifest.digest_of(says)
+        (made / _MANIFEST).write_text(json.dumps(says, indent=1), encoding="ascii")
         try:
             made.replace(folder)
         except OSError:  # Something is there: another process' entry, where locks do not work, or no entry at all.
@@ -151,18 +153,17 @@ def read_entry(folder: Path, key: str) -> Entry:
     if not folder.exists():
         raise FileNotFoundError(folder)
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT or manifest["key"] != key:
+        said = manifest.read(folder / _MANIFEST, manifest.ENTRY, _FORMAT)
+        if said["key"] != key:
             raise DamagedEntryError(f"{folder} holds another entry")
-        library = folder / Path(manifest["library"]).name
-        data = library.read_bytes()
-        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-            raise DamagedEntryError(f"{library} is not what was compiled: {len(data)} bytes, wrong hash")
-        info = KernelInfo.from_dict(manifest)
-        config, reason = manifest["config"], manifest["reason"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise DamagedEntryError(f"{folder} cannot be read: {error!r}") from error
-    return Entry(key, info, library, library.stat().st_mtime, config, reason)
+        if said["digest"] != manifest.digest_of(said):
+            raise DamagedEntryError(f"{folder / _MANIFEST} was edited")
+        info = KernelInfo.from_dict(said)
+        library = folder / said["library"]
+        manifest.check_file(library, said["bytes"], said["sha256"])
+        return Entry(key, info, library, library.stat().st_mtime, said["config"], said["reason"])
+    except (OSError, ValueError) as error:
+        raise DamagedEntryError(f"{folder} cannot be read: {error}") from error
 
 
 def entries() -> Iterator[Entry]:

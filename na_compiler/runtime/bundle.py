@@ -6,27 +6,30 @@ its manifest find damage and mistakes, not malice.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
 import importlib.metadata
-import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from na_compiler.devices.cpu import machine as machine_here
+from na_compiler.devices.cuda import CudaTarget, cuda_capabilities
 from na_compiler.problem import Problem
-from na_compiler.runtime import folders, threads
+from na_compiler.runtime import folders, manifest, threads
 from na_compiler.runtime.jit import command_for
 from na_compiler.runtime.kernel import ABI, Kernel, KernelInfo, make_kernel
 from na_compiler.runtime.library import load_function
 from na_compiler.target import Target
 
-__all__ = ["FORMAT", "MANIFEST", "Bundle", "BundleEntry", "digest_of", "load_bundle", "loaded_bundles", "read_bundle"]
+__all__ = ["FORMAT", "MANIFEST", "Bundle", "BundleEntry", "load_bundle", "loaded_bundles", "read_bundle"]
 
-FORMAT = 4
+# Changed whenever what a manifest says does: docs/bundle-format.md.
+FORMAT = 5
 MANIFEST = "manifest.json"
 
 _loaded: list[Bundle] = []
@@ -44,18 +47,35 @@ class BundleEntry:
     sha256: str
 
     @property
-    def target(self) -> Target:
-        """The machine that it was compiled for."""
-        return Target.parse(self.info.target)
+    def target(self) -> Target | None:
+        """The machine that it was compiled for; ``None`` for one that only a later version of this package knows."""
+        try:
+            return Target.parse(self.info.target)
+        except ValueError:
+            return None
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine can run it."""
+        target = self.target
+        return target is not None and target.runs_here
 
 
 class Bundle:
     """Kernels of a bundle, each loaded when it is first asked for. Make one with `load_bundle`."""
 
-    def __init__(self, folder: Path, entries: list[BundleEntry], versions: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        entries: list[BundleEntry],
+        versions: Mapping[str, str],
+        files: list[tuple[str, str, Path]],
+    ) -> None:
         self.folder = folder
         self.entries = tuple(entries)
         self.versions = dict(versions)
+        # What it is (`na_compiler.runtime.manifest.FILES`), the architecture that it is for, where it is.
+        self.files = tuple(files)
         self._kernels: dict[str, Kernel] = {}
         self._by_problem: dict[tuple[Problem, str], list[BundleEntry]] = {}
         for entry in entries:
@@ -71,8 +91,18 @@ class Bundle:
             If its library was changed since the bundle was loaded.
         """
         machine = Target.parse(machine)
-        found = [entry for entry in self._by_problem.get((problem, direction), ()) if entry.target.runs_on(machine)]
-        return self._open(max(found, key=lambda entry: entry.target.order)) if found else None
+        entries = self._by_problem.get((problem, direction), ())
+        found = [
+            (target.order, entry)
+            for entry in entries
+            if (target := entry.target) is not None and target.runs_on(machine)
+        ]
+        return self._open(max(found, key=lambda one: one[0])[1]) if found else None
+
+    def file(self, kind: str) -> Path | None:
+        """Return the launcher, the runtime or the runtime for CUDA that it has for this machine, or ``None``."""
+        machine = machine_here()
+        return next((path for what, where, path in self.files if (what, where) == (kind, machine)), None)
 
     def by_key(self, key: str) -> Kernel | None:
         """Return the kernel of a key, or ``None``; raises as `find`."""
@@ -84,10 +114,11 @@ class Bundle:
         if kernel is None:
             # Hashed when the bundle was loaded, and once more before it runs.
             try:
-                _check(entry.library, entry.sha256)
+                manifest.check_file(entry.library, entry.bytes, entry.sha256)
             except (OSError, ValueError) as error:
                 raise ValueError(f"the bundle in {self.folder} has changed: {error}") from error
-            function = load_function(entry.library, entry.target.device_type)
+            is_cuda = entry.info.target.startswith("cuda:")
+            function = load_function(entry.library, "cuda" if is_cuda else "cpu")
             kernel = self._kernels[entry.key] = make_kernel(entry.info, function)
         return kernel
 
@@ -126,20 +157,40 @@ def load_bundle(folder: str | Path) -> Bundle:
     -----
     A bundle is native code, which runs with all rights of the process. Load only those whose author you trust.
     """
-    bundle, launcher, runtime = read_bundle(folder)
-    if bundle.entries and not any(entry.target.runs_here for entry in bundle.entries):
-        targets = ", ".join(sorted({info.target for info in bundle}))
+    bundle = _prepared(folder)
+    with _lock:
+        # The same folder again takes the place of what was there.
+        _loaded[:] = [one for one in _loaded if one.folder != bundle.folder]
+        _loaded.append(bundle)
+    return bundle
+
+
+def _prepared(folder: str | Path) -> Bundle:
+    """Read a bundle, and make ready what its kernels need."""
+    bundle = read_bundle(folder)
+    if bundle.entries and not any(entry.runs_here for entry in bundle.entries):
+        targets = {info.target for info in bundle}
+        here = _targets_here(targets)
         raise ValueError(
-            f"the bundle in {folder} has kernels for {targets} only, and this machine is {Target.parse('llvm')}; make "
-            f"it again with --target {Target.parse('llvm')}"
+            f"the bundle in {folder} has kernels for {', '.join(sorted(targets))} only, and this machine is "
+            f"{' with '.join(here)}; make it again with --target {here[-1]}"
         )
+    launcher, runtime = bundle.file("launcher"), bundle.file("runtime")
     if launcher is not None:
         threads.use_launcher(launcher)
     if runtime is not None:
         folders.use_runtime(runtime.parent)
     threads.warm()
-    _loaded.append(bundle)
     return bundle
+
+
+def _targets_here(targets: set[str]) -> list[str]:
+    """Return this machine's CPU, and its first GPU if a target is one: the last is what to compile for instead."""
+    here = [Target.parse("llvm").name]
+    if any(target.startswith("cuda:") for target in targets):
+        with contextlib.suppress(ValueError):  # Of one that this version does not compile for.
+            here += [CudaTarget.of_capability(capability).name for capability in cuda_capabilities()[:1]]
+    return here
 
 
 def loaded_bundles() -> list[Bundle]:
@@ -148,60 +199,64 @@ def loaded_bundles() -> list[Bundle]:
     return [*_loaded[::-1], *(_named_bundles(named) if named else ())]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def _named_bundles(paths: str) -> tuple[Bundle, ...]:
     bundles = []
-    with _lock:
-        for path in filter(None, paths.split(os.pathsep)):
-            try:
-                bundle = load_bundle(path)
-            except (OSError, ValueError) as error:
-                raise type(error)(f"NA_COMPILER_BUNDLE={paths}: {error}") from error
-            _loaded.remove(bundle)
-            bundles.append(bundle)
+    for path in filter(None, paths.split(os.pathsep)):
+        try:
+            bundles.append(_prepared(path))
+        except (OSError, ValueError) as error:
+            raise type(error)(f"NA_COMPILER_BUNDLE={paths}: {error}") from error
     return tuple(bundles)
 
 
-def read_bundle(folder: str | Path) -> tuple[Bundle, Path | None, Path | None]:
-    """Read and check a bundle without using it; returns it, its launcher, and its copy of TVM's runtime.
+def read_bundle(folder: str | Path) -> Bundle:
+    """Read and check a bundle without using it.
 
     Raises
     ------
     FileNotFoundError, ValueError
         As `load_bundle`, but for another machine's bundle.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()  # Kernels are loaded later, maybe from another current folder.
     path = folder / MANIFEST
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"no bundle in {folder}: it has no {MANIFEST}")
-    manifest = None
+    said: dict[str, Any] | None = None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        _check_versions(manifest)
-        if digest_of(manifest) != manifest["digest"]:
+        said = manifest.read(path, manifest.BUNDLE, FORMAT)
+        _check_versions(said["versions"])
+        if manifest.digest_of(said) != said["digest"]:
             raise ValueError(f"{MANIFEST} was edited")
-        entries = [_entry(folder, data) for data in manifest["kernels"]]
-        files = {name: _file(folder, data) for name, data in manifest["files"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        reason = f"{MANIFEST} has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"the bundle in {folder} cannot be used: {reason}; {_again(manifest, folder)}") from error
-    return Bundle(folder, entries, manifest["versions"]), files.get("launcher"), files.get("runtime")
+        entries = [_entry(folder, data) for data in said["kernels"]]
+        files = [(data["kind"], data["machine"], folder / data["library"]) for data in said["files"]]
+        _check_unique("kernels", [entry.key for entry in entries])
+        _check_unique("files", [f"a {kind} for {machine}" for kind, machine, _ in files])
+        for data in (*said["kernels"], *said["files"]):
+            manifest.check_file(folder / data["library"], data["bytes"], data["sha256"])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the bundle in {folder} cannot be used: {error}; {_again(said, folder)}") from error
+    return Bundle(folder, entries, said["versions"], files)
 
 
-def digest_of(manifest: Mapping[str, Any]) -> str:
-    """Return a hash of all that a manifest says."""
-    content = {name: value for name, value in manifest.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _entry(folder: Path, data: dict[str, Any]) -> BundleEntry:
+    return BundleEntry(data["key"], KernelInfo.from_dict(data), folder / data["library"], data["bytes"], data["sha256"])
 
 
-def _again(manifest: Any, folder: Path) -> str:
+def _check_unique(what: str, names: list[str]) -> None:
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{MANIFEST}: {what} has {twice} twice")
+
+
+def _again(said: Mapping[str, Any] | None, folder: Path) -> str:
     """Return how to make a bundle again: by the command of its first kernel, if the manifest says what that is."""
     try:
         commands = [
             command_for(Problem.from_dict(kernel["problem"]), kernel["direction"], kernel["target"], str(folder))
-            for kernel in manifest["kernels"]
+            for kernel in (said or {"kernels": []})["kernels"]
         ]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except ValueError:
         commands = []
     if not commands:
         return "make it again with na-compile"
@@ -209,10 +264,7 @@ def _again(manifest: Any, folder: Path) -> str:
     return f"make it again with:  {commands[0]}{others}"
 
 
-def _check_versions(manifest: Mapping[str, Any]) -> None:
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"its format is {manifest['format']}, and this version of na_compiler reads {FORMAT}")
-    versions = manifest["versions"]
+def _check_versions(versions: Mapping[str, str]) -> None:
     if versions["abi"] != str(ABI):
         raise ValueError(
             f"it is of na_compiler {versions['na_compiler']}, whose kernels are called in another way (ABI "
@@ -235,24 +287,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _entry(folder: Path, data: Mapping[str, Any]) -> BundleEntry:
-    path = _file(folder, data)
-    return BundleEntry(data["key"], KernelInfo.from_dict(dict(data)), path, data["bytes"], data["sha256"])
-
-
-def _file(folder: Path, data: Mapping[str, Any]) -> Path:
-    # A name, never a path: nothing outside the folder is loaded.
-    path = folder / Path(str(data["library"])).name
-    _check(path, data["sha256"])
-    return path
-
-
-def _check(path: Path, sha256: str) -> None:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path.name} is missing") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path.name} is not the file that was put in")

@@ -45,7 +45,7 @@ def _runtime_folders() -> list[Path]:
     if spec is not None and spec.origin is not None:
         return [Path(spec.origin).parent / "lib"]
     if _given_runtime:
-        return _given_runtime[-1:]
+        return _given_runtime
     raise FileNotFoundError(
         "kernels need TVM's runtime library: install apache-tvm, load a bundle made with --with-runtime, or "
         f"set NA_COMPILER_TVM_LIB to the folder that holds {_RUNTIME}"
@@ -54,4 +54,4 @@ def _runtime_folders() -> list[Path]:
 
 def use_runtime(folder: Path) -> None:
     """Use TVM's runtime in a folder, such as a bundle's, where apache-tvm is not installed."""
-    _given_runtime.append(folder)
+    _given_runtime[:] = [folder]

@@ -67,6 +67,8 @@ class HostLibrary:
         After them.
     parts
         All files that it is made of; default ``sources``.
+    compiler
+        For a library for another architecture; default: this machine's for C or C++.
     """
 
     name: str
@@ -75,6 +77,7 @@ class HostLibrary:
     options: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     parts: tuple[Path, ...] = ()
+    compiler: tuple[str, ...] | None = None
 
     def build(self, folder: Path | None = None) -> Path:
         """Build it, or find it built.
@@ -97,8 +100,9 @@ class HostLibrary:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             return self._compile(folder)
-        # The compiler is no part of the name: a library is found where there is none.
-        key = digest(*(self.parts or self.sources), texts=(*self.options, *self.libraries))
+        # This machine's compiler is no part of the name: a library is found where there is none.
+        another = () if self.compiler is None else (*self.compiler,)
+        key = digest(*(self.parts or self.sources), texts=(*self.options, *self.libraries, *another))
         path = cache_folder() / "host" / key / self.name
         for place in (path, _temporary.get(key)):
             if place is not None and place.is_file():
@@ -114,7 +118,7 @@ class HostLibrary:
 
     def _compile(self, folder: Path) -> Path:
         is_c = self.sources[0].suffix == ".c"
-        compiler = c_compiler() if is_c else cxx_compiler()
+        compiler = self.compiler or (c_compiler() if is_c else cxx_compiler())
         if compiler is None:
             language, variable = ("C", "CC") if is_c else ("C++", "CXX")
             raise NoCompilerError(

@@ -41,7 +41,8 @@ def prepare() -> None:
 
 def use_launcher(path: Path) -> None:
     """Use a launcher that was compiled before, such as a bundle's, where none can be compiled here."""
-    _given_launcher.append(path)
+    if path not in _given_launcher:
+        _given_launcher.append(path)
 
 
 def warm() -> None:
@@ -117,16 +118,26 @@ def _torch_launch() -> int | None:
 
 @functools.cache
 def _launcher() -> ctypes.CDLL | None:
-    for path in (*_given_launcher, launcher_library()):
-        if path is not None:
+    for path in _given_launcher:
+        try:
             return ctypes.CDLL(str(path))
-    return None
+        except OSError as error:  # Made on a system whose C library is newer.
+            _LOG.warning("the launcher in %s cannot be loaded here: %s", path, error)
+    compiled = launcher_library()
+    return None if compiled is None else ctypes.CDLL(str(compiled))
 
 
-def launcher_library() -> Path | None:
-    """Return the compiled launcher, from the cache or compiled now; ``None`` without a C compiler."""
+def launcher_library(compiler: tuple[str, ...] | None = None) -> Path | None:
+    """Return the compiled launcher, from the cache or compiled now; ``None`` without a C compiler.
+
+    Parameters
+    ----------
+    compiler
+        For another architecture: the C compiler for it.
+    """
     # The name is its own in each version: a process that has a library of a name is not given another one.
-    library = HostLibrary(f"launcher-{digest(_SOURCE)}.so", "the launcher", (_SOURCE,), ("-O2", "-std=c11", "-pthread"))
+    name, options = f"launcher-{digest(_SOURCE)}.so", ("-O2", "-std=c11", "-pthread")
+    library = HostLibrary(name, "the launcher", (_SOURCE,), options, compiler=compiler)
     try:
         return library.build()
     except NoCompilerError:

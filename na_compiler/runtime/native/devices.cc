@@ -63,6 +63,19 @@ int cpu_order(const std::string& target, const std::set<std::string>& features) 
   return -1;
 }
 
+std::string best_cpu_target() {
+  std::string best = "no CPU that kernels are compiled for";
+  int order = -1;
+  for (const std::string& one : split_at(NA_CPU_FEATURES, ';')) {
+    std::string target = "llvm:" + split_at(one, ':')[1];
+    if (cpu_order(target, cpu_features()) > order) {
+      order = cpu_order(target, cpu_features());
+      best = target;
+    }
+  }
+  return best;
+}
+
 // Machine code runs on its own generation, from its own capability on; code with instructions of one architecture
 // (sm_90a) on that alone.
 int cuda_order(const std::string& target, int capability) {
@@ -75,18 +88,27 @@ int cuda_order(const std::string& target, int capability) {
   return runs ? 2 * built + is_specific : -1;
 }
 
-int cuda_capability(int device) {
-  // CUdevice_attribute, in cuda.h.
-  constexpr int kMajor = 75, kMinor = 76;
-  void* driver = dlopen("libcuda.so.1", RTLD_NOW);
-  if (driver == nullptr) return 0;
-  auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
-  auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
-  auto attribute = reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
-  int handle = 0, major = 0, minor = 0;
-  if (!init || !get || !attribute || init(0) || get(&handle, device)) return 0;
-  if (attribute(&major, kMajor, handle) || attribute(&minor, kMinor, handle)) return 0;
-  return 10 * major + minor;
+const std::vector<int>& cuda_capabilities() {
+  static const auto* found = [] {
+    // CUdevice_attribute, in cuda.h.
+    constexpr int kMajor = 75, kMinor = 76;
+    auto* capabilities = new std::vector<int>;
+    void* driver = dlopen("libcuda.so.1", RTLD_NOW);
+    if (driver == nullptr) return capabilities;
+    auto init = reinterpret_cast<int (*)(unsigned)>(dlsym(driver, "cuInit"));
+    auto devices = reinterpret_cast<int (*)(int*)>(dlsym(driver, "cuDeviceGetCount"));
+    auto get = reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet"));
+    auto attribute = reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
+    int count = 0;
+    if (!init || !devices || !get || !attribute || init(0) || devices(&count)) return capabilities;
+    for (int device = 0; device < count; ++device) {
+      int handle = 0, major = 0, minor = 0;
+      bool is_known = !get(&handle, device) && !attribute(&major, kMajor, handle) && !attribute(&minor, kMinor, handle);
+      capabilities->push_back(is_known ? 10 * major + minor : 0);
+    }
+    return capabilities;
+  }();
+  return *found;
 }
 
 }  // namespace na

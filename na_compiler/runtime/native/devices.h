@@ -3,6 +3,7 @@
 
 #include <set>
 #include <string>
+#include <vector>
 
 namespace na {
 
@@ -15,7 +16,10 @@ int cpu_order(const std::string& target, const std::set<std::string>& features);
 // The same for a CUDA device.
 int cuda_order(const std::string& target, int capability);
 
-// 10 times the major plus the minor compute capability of a device; 0 where there is none.
-int cuda_capability(int device);
+// The best target for this CPU: what to compile for.
+std::string best_cpu_target();
+
+// 10 times the major plus the minor compute capability of each CUDA device of this machine.
+const std::vector<int>& cuda_capabilities();
 
 }  // namespace na

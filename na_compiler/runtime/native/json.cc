@@ -1,38 +1,39 @@
 #include "json.h"
 
-#include <cmath>
-#include <cstdlib>
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
-#include <map>
 
 #include "error.h"
 
 namespace na {
+namespace {
 
 class JsonReader {
  public:
-  explicit JsonReader(const std::string& text) : at_(text.c_str()), end_(text.c_str() + text.size()) {}
+  explicit JsonReader(const std::string& text) : at_(text.data()), end_(text.data() + text.size()) {}
 
   Json document() {
-    Json value = read(0);
+    Json value = read(1);
     skip();
     if (at_ != end_) fail();
     return value;
   }
 
  private:
-  // Deeper than any manifest; a limit, so that no file makes the reader run out of stack.
-  static constexpr int kDepth = 64;
+  static constexpr int kMaxDepth = 16;
 
   [[noreturn]] void fail() const { throw Error("it is no JSON"); }
 
+  bool is_at(char expected) const { return at_ < end_ && *at_ == expected; }
+
   void skip() {
-    while (at_ < end_ && std::strchr(" \t\r\n", *at_) != nullptr && *at_ != '\0') ++at_;
+    while (at_ < end_ && (*at_ == ' ' || *at_ == '\t' || *at_ == '\r' || *at_ == '\n')) ++at_;
   }
 
   bool take(char expected) {
     skip();
-    if (at_ >= end_ || *at_ != expected) return false;
+    if (!is_at(expected)) return false;
     ++at_;
     return true;
   }
@@ -43,196 +44,166 @@ class JsonReader {
     at_ += length;
   }
 
+  // `depth`: of a list or object that begins here.
   Json read(int depth) {
     skip();
-    if (at_ >= end_ || depth > kDepth) fail();
-    Json value;
+    if (at_ >= end_) fail();
     switch (*at_) {
       case '{':
-        return object(depth);
+        return {object(depth)};
       case '[':
-        return array(depth);
+        return {list(depth)};
       case '"':
-        return string();
+        return {text()};
       case 't':
+        word("true");
+        return {true};
       case 'f':
-        value.kind_ = Json::Kind::kBoolean;
-        value.boolean_ = *at_ == 't';
-        word(value.boolean_ ? "true" : "false");
-        return value;
+        word("false");
+        return {false};
       case 'n':
         word("null");
-        return value;
+        return {};
       default:
-        return number();
+        return {integer()};
     }
   }
 
-  Json object(int depth) {
-    Json value;
-    value.kind_ = Json::Kind::kObject;
+  void enter(int depth) {
+    if (depth > kMaxDepth) {
+      throw Error("its lists and objects lie more than " + std::to_string(kMaxDepth) + " deep in one another");
+    }
     ++at_;
-    if (take('}')) return value;
+  }
+
+  Json::Object object(int depth) {
+    Json::Object members;
+    enter(depth);
+    if (take('}')) return members;
     do {
       skip();
-      if (at_ >= end_ || *at_ != '"') fail();
-      Json name = string();
+      if (!is_at('"')) fail();
+      std::string name = text();
       if (!take(':')) fail();
-      value.members_.emplace_back(std::move(name), read(depth + 1));
+      members.emplace_back(std::move(name), read(depth + 1));
     } while (take(','));
     if (!take('}')) fail();
-    return value;
+    check_names(members);
+    return members;
   }
 
-  Json array(int depth) {
-    Json value;
-    value.kind_ = Json::Kind::kArray;
-    ++at_;
-    if (take(']')) return value;
+  static void check_names(const Json::Object& members) {
+    std::vector<const std::string*> names;
+    for (const auto& member : members) names.push_back(&member.first);
+    std::sort(names.begin(), names.end(), [](auto one, auto other) { return *one < *other; });
+    auto same = [](auto one, auto other) { return *one == *other; };
+    auto twice = std::adjacent_find(names.begin(), names.end(), same);
+    if (twice != names.end()) throw Error("it says '" + **twice + "' twice");
+  }
+
+  Json::List list(int depth) {
+    Json::List values;
+    enter(depth);
+    if (take(']')) return values;
     do {
-      value.array_.push_back(read(depth + 1));
+      values.push_back(read(depth + 1));
     } while (take(','));
     if (!take(']')) fail();
-    return value;
+    return values;
   }
 
-  Json number() {
-    Json value;
-    value.kind_ = Json::Kind::kNumber;
-    char* after = nullptr;
-    value.number_ = std::strtod(at_, &after);  // The text ends in a 0.
-    if (after == at_ || after > end_) fail();
-    value.written_.assign(at_, static_cast<const char*>(after));
-    at_ = after;
-    return value;
-  }
-
-  Json string() {
-    Json value;
-    value.kind_ = Json::Kind::kString;
+  int64_t integer() {
     const char* start = at_;
-    value.string_ = text();
-    value.written_.assign(start, at_);
-    return value;
+    bool is_negative = is_at('-');
+    if (is_negative) ++at_;
+    const char* digits = at_;
+    int64_t number = 0;
+    bool is_large = false;
+    for (; at_ < end_ && *at_ >= '0' && *at_ <= '9'; ++at_) {
+      number = is_large ? 0 : 10 * number + (*at_ - '0');
+      is_large = is_large || number > kMaxInteger;
+    }
+    if (at_ == digits || (*digits == '0' && at_ - digits > 1)) fail();
+    if (is_large || (is_negative && number == 0) || is_at('.') || is_at('e') || is_at('E')) {
+      while (at_ < end_ && *at_ != '\0' && std::strchr("0123456789.eE+-", *at_) != nullptr) ++at_;
+      std::string written(start, std::min<ptrdiff_t>(at_ - start, 24));
+      throw Error("it has the number " + written + ", and numbers are integers of at most 53 bits");
+    }
+    return is_negative ? -number : number;
   }
 
+  // Between quotes; nothing is escaped.
   std::string text() {
-    std::string result;
-    for (++at_; at_ < end_ && *at_ != '"'; ++at_) {
-      if (*at_ != '\\') {
-        result += *at_;
-        continue;
-      }
-      if (++at_ >= end_) fail();
-      static const char kPlain[] = "\"\\/bfnrt";
-      static const char kMeant[] = "\"\\/\b\f\n\r\t";
-      if (*at_ == 'u') {
-        append_utf8(result, hexadecimal());
-      } else if (const char* found = std::strchr(kPlain, *at_); found != nullptr && *at_ != '\0') {
-        result += kMeant[found - kPlain];
-      } else {
-        fail();
-      }
+    const char* start = ++at_;
+    while (at_ < end_ && *at_ != '"') {
+      if (*at_ < ' ') fail();
+      ++at_;
     }
     if (at_ >= end_) fail();
-    ++at_;
-    return result;
-  }
-
-  // Of \uXXXX; leaves the place at its last digit. Halves of a pair stay apart: paths of a bundle are ASCII.
-  unsigned hexadecimal() {
-    if (end_ - at_ < 5) fail();
-    char digits[5] = {at_[1], at_[2], at_[3], at_[4], 0};
-    char* after = nullptr;
-    unsigned code = static_cast<unsigned>(std::strtoul(digits, &after, 16));
-    if (after != digits + 4) fail();
-    at_ += 4;
-    return code;
-  }
-
-  static void append_utf8(std::string& to, unsigned code) {
-    if (code < 0x80) {
-      to += static_cast<char>(code);
-    } else if (code < 0x800) {
-      to += static_cast<char>(0xC0 | code >> 6);
-      to += static_cast<char>(0x80 | (code & 0x3F));
-    } else {
-      to += static_cast<char>(0xE0 | code >> 12);
-      to += static_cast<char>(0x80 | (code >> 6 & 0x3F));
-      to += static_cast<char>(0x80 | (code & 0x3F));
-    }
+    return std::string(start, at_++);
   }
 
   const char* at_;
   const char* end_;
 };
 
-Json Json::parse(const std::string& text) { return JsonReader(text).document(); }
-
-bool Json::boolean() const {
-  if (kind_ != Kind::kBoolean) throw Error("it has something else where true or false should be");
-  return boolean_;
-}
-
-int64_t Json::integer() const {
-  if (kind_ != Kind::kNumber || number_ != std::floor(number_) || std::fabs(number_) > 9e15) {
-    throw Error("it has something else where an integer should be");
+void append(std::string& to, const Json& json, const std::string& without) {
+  if (json.as<std::monostate>() != nullptr) {
+    to += "null";
+  } else if (auto flag = json.as<bool>()) {
+    to += *flag ? "true" : "false";
+  } else if (auto number = json.as<int64_t>()) {
+    to += std::to_string(*number);
+  } else if (auto text = json.as<std::string>()) {
+    to += '"' + *text + '"';
+  } else if (auto list = json.as<Json::List>()) {
+    to += '[';
+    for (const Json& each : *list) {
+      if (&each != &list->front()) to += ", ";
+      append(to, each, "");
+    }
+    to += ']';
+  } else {
+    std::vector<const std::pair<std::string, Json>*> sorted;
+    for (const auto& member : *json.as<Json::Object>()) {
+      if (without.empty() || member.first != without) sorted.push_back(&member);
+    }
+    std::sort(sorted.begin(), sorted.end(), [](auto one, auto other) { return one->first < other->first; });
+    to += '{';
+    for (const auto* member : sorted) {
+      if (member != sorted.front()) to += ", ";
+      to += '"' + member->first + "\": ";
+      append(to, member->second, "");
+    }
+    to += '}';
   }
-  return static_cast<int64_t>(number_);
 }
 
-const std::string& Json::string() const {
-  if (kind_ != Kind::kString) throw Error("it has something else where a text should be");
-  return string_;
+}  // namespace
+
+Json Json::parse(const std::string& text) {
+  for (unsigned char byte : text) {
+    if (byte == '\t' || byte == '\n' || byte == '\r' || (byte >= ' ' && byte <= '~' && byte != '\\')) continue;
+    char shown[8];
+    std::snprintf(shown, sizeof shown, "0x%02x", byte);
+    throw Error(std::string("it has the byte ") + shown + ", and a manifest is ASCII without backslashes");
+  }
+  return JsonReader(text).document();
 }
 
-const std::vector<Json>& Json::array() const {
-  if (kind_ != Kind::kArray) throw Error("it has something else where a list should be");
-  return array_;
-}
-
-std::vector<int64_t> Json::integers() const {
-  std::vector<int64_t> result;
-  for (const Json& each : array()) result.push_back(each.kind_ == Kind::kBoolean ? each.boolean_ : each.integer());
-  return result;
-}
-
-const Json* Json::find(const char* name) const {
-  for (const auto& member : members_) {
-    if (member.first.string_ == name) return &member.second;
+const Json* Json::find(const std::string& name) const {
+  auto object = as<Object>();
+  if (object == nullptr) return nullptr;
+  for (const auto& member : *object) {
+    if (member.first == name) return &member.second;
   }
   return nullptr;
 }
 
-const Json& Json::operator[](const char* name) const {
-  const Json* found = find(name);
-  if (found == nullptr) throw Error(std::string("it has no ") + name);
-  return *found;
-}
-
-std::string Json::canonical(const char* without) const {
+std::string Json::canonical(const std::string& without) const {
   std::string text;
-  switch (kind_) {
-    case Kind::kNull:
-      return "null";
-    case Kind::kBoolean:
-      return boolean_ ? "true" : "false";
-    case Kind::kArray:
-      for (const Json& each : array_) text += (text.empty() ? "" : ", ") + each.canonical("");
-      return "[" + text + "]";
-    case Kind::kObject: {
-      std::map<std::string, std::string> sorted;
-      for (const auto& member : members_) {
-        if (member.first.string_ != without) {
-          sorted[member.first.string_] = member.first.written_ + ": " + member.second.canonical("");
-        }
-      }
-      for (const auto& member : sorted) text += (text.empty() ? "" : ", ") + member.second;
-      return "{" + text + "}";
-    }
-    default:
-      return written_;
-  }
+  append(text, *this, without);
+  return text;
 }
 
 }  // namespace na

@@ -1,44 +1,34 @@
-// Reads JSON: what a bundle's manifest is written in.
+// Reads JSON as manifests have it: docs/bundle-format.md, na_compiler/runtime/manifest.py.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace na {
 
-// A value of JSON. Asking it for what it is not throws Error.
-class Json {
- public:
-  // Throws Error where the text is no JSON.
+// What every reader of JSON holds exactly, be its numbers doubles.
+constexpr int64_t kMaxInteger = (int64_t{1} << 53) - 1;
+
+// A value: null, a boolean, an integer, a text, a list or an object. No object says a name twice.
+struct Json {
+  using List = std::vector<Json>;
+  using Object = std::vector<std::pair<std::string, Json>>;
+  std::variant<std::monostate, bool, int64_t, std::string, List, Object> value;
+
+  // Throws Error where the text is not a manifest's.
   static Json parse(const std::string& text);
 
-  bool is_null() const { return kind_ == Kind::kNull; }
-  bool is_string() const { return kind_ == Kind::kString; }
-  bool boolean() const;
-  int64_t integer() const;
-  const std::string& string() const;
-  const std::vector<Json>& array() const;
-  std::vector<int64_t> integers() const;
-  // A member of an object. `find` returns null where there is none.
-  const Json& operator[](const char* name) const;
-  const Json* find(const char* name) const;
-  // The text that Python's json.dumps(sort_keys=True) makes of it, if json.dumps wrote it; without one member.
-  std::string canonical(const char* without) const;
-
- private:
-  friend class JsonReader;
-  enum class Kind { kNull, kBoolean, kNumber, kString, kArray, kObject };
-  Kind kind_ = Kind::kNull;
-  bool boolean_ = false;
-  double number_ = 0;
-  std::string string_;
-  // Of numbers and strings: as they are written.
-  std::string written_;
-  std::vector<Json> array_;
-  // Of objects: the names, too, are values.
-  std::vector<std::pair<Json, Json>> members_;
+  template <typename T>
+  const T* as() const {
+    return std::get_if<T>(&value);
+  }
+  // A member of an object; null where there is none, or it is no object.
+  const Json* find(const std::string& name) const;
+  // The text that Python's json.dumps(sort_keys=True) makes of it; of an object without one member.
+  std::string canonical(const std::string& without = "") const;
 };
 
 }  // namespace na

@@ -129,24 +129,27 @@ TVMFFIAny call_global(const char* name, TVMFFIAny* arguments, int count) {
 
 }  // namespace
 
-Function load_function(const std::string& library, const std::string& name, bool is_cuda,
-                       const std::vector<std::string>& folders, const std::string& ffi_version) {
+void check_version(const std::string& ffi_version, const std::vector<std::string>& folders) {
   const TVMFFIVersion& version = load_ffi(folders).version;
   // Compatible within a minor version.
-  std::string here = std::to_string(version.major) + "." + std::to_string(version.minor) + ".";
-  if (ffi_version.compare(0, here.size(), here) != 0) {
-    throw Error("it was made with apache-tvm-ffi " + ffi_version + ", and " + here + std::to_string(version.patch) +
-                " is here");
+  std::string here = std::to_string(version.major) + "." + std::to_string(version.minor);
+  if (ffi_version != here && ffi_version.rfind(here + ".", 0) != 0) {
+    throw Error("it was made with apache-tvm-ffi " + ffi_version + ", and " + here + "." +
+                std::to_string(version.patch) + " is here");
   }
+}
+
+Function load_function(const std::string& library, bool is_cuda, const std::vector<std::string>& folders) {
+  load_ffi(folders);
   if (is_cuda) load_global("libtvm_runtime_cuda.so", folders);
   TVMFFIAny path = make(kTVMFFIRawStr);
   path.v_c_str = library.c_str();
   TVMFFIAny module = call_global("ffi.ModuleLoadFromFile", &path, 1);
   TVMFFIAny arguments[3] = {module, make(kTVMFFIRawStr), make(kTVMFFIBool)};
-  arguments[1].v_c_str = name.c_str();
+  arguments[1].v_c_str = "main";
   arguments[2].v_int64 = 1;  // Look into imported modules as well.
   TVMFFIAny function = call_global("ffi.ModuleGetFunction", arguments, 3);
-  if (function.type_index < kTVMFFIStaticObjectBegin) throw Error("it has no function " + name);
+  if (function.type_index < kTVMFFIStaticObjectBegin) throw Error("it has no function main");
   Function result;
   // Module and function are kept for as long as the process lives: sessions come and go.
   result.handle = function.v_obj;

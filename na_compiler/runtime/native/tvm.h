@@ -15,10 +15,12 @@ struct Function {
   void** parallel_launch = nullptr;
 };
 
-// Loads a function of a library that was compiled with a version of apache-tvm-ffi. `folders` are looked into for TVM's
-// runtime, before the places that were known when this was built. Throws Error.
-Function load_function(const std::string& library, const std::string& name, bool is_cuda,
-                       const std::vector<std::string>& folders, const std::string& ffi_version);
+// Loads TVM's runtime, and checks that libraries which were compiled with a version of apache-tvm-ffi run on it.
+// `folders` are looked into before the places that were known when this was built. Throws Error.
+void check_version(const std::string& ffi_version, const std::vector<std::string>& folders);
+
+// Loads the function `main` of a library. Throws Error.
+Function load_function(const std::string& library, bool is_cuda, const std::vector<std::string>& folders);
 
 // A function that runs the parallel loops of a kernel, as TVM declares it (tvm/runtime/c_backend_api.h).
 struct Environment {
@@ -59,8 +61,5 @@ class CurrentStream {
   int device_;
   void* before_ = nullptr;
 };
-
-// The compute capability of a CUDA device, as 10 * major + minor; 0 where there is none.
-int cuda_capability(int device);
 
 }  // namespace na

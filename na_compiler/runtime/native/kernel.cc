@@ -1,0 +1,94 @@
+#include "kernel.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "error.h"
+#include "json.h"
+
+namespace na {
+namespace {
+
+std::string join(const std::vector<int64_t>& values) {
+  std::string text;
+  for (int64_t value : values) text += (text.empty() ? "" : "x") + std::to_string(value);
+  return text;
+}
+
+}  // namespace
+
+bool Problem::operator==(const Problem& other) const {
+  auto key = [](const Problem& p) {
+    return std::tie(p.layout, p.kernel_size, p.stride, p.dilation, p.is_causal, p.heads, p.heads_kv, p.head_dim,
+                    p.head_dim_v, p.additional_kv, p.dtype);
+  };
+  return key(*this) == key(other);
+}
+
+std::string Problem::text() const {
+  std::string text = "na" + std::to_string(layout.size()) + "d layout=" + join(layout) +
+                     " heads=" + std::to_string(heads);
+  if (heads_kv != heads) text += " heads_kv=" + std::to_string(heads_kv);
+  text += " head_dim=" + std::to_string(head_dim);
+  if (head_dim_v != head_dim) text += " head_dim_v=" + std::to_string(head_dim_v);
+  text += " kernel_size=" + join(kernel_size);
+  std::vector<int64_t> ones(layout.size(), 1), zeros(layout.size(), 0);
+  if (stride != ones) text += " stride=" + join(stride);
+  if (dilation != ones) text += " dilation=" + join(dilation);
+  if (is_causal != zeros) text += " is_causal=" + join(is_causal);
+  return text + (additional_kv ? " additional_kv " : " ") + dtype;
+}
+
+void Problem::check() const {
+  auto on_axis = [](size_t axis) { return " on axis " + std::to_string(axis); };
+  for (size_t axis = 0; axis < layout.size(); ++axis) {
+    int64_t kernel = kernel_size[axis], step = stride[axis], gap = dilation[axis];
+    if (kernel < 1) throw Error("kernel_size must be at least 1, got " + std::to_string(kernel) + on_axis(axis));
+    if (gap < 1) throw Error("dilation must be at least 1, got " + std::to_string(gap) + on_axis(axis));
+    if (step < 1 || step > kernel) {
+      throw Error("stride must be at least 1 and at most kernel_size=" + std::to_string(kernel) + on_axis(axis) +
+                  ", got " + std::to_string(step));
+    }
+    // Without a product, which might overflow.
+    if (kernel > layout[axis] / gap) {
+      throw Error("kernel_size * dilation must be at most the layout's " + std::to_string(layout[axis]) + " tokens" +
+                  on_axis(axis) + ", got kernel_size=" + std::to_string(kernel) + " and dilation=" + std::to_string(gap));
+    }
+  }
+  if (heads_kv < 1 || heads % heads_kv != 0) {
+    throw Error("query's heads must be a multiple of key's, got " + std::to_string(heads) + " and " +
+                std::to_string(heads_kv));
+  }
+}
+
+std::vector<int64_t> Kernel::shape_of(const Buffer& buffer, int64_t batch, int64_t additional) const {
+  int64_t padded = (additional + multiple - 1) / multiple * multiple;
+  std::vector<int64_t> shape = {batch};
+  int64_t elements = std::max<int64_t>(batch, 1);
+  for (int64_t extent : buffer) {
+    shape.push_back(extent < 0 ? padded : extent);
+    if (shape.back() > 0 && elements > kMaxInteger / shape.back()) throw Error("its workspace is too large to be had");
+    elements *= std::max<int64_t>(shape.back(), 1);
+  }
+  return shape;
+}
+
+std::string Kernel::misplaced(const DLTensor& tensor) const {
+  int64_t last = tensor.ndim - 1;
+  if (tensor.strides[last] != 1) return "the elements of its rows must lie together";
+  int64_t elements = std::max<int64_t>(8 * alignment / tensor.dtype.bits, 1);
+  std::string multiple_of = " must be a multiple of ";
+  if (reinterpret_cast<uintptr_t>(tensor.data) % alignment != 0) {
+    return "its address" + multiple_of + std::to_string(alignment);
+  }
+  for (int64_t axis = 0; axis < last; ++axis) {
+    if (tensor.strides[axis] % elements != 0) return "its strides" + multiple_of + std::to_string(elements) + " elements";
+  }
+  // Additional keys have one axis of tokens only, and strides of their own for heads.
+  if (adjacent_heads && last > 3 && tensor.strides[last - 1] != tensor.shape[last]) {
+    return "its heads must lie " + std::to_string(tensor.shape[last]) + " elements apart";
+  }
+  return "";
+}
+
+}  // namespace na

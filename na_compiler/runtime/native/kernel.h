@@ -1,0 +1,64 @@
+// What kernels compute, and how they are called.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tvm.h"
+
+namespace na {
+
+// What a kernel computes: na_compiler.Problem.
+struct Problem {
+  std::vector<int64_t> layout, kernel_size, stride, dilation, is_causal;
+  int64_t heads = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
+  bool additional_kv = false;
+  std::string dtype;
+
+  bool operator==(const Problem& other) const;
+  // As Problem's str in Python.
+  std::string text() const;
+  // Throws Error if attributes do not fit the layout, as Problem does.
+  void check() const;
+};
+
+// An extent of a buffer that a kernel needs beside its inputs and outputs; -1 is the number of additional keys.
+using Buffer = std::vector<int64_t>;
+
+// What a kernel is called with at one place: na_compiler.operands.Argument. Of a shape's extents, which a scalar has none
+// of, -1 is the number of additional keys and -2 the batch.
+struct Operand {
+  std::string name, role, dtype;
+  std::vector<int64_t> shape;
+  bool is_free = false;
+};
+
+// A file that a manifest names.
+struct File {
+  std::string library, sha256;
+  int64_t bytes = 0;
+};
+
+struct Kernel {
+  std::string key;
+  File file;
+  Problem problem;
+  bool is_forward = true;
+  std::string target;
+  std::vector<Buffer> workspace;
+  int64_t multiple = 1;
+  std::vector<Operand> operands;
+  // What it asks of query, key, value and the like: bytes that addresses and strides are multiples of, and whether heads
+  // lie one after another.
+  int64_t alignment = 1;
+  bool adjacent_heads = false;
+
+  bool is_cuda() const { return target.rfind("cuda", 0) == 0; }
+  // The shape of a buffer of its workspace. Throws Error if it has more elements than can be counted.
+  std::vector<int64_t> shape_of(const Buffer& buffer, int64_t batch, int64_t additional) const;
+  // In a few words, why it cannot read a tensor where it is, on which a GPU might fault; empty if it can.
+  std::string misplaced(const DLTensor& tensor) const;
+};
+
+}  // namespace na
