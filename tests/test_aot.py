@@ -16,8 +16,9 @@ import na_compiler
 from na_compiler import aot
 from na_compiler.aot.build import operator_library
 from na_compiler.problem import Problem
-from na_compiler.runtime.bundle import MANIFEST, digest_of
+from na_compiler.runtime.bundle import MANIFEST
 from na_compiler.runtime.host import HostLibrary
+from na_compiler.runtime.manifest import digest_of
 
 PROBLEMS = [
     Problem(40, 2, 8, 7, 2, 3, is_causal=True, dtype="float16"),
@@ -136,6 +137,7 @@ def test_what_is_wrong_is_said(library, bundle, tmp_path):
         "query, key and value must have 5 dimensions": ("na2d", *good[1:]),
         "kernel_size, stride, dilation and is_causal must have 1 values": (*good[:4], [7, 7], *good[5:]),
         "additional_keys and additional_values come together": (*good, query, None),
+        "additional_keys and additional_values must have 4 dimensions": (*good, query, query.sum()),
         "tensors must be float32, bfloat16 or float16": call(problem, [query.double()] * 3),
         r"kernel_size \* dilation must be at most the layout's 40 tokens": (*good[:4], [20], *good[5:]),
         r"Invalid key\.shape\[1\] .*\n.*\n.*expected 40": call(problem, [query, query[:, 1:], query]),

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -44,9 +45,12 @@ thread_local std::string last_error;
 
 class Bundles {
  public:
+  // The last one comes first; the same one again takes the place of what was there.
   void add(const char* folder) {
     const Bundle& bundle = Bundle::open(folder);
     std::lock_guard<std::mutex> lock(mutex_);
+    auto is_there = [&](const Bundle* other) { return other->folder() == bundle.folder(); };
+    bundles_.erase(std::remove_if(bundles_.begin(), bundles_.end(), is_there), bundles_.end());
     bundles_.insert(bundles_.begin(), &bundle);
   }
 
@@ -54,15 +58,19 @@ class Bundles {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!looked_) {
       const char* named = std::getenv("NA_COMPILER_BUNDLE");
-      for (const std::string& folder : split(named ? named : "")) bundles_.push_back(&Bundle::open(folder));
+      std::vector<const Bundle*> opened;
+      for (const std::string& folder : split(named ? named : "")) opened.push_back(&Bundle::open(folder));
+      named_ = opened;
       looked_ = true;
     }
-    return bundles_;
+    std::vector<const Bundle*> all = bundles_;
+    all.insert(all.end(), named_.begin(), named_.end());
+    return all;
   }
 
  private:
   std::mutex mutex_;
-  std::vector<const Bundle*> bundles_;
+  std::vector<const Bundle*> bundles_, named_;
   bool looked_ = false;
 };
 
@@ -84,12 +92,19 @@ struct Hash {
   }
 };
 
+// Only what was found is kept: at most an entry for each kernel of the bundles and device.
 std::unordered_map<Key, Match, Hash>& table() {
   static auto made = new std::unordered_map<Key, Match, Hash>;
   return *made;
 }
 
 std::shared_mutex table_mutex;
+
+// Bundles that are added come first: what was found in others is looked for again.
+void forget() {
+  std::unique_lock<std::shared_mutex> lock(table_mutex);
+  table().clear();
+}
 
 const char* dtype_name(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -204,6 +219,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   if (additional_keys.has_value() != additional_values.has_value()) {
     throw Error("additional_keys and additional_values come together");
   }
+  if (additional_keys.has_value() && (additional_keys->dim() != 4 || additional_values->dim() != 4)) {
+    throw Error("additional_keys and additional_values must have 4 dimensions");
+  }
   bool has_additional = additional_keys.has_value() && additional_keys->size(1) > 0;
   std::vector<Tensor> tensors = {query, key, value};
   if (has_additional) tensors.insert(tensors.end(), {*additional_keys, *additional_values});
@@ -311,6 +329,7 @@ extern "C" NA_EXPORT int na_compiler_load_bundle(const char* folder) {
                       na::not_defined);
     }
     na::bundles().add(folder);
+    na::forget();
     return 0;
   } catch (const std::exception& error) {
     na::last_error = error.what();

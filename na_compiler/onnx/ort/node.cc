@@ -1,7 +1,9 @@
 #include "node.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
+#include <set>
 
 #include "error.h"
 #include "pool.h"
@@ -21,6 +23,8 @@ const char* dtype_name(int element) {
 }
 
 // ---- Attributes ----------------------------------------------------------------------------------------------------
+
+constexpr const char* kAttributes[] = {"kernel_size", "stride", "dilation", "is_causal", "scale"};
 
 // Whether a node has an attribute at all, of any type that can be asked for.
 bool has_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
@@ -49,6 +53,50 @@ std::vector<int64_t> integers(const Api& api, const OrtKernelInfo* info, const c
   return values;
 }
 
+// Names that an attribute of ours is taken for: what it is called elsewhere, and what is next to it on a keyboard.
+std::set<std::string> mistaken_names() {
+  std::set<std::string> names = {
+      "axis",        "bias",           "border",        "causal",      "dilation_rate", "head_dim",
+      "heads",       "is_causals",     "kernel",        "kernel_shape", "kernelsize",   "left_window_size",
+      "mask",        "num_heads",      "pads",          "padding",     "qk_norm",       "qk_scale",
+      "right_window_size", "rpb",      "size",          "sm_scale",    "softcap",       "softmax_scale",
+      "unidirectional", "window",      "window_left",   "window_right", "window_size",
+  };
+  for (const char* attribute : kAttributes) {
+    std::string name = attribute, upper = name, camel, bare;
+    for (char& letter : upper) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+    for (size_t i = 0; i < name.size(); ++i) {
+      bool begins = i > 0 && name[i - 1] == '_';
+      if (name[i] != '_') camel += begins ? upper[i] : name[i];
+      if (name[i] != '_') bare += name[i];
+      names.insert(name.substr(0, i) + name.substr(i + 1));  // One letter less, one twice, two in the other order.
+      names.insert(name.substr(0, i) + name[i] + name.substr(i));
+      if (i > 0) names.insert(name.substr(0, i - 1) + name[i] + name[i - 1] + name.substr(i + 1));
+    }
+    std::string title = name;
+    title[0] = upper[0];
+    names.insert({name + "s", name + "_", "_" + name, name + " ", " " + name, upper, title, camel, bare});
+  }
+  for (const char* attribute : kAttributes) names.erase(attribute);
+  return names;
+}
+
+// ONNX Runtime does not check the names of attributes, and says of a node's only whether it has one of a name: an
+// attribute that is not ours is found if it has a name that is likely.
+void refuse_mistaken(const Api& api, const OrtKernelInfo* info) {
+  static const auto names = new std::set<std::string>(mistaken_names());
+  for (const std::string& name : *names) {
+    size_t size = 0;
+    if (!succeeds(api, api.KernelInfoGetAttributeArray_int64(info, name.c_str(), nullptr, &size)) &&
+        !has_attribute(api, info, name.c_str())) {
+      continue;
+    }
+    std::string known;
+    for (const char* attribute : kAttributes) known += (known.empty() ? "" : ", ") + std::string(attribute);
+    throw Error("it has an attribute " + name + ", which is unknown; known are " + known);
+  }
+}
+
 }  // namespace
 
 void read_type(const Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor& tensor) {
@@ -71,6 +119,7 @@ Node::Node(const Operator& op, const OrtKernelInfo* info) : op_(op), api_(*op.ap
 
 void Node::read(const OrtKernelInfo* info) {
   static const int64_t kOne = 1, kZero = 0;
+  refuse_mistaken(api_, info);
   attributes_.kernel_size = integers(api_, info, "kernel_size", op_.rank, nullptr);
   attributes_.stride = integers(api_, info, "stride", op_.rank, &kOne);
   attributes_.dilation = integers(api_, info, "dilation", op_.rank, &kOne);
@@ -91,7 +140,7 @@ void Node::compute(OrtKernelContext* context) {
   Tensor inputs[kInputCount];
   read_inputs(context, inputs);
   Problem problem = pose(inputs);
-  Found found = find(inputs, problem);
+  const Found& found = find(inputs, problem);
   Shape lse_shape(inputs[0].shape.begin(), inputs[0].shape.end() - 1);
   Shape output_shape = lse_shape;
   output_shape.push_back(inputs[2].shape.back());
@@ -204,26 +253,36 @@ Problem Node::pose(const Tensor (&inputs)[kInputCount]) const {
   return problem;
 }
 
-// The kernel for some inputs: the last one that was found, if it is for the same.
-Node::Found Node::find(const Tensor (&inputs)[kInputCount], const Problem& problem) {
-  const Found* last = last_.load(std::memory_order_acquire);
-  const Shape &query = inputs[0].shape, &key = inputs[1].shape, &value = inputs[2].shape;
+// The batch is any.
+bool Node::Found::is_for(const Tensor (&inputs)[kInputCount], bool with_additional) const {
   auto same = [](const Shape& one, const Shape& other) {
     return one.size() == other.size() && std::equal(one.begin() + 1, one.end(), other.begin() + 1);
   };
-  if (last != nullptr && last->element == inputs[0].element && last->additional == problem.additional_kv &&
-      same(last->query, query) && same(last->key, key) && same(last->value, value)) {
-    return *last;
-  }
-  int device = 0;
-  if (op_.is_cuda && inputs[0].value != nullptr) device = device_of(inputs[0]);
-  Match match = na::find(op_.bundles, problem, op_.is_cuda, device,
-                         ", or make the session without the operator library: then the model's own function runs");
-  auto found = std::make_unique<Found>(Found{query, key, value, inputs[0].element, problem.additional_kv, match});
+  return element == inputs[0].element && additional == with_additional && same(query, inputs[0].shape) &&
+         same(key, inputs[1].shape) && same(value, inputs[2].shape);
+}
+
+// The kernel for some inputs: the last one that was found, if it is for the same.
+const Node::Found& Node::find(const Tensor (&inputs)[kInputCount], const Problem& problem) {
+  const Found* last = last_.load(std::memory_order_acquire);
+  if (last != nullptr && last->is_for(inputs, problem.additional_kv)) return *last;
+  const Shape &query = inputs[0].shape, &key = inputs[1].shape, &value = inputs[2].shape;
+  // The shapes are checked: of key and value, these sizes are not query's.
+  Shape at = query;
+  at[0] = inputs[0].element;
+  at.insert(at.end(), {problem.additional_kv, problem.heads_kv, problem.head_dim_v});
   std::lock_guard<std::mutex> lock(mutex_);
-  last_.store(found.get(), std::memory_order_release);
-  found_.push_back(std::move(found));  // Another thread may still read the one before.
-  return *found_.back();
+  auto found = found_.find(at);
+  if (found == found_.end()) {
+    int device = 0;
+    if (op_.is_cuda && inputs[0].value != nullptr) device = device_of(inputs[0]);
+    Match match = na::find(op_.bundles, problem, op_.is_cuda, device,
+                           ", or make the session without the operator library: then the model's own function runs");
+    Found made{query, key, value, inputs[0].element, problem.additional_kv, match};
+    found = found_.emplace(std::move(at), std::move(made)).first;
+  }
+  last_.store(&found->second, std::memory_order_release);
+  return found->second;
 }
 
 const OrtMemoryInfo* Node::memory_of(const Tensor& tensor) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -54,19 +55,21 @@ class Node {
   void compute(OrtKernelContext* context);
 
  private:
-  // A kernel for the shapes that it was found for.
+  // A kernel, and what it was found for.
   struct Found {
     Shape query, key, value;
     int element;
     bool additional;
     Match match;
+
+    bool is_for(const Tensor (&inputs)[kInputCount], bool with_additional) const;
   };
 
   void look_ahead(const OrtKernelInfo* info);
   void read_inputs(OrtKernelContext* context, Tensor (&inputs)[kInputCount]) const;
   Tensor make_output(OrtKernelContext* context, size_t index, const Shape& shape, int element) const;
   Problem pose(const Tensor (&inputs)[kInputCount]) const;
-  Found find(const Tensor (&inputs)[kInputCount], const Problem& problem);
+  const Found& find(const Tensor (&inputs)[kInputCount], const Problem& problem);
   const OrtMemoryInfo* memory_of(const Tensor& tensor) const;
   int device_of(const Tensor& tensor) const;
   void run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[kInputCount], Tensor& output, Tensor& lse);
@@ -78,9 +81,11 @@ class Node {
   Problem attributes_;
   float scale_ = 0;
   bool has_scale_ = false;
+  // What was found, by what it was found for. Nothing is found twice, so that there are at most as many as the bundles
+  // have kernels; nothing is removed, so that threads may read the last one without a lock.
   std::atomic<const Found*> last_{nullptr};
   std::mutex mutex_;
-  std::vector<std::unique_ptr<const Found>> found_;
+  std::map<Shape, Found> found_;
 };
 
 }  // namespace na

@@ -4,7 +4,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -118,6 +120,28 @@ Operator make(const Api* api, const std::vector<const Bundle*>& bundles, size_t 
   return op;
 }
 
+// The domain for some bundles. Sessions keep pointers to what is made here, and nobody says when the last one is gone: it
+// is never freed, and made once for each list of bundles.
+OrtCustomOpDomain* domain_for(const OrtApi* table, const Api& api, const std::vector<const Bundle*>& bundles) {
+  static std::mutex mutex;
+  static auto domains = new std::map<std::pair<const OrtApi*, std::vector<const Bundle*>>, OrtCustomOpDomain*>;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = domains->find({table, bundles});
+  if (found != domains->end()) return found->second;
+  auto kept = new Api(api);
+  OrtCustomOpDomain* domain = nullptr;
+  check(api, api.CreateCustomOpDomain(kDomain, &domain));
+  for (size_t rank = 1; rank <= 3; ++rank) {
+    for (bool is_cuda : {false, true}) {
+      // One for each type: in ONNX Runtime 1.21 an operator of any type may have one input only.
+      for (ONNXTensorElementDataType element : {kFloat, kFloat16, kBFloat16}) {
+        check(api, api.CustomOpDomain_Add(domain, new Operator(make(kept, bundles, rank, is_cuda, element))));
+      }
+    }
+  }
+  return (*domains)[{table, bundles}] = domain;
+}
+
 // The bundles of a session: the one that its options name, or those of the environment, colons between them.
 std::vector<const Bundle*> open_bundles(const Api& api, const OrtSessionOptions* options) {
   int is_there = 0;
@@ -143,8 +167,7 @@ std::vector<const Bundle*> open_bundles(const Api& api, const OrtSessionOptions*
 }  // namespace
 }  // namespace na
 
-// What ONNX Runtime looks for in a library of operators. Sessions keep pointers to what is made here, and nobody says
-// when the last one is gone: it is never freed. It is a few kilobytes for each session options object.
+// What ONNX Runtime looks for in a library of operators.
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                                const OrtApiBase* base) {
   using namespace na;
@@ -157,19 +180,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
                           base->GetVersionString();
     return create_status(kFail, message.c_str());
   }
-  auto api = new Api(table);
-  return guarded(*api, "", [&] {
-    std::vector<const Bundle*> bundles = open_bundles(*api, options);
-    OrtCustomOpDomain* domain = nullptr;
-    check(*api, api->CreateCustomOpDomain(kDomain, &domain));
-    for (size_t rank = 1; rank <= 3; ++rank) {
-      for (bool is_cuda : {false, true}) {
-        // One for each type: in ONNX Runtime 1.21 an operator of any type may have one input only.
-        for (ONNXTensorElementDataType element : {kFloat, kFloat16, kBFloat16}) {
-          check(*api, api->CustomOpDomain_Add(domain, new Operator(make(api, bundles, rank, is_cuda, element))));
-        }
-      }
-    }
-    check(*api, api->AddCustomOpDomain(options, domain));
+  Api api(table);
+  return guarded(api, "", [&] {
+    check(api, api.AddCustomOpDomain(options, domain_for(table, api, open_bundles(api, options))));
   });
 }

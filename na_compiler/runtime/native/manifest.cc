@@ -80,6 +80,14 @@ class Said {
     return *number;
   }
 
+  int64_t power_of_two(int64_t high) const {
+    auto number = json_.as<int64_t>();
+    if (number == nullptr || *number < 1 || *number > high || (*number & (*number - 1)) != 0) {
+      refuse("a power of two from 1 to " + std::to_string(high));
+    }
+    return *number;
+  }
+
   bool flag() const {
     auto flag = json_.as<bool>();
     if (flag == nullptr) refuse("true or false");
@@ -238,8 +246,7 @@ Kernel read_kernel(const Said& said) {
   kernel.multiple = workspace["multiple"].integer(1, 1 << 20);
   kernel.operands = said["operands"].list(0, 128, read_operand);
   if (kernel.is_forward) check_operands(kernel);
-  kernel.alignment = said["alignment"].integer(1, 4096);
-  if ((kernel.alignment & (kernel.alignment - 1)) != 0) said["alignment"].refuse("a power of two from 1 to 4096");
+  kernel.alignment = said["alignment"].power_of_two(4096);
   kernel.adjacent_heads = said["adjacent_heads"].flag();
   return kernel;
 }
