@@ -14,10 +14,11 @@ from na_compiler.target import Target
 
 __all__ = ["FAMILIES", "Choice", "candidates", "choose", "family_of"]
 
-# The families, by the names of their folders, in the order in which they are asked: of two for one kind of machine, the
-# faster one first.
+# The families, by the names of their folders, in the order in which they are asked. Of two for one kind of machine, the
+# one that is faster comes first; where each is at times, both say how long they take.
 FAMILIES = (
     "sm90",
+    "mma",
     "simt",
     "cpu",
 )
@@ -56,7 +57,7 @@ def choose(problem: Problem, target: Target, direction: str) -> Choice:
     NotImplementedError
         If no family takes the problem; says why.
     """
-    family, reasons = _first(problem, target, direction)
+    family, reasons = _best(problem, target, direction)
     return Choice(family.choose(problem, target, direction), " ".join(reasons) or None)
 
 
@@ -79,7 +80,7 @@ def candidates(problem: Problem, target: Target, direction: str, count: int = 8)
     NotImplementedError
         If no family takes the problem; says why.
     """
-    family, _ = _first(problem, target, direction)
+    family, _ = _best(problem, target, direction)
     return family.candidates(problem, target, direction, count)
 
 
@@ -88,20 +89,31 @@ def family_of(config: Config) -> Family:
     return _load(config.family)
 
 
-def _first(problem: Problem, target: Target, direction: str) -> tuple[Family, list[str]]:
-    """Return the first family that takes a problem, and why those before it do not."""
+def _best(problem: Problem, target: Target, direction: str) -> tuple[Family, list[str]]:
+    """Return the family that is chosen for a problem, and why none of those before it is."""
     reasons: list[str] = []
+    best: tuple[Family, float | None] | None = None
     for family in map(_load, FAMILIES):
-        if family.is_for(target):
-            unknown = sorted(set(problem.operands) - family.operands)
-            reason = (
-                f"{family.name} has no kernels with {', '.join(unknown)}."
-                if unknown
-                else family.refusal(problem, target, direction)
-            )
-            if reason is None:
-                return family, reasons
-            reasons.append(reason)
+        if not family.is_for(target):
+            continue
+        unknown = sorted(set(problem.operands) - family.operands)
+        reason = (
+            f"{family.name} has no kernels with {', '.join(unknown)}."
+            if unknown
+            else family.refusal(problem, target, direction)
+        )
+        if reason is not None:
+            if best is None:
+                reasons.append(reason)
+            continue
+        time = family.estimate(problem, target, direction)
+        if best is None:
+            best = family, time
+        elif best[1] is not None and time is not None and time < best[1]:
+            reasons.append(f"{best[0].name} takes it, and is estimated at {best[1] / time:.1f} times as long.")
+            best = family, time
+    if best is not None:
+        return best[0], reasons
     why = " ".join(reasons) or f"none of {', '.join(FAMILIES)} is for it."
     raise NotImplementedError(f"no family of kernels takes {problem} {direction} on {target}: {why}")
 

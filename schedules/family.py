@@ -121,6 +121,14 @@ class Family(ABC):
         """
         return None
 
+    def estimate(self, problem: Problem, target: Target, direction: str) -> float | None:  # noqa: ARG002
+        """Return about how long the kernel of `choose` takes; parameters are those of `refusal`.
+
+        In microseconds a batch entry, where there are many. Among families of one kind of machine that say it for a
+        problem the quickest is chosen; ``None``, which leaves it to the order of families, where it cannot be said.
+        """
+        return None
+
     @abstractmethod
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the kernel of a problem and a config; loads TVM.

@@ -95,7 +95,11 @@ def test_a_family_can_be_left_out(name, tmp_path):
     """
     copied = _copy_without(name, tmp_path)
     chosen = run_python(code, str(copied), name, " ".join(_TARGETS), PYTHONPATH=None)
-    left = {"sm90": "cuda:sm_90a bfloat16 forward simt", "simt": "cuda:sm_80 float32 forward none"}
+    left = {
+        "sm90": "cuda:sm_90a bfloat16 forward mma",
+        "mma": "cuda:sm_80 bfloat16 forward simt",
+        "simt": "cuda:sm_80 float32 forward none",
+    }
     assert left.get(name, "llvm:aarch64 float32 forward none") in chosen.splitlines()
 
 

@@ -285,7 +285,7 @@ def test_says_what_it_does_not_take(change, reason):
 
 
 def test_is_chosen_on_hopper_alone():
-    problem = Problem((64, 64), 2, 64, 7, dtype="bfloat16")
+    problem = Problem((128, 128), 2, 128, 31, dtype="bfloat16")
     assert isinstance(choose(problem, TARGET, "forward").config, Sm90)
     elsewhere = choose(problem, Target.parse("cuda:sm_80"), "forward")
     assert not isinstance(elsewhere.config, Sm90)

@@ -49,6 +49,10 @@ class _Sm90(Family):
         assert isinstance(config, Sm90)
         return visit(config.plan(problem), token)
 
+    def estimate(self, problem: Problem, target: Target, direction: str) -> float | None:  # noqa: ARG002
+        """Return the best candidate's time among many batch entries, in microseconds."""
+        return planner.candidates(problem, 1)[0].microseconds if direction == "forward" else None
+
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the kernel, for nvcc."""
         from na_compiler.schedules.sm90 import kernel  # noqa: PLC0415

@@ -30,6 +30,8 @@ __all__ = ["Candidate", "candidates", "most_registers", "refusal"]
 _Numbers = NDArray[Any]
 
 _PROCESSORS = 132
+# The clock that an H100 has while its tensor cores work, as measured.
+_MEGAHERTZ = 1700.0
 # Products of 16-bit numbers, in operations a cycle of one multiprocessor, by the datasheet.
 _RATE = 4096.0
 # Cycles: of products over what the datasheet says, of a tile of keys beside its products, of masking it (and a key
@@ -87,6 +89,11 @@ class Candidate(Base):
     def waves(self) -> float:
         """Thread blocks for each multiprocessor, which has one at a time."""
         return self.blocks / _PROCESSORS
+
+    @property
+    def microseconds(self) -> float:
+        """Estimated time among many batch entries, which fill what one leaves of the last wave."""
+        return float(self.cycles / _rounds(np.array(self.waves)) * self.waves / _MEGAHERTZ)
 
     def columns(self) -> dict[str, str]:
         """Return its row of a table."""
@@ -268,9 +275,16 @@ def _measure(problem: Problem, space: _Space) -> _Measured:
     lone = space.warpgroups * steps - visited
     block = (visited * tile + lone * tile * _LONE + masked * (_MASK[0] + streamed * _MASK[1])) / blocks + _BLOCK
     waves = blocks * problem.heads / _PROCESSORS
-    # The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
-    cycles = block * np.where(waves < 4, np.ceil(waves), waves + 0.5)
+    cycles = block * _rounds(waves)
     return _Measured(problem, space, cycles, visited, whole, blocks)
+
+
+def _rounds(waves: _Numbers) -> _Numbers:
+    """Return how many thread blocks one multiprocessor does after another.
+
+    The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
+    """
+    return np.where(waves < 4, np.ceil(waves), waves + 0.5)
 
 
 def _counts(problem: Problem, axis: int, space: _Space, plans: list[Plan]) -> _Numbers:

@@ -3,7 +3,8 @@
 // CUDA threads are cooperative fibers: a fiber runs until it meets something to wait for, so warps drift apart as far as
 // the program lets them. Asynchronous work happens as early or as late as the program allows:
 //   late_loads     TMA loads land only when no thread can go on, and only where one waits for them (finds missing
-//                  waits); otherwise at issue (finds buffers that are overwritten too early)
+//                  waits), and copies when their group is waited for; otherwise at issue (finds buffers that are
+//                  overwritten too early)
 //   late_products  wgmma and TMA stores happen when they are waited for (finds operands that change too early, and
 //                  results that are read too early); otherwise when their group is committed
 //   descending     the last warp and lane run first
@@ -117,6 +118,7 @@ struct CUtensorMap {
   int box[5], step[5], swizzle;
 };
 struct Store { const CUtensorMap* map; int at[5]; uint32_t source; };
+struct Copy { uint32_t target; const uchar* source; uint32_t bytes; };
 struct Fiber {
   ucontext_t context;
   uchar* stack = nullptr;
@@ -128,6 +130,8 @@ struct Fiber {
   std::vector<Product> open;
   std::deque<std::vector<Product>> groups;
   std::vector<Store> stores;
+  std::vector<Copy> copies;
+  std::deque<std::vector<Copy>> copy_groups;
 };
 inline Fiber fibers[THREADS];
 inline ucontext_t scheduler_context;
@@ -148,6 +152,9 @@ inline void fiber_main() {
   for (auto& group : fiber.groups)
     if (!group.empty()) die("thread %d ends with products that were never waited for", thread_number);
   if (!fiber.stores.empty()) die("thread %d ends with TMA stores that were never waited for", thread_number);
+  if (!fiber.copies.empty()) die("thread %d ends with copies that were never committed", thread_number);
+  for (auto& group : fiber.copy_groups)
+    if (!group.empty()) die("thread %d ends with copies that were never waited for", thread_number);
   block_on(Wait::done);
 }
 
@@ -192,7 +199,7 @@ inline std::vector<Tensor> tensors;
 inline void check_global(const uchar* address, size_t count) {
   for (auto& tensor : tensors)
     if (address >= tensor.begin && address + count <= tensor.begin + tensor.bytes) return;
-  die("TMA reaches outside the tensors");
+  die("a copy reaches outside the tensors");
 }
 // A tensor ends where a page begins that may not be touched.
 inline uchar* guarded(size_t bytes, int fill) {
@@ -388,6 +395,20 @@ inline bool warp_waits(int first, int threads) {
   }
   return waits;
 }
+// Runs the lanes of a warp that wait for nothing; returns whether there were any.
+inline bool run_lanes(int first, int end) {
+  bool progress = false;
+  for (int n = 0; n < end - first; n++) {
+    int t = descending ? end - 1 - n : first + n;
+    if (fibers[t].wait == Wait::done || !ready(fibers[t])) continue;
+    fibers[t].wait = Wait::none;
+    thread_number = t;
+    threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
+    swapcontext(&scheduler_context, &fibers[t].context);
+    progress = true;
+  }
+  return progress;
+}
 inline void run_block(int threads, void (*body)()) {
   thread_count = threads;
   kernel_body = body;
@@ -399,6 +420,7 @@ inline void run_block(int threads, void (*body)()) {
     Fiber& fiber = fibers[t];
     fiber.wait = Wait::none;
     fiber.groups.clear(), fiber.open.clear(), fiber.stores.clear();
+    fiber.copies.clear(), fiber.copy_groups.clear();
     if (!fiber.stack) fiber.stack = (uchar*)malloc(STACK);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack;
@@ -409,23 +431,19 @@ inline void run_block(int threads, void (*body)()) {
   for (;;) {
     bool progress = false;
     int ended = 0;
-    for (int n = 0; n < threads; n++) {
-      int t = descending ? threads - 1 - n : n;
-      if (fibers[t].wait == Wait::done) { ended++; continue; }
-      if (!ready(fibers[t])) continue;
-      fibers[t].wait = Wait::none;
-      thread_number = t;
-      threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-      swapcontext(&scheduler_context, &fibers[t].context);
-      progress = true;
+    int warps = (threads + 31) / 32;
+    for (int n = 0; n < warps; n++) {
+      int first = (descending ? warps - 1 - n : n) * 32, end = min(first + 32, threads);
+      // A warp goes on alone until it waits for others.
+      while (run_lanes(first, end)) {
+        progress = true;
+        if (!warp_waits(first, threads)) continue;
+        for (int t = first; t < end; t++)
+          if (fibers[t].wait == Wait::warp) fibers[t].wait = Wait::none;
+      }
+      for (int t = first; t < end; t++) ended += fibers[t].wait == Wait::done;
     }
     if (ended == threads) break;
-    for (int warp = 0; warp * 32 < threads; warp++)
-      if (warp_waits(warp * 32, threads)) {
-        for (int t = warp * 32; t < warp * 32 + 32 && t < threads; t++)
-          if (fibers[t].wait == Wait::warp) fibers[t].wait = Wait::none;
-        progress = true;
-      }
     for (int group = 0; group < threads / 128; group++)
       if (all_wait(group * 128, 128, Wait::warpgroup)) run_groups(group), progress = true;
     for (size_t i = 0; !progress && i < loads.size(); i++)
@@ -558,6 +576,8 @@ inline void tvm_builtin_ptx_wgmma_fence_fence_sync_aligned() {}
 inline void tvm_builtin_ptx_wgmma_commit_group_commit_group_sync_aligned() { wgmma_commit(); }
 inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0() { wgmma_wait(0); }
 inline void tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_1() { wgmma_wait(1); }
+
+#include "warp_products.h"
 
 // ------------------------------------------------------------------------------------------------ files
 inline uchar* read_tensor(const char* path, size_t bytes) {

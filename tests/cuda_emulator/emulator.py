@@ -160,7 +160,19 @@ def _program(text: str) -> str:
     text = re.sub(r"alignas\(64\) |__align__\(\d+\)", "", text)
     parts = ['#include "emulator.h"', *_products(text)]
     parts += [f"inline void {name}() {{}}" for name in sorted(set(re.findall(r"tvm_builtin_ptx_setmaxnreg_\w+", text)))]
-    return "\n".join([*parts, text, _MAIN, *_launchers(kernels)])
+    return "\n".join([*parts, *_immediates(text), text, _MAIN, *_launchers(kernels)])
+
+
+def _immediates(text: str) -> list[str]:
+    """Write the wrappers of instructions whose address has an offset in the instruction."""
+    copy = "uint32_t target, const void* source, uint32_t bytes", "target, (const uchar*)source + {0}, bytes"
+    load = "uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t address", "a, b, c, d, address + {0}"
+    found = []
+    for pattern, (parameters, passed) in ((r"cp_async_cg_\w+?_addr1", copy), (r"ldmatrix_\w+?_addr0", load)):
+        for name in sorted(set(re.findall(rf"tvm_builtin_ptx_{pattern}_p\d+", text))):
+            root, offset = name.rsplit("_addr", 1)[0], name.rpartition("_p")[2]
+            found.append(f"inline void {name}({parameters}) {{ {root}({passed.format(offset)}); }}")
+    return found
 
 
 def _products(text: str) -> list[str]:

@@ -1,0 +1,148 @@
+"""`Block`: what the warps of a thread block share; `Arguments`, and `Source`, a tensor as warps address it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+
+from na_compiler.schedules.mma.plan import CHUNK, Plan
+from na_compiler.schedules.shared.trace import I, T, emit, index64, let, register
+from na_compiler.schedules.shared.work import Work
+
+__all__ = ["Arguments", "Block", "Source"]
+
+Expr = Any
+
+
+class Arguments:
+    """The function's arguments.
+
+    ``main(query, key, value, [additional_keys, additional_values,] scale, output, lse)``: inputs may have any strides
+    that are multiples of 16 bytes, the last one 1; output and lse are contiguous.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        problem = plan.problem
+        self.batch = tirx.Var("batch", "int64")
+        self.additional: Expr = tirx.Var("additional", "int64") if problem.additional_kv else None
+        tokens = (self.batch, *problem.layout)
+        dtype = problem.dtype
+        self.query = _input("query", (*tokens, problem.heads, problem.head_dim), dtype)
+        self.key = _input("key", (*tokens, problem.heads_kv, problem.head_dim), dtype)
+        self.value = _input("value", (*tokens, problem.heads_kv, problem.head_dim_v), dtype)
+        if problem.additional_kv:
+            extra = (self.batch, self.additional)
+            self.keys = _input("additional_keys", (*extra, problem.heads_kv, problem.head_dim), dtype)
+            self.values = _input("additional_values", (*extra, problem.heads_kv, problem.head_dim_v), dtype)
+        self.scale = I.arg("scale", tirx.Var("scale", "float32"))
+        shape = (*tokens, problem.heads, problem.head_dim_v)
+        self.output = I.arg("output", I.buffer(_wide(shape), dtype, align=16))
+        self.lse = I.arg("lse", I.buffer(_wide(shape[:-1]), "float32", align=4))
+
+    @property
+    def count(self) -> Expr:
+        """Number of additional keys, as the device counts; ``None`` without them."""
+        return None if self.additional is None else T.Cast("int32", self.additional)
+
+
+def _input(name: str, shape: tuple[Expr, ...], dtype: str) -> Any:
+    """Declare a tensor with strides that the caller chooses."""
+    strides: list[Expr] = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
+    strides.append(tirx.IntImm("int64", 1))
+    return I.arg(name, I.buffer(_wide(shape), dtype, strides=strides, align=16))
+
+
+def _wide(shape: Sequence[Expr]) -> list[Expr]:
+    """Return a shape in int64 throughout: TVM's packed ABI trips over mixed widths."""
+    return [tirx.IntImm("int64", extent) if isinstance(extent, int) else extent for extent in shape]
+
+
+class Block:
+    """Threads and shared memory of a thread block: each warp's queries, then keys, then values."""
+
+    def __init__(self, plan: Plan, arguments: Arguments) -> None:
+        self.plan, self.arguments = plan, arguments
+        self.dtype = plan.problem.dtype
+        self.thread = I.thread_id([plan.threads])
+        self.warp: Expr = let(T.shift_right(self.thread, 5)) if plan.warps > 1 else 0
+        self.lane = let(T.bitwise_and(self.thread, 31)) if plan.warps > 1 else self.thread
+        self._memory = I.alloc_buffer([plan.shared_bytes], "uint8", scope="shared.dyn", align=1024)
+        self.queries = self._view(0, plan.warps * plan.query_bytes // 2)
+        self.query_words = self._view(0, plan.warps * plan.query_bytes // 4, "uint32")
+        self.keys = self._view(plan.key_offset, plan.stages * plan.key.bytes // 2)
+        self.values = self._view(plan.value_offset, plan.stages * plan.value.bytes // 2)
+
+    def _view(self, offset: int, count: int, dtype: str | None = None) -> Any:
+        return I.decl_buffer(
+            [count], dtype or self.dtype, data=self._memory.data, byte_offset=offset, scope="shared.dyn", align=128
+        )
+
+    def sync(self) -> None:
+        """Wait for all warps of the block."""
+        emit(T.cuda.cta_sync() if self.plan.warps > 1 else T.cuda.warp_sync())
+
+    @staticmethod
+    def sync_warp() -> None:
+        """Wait for all lanes of the warp."""
+        emit(T.cuda.warp_sync())
+
+    @staticmethod
+    def commit() -> None:
+        """Close a group of copies."""
+        emit(T.ptx.cp.async_.commit_group())
+
+    @staticmethod
+    def wait(pending: int) -> None:
+        """Wait until at most so many groups of this thread's copies are pending."""
+        emit(T.ptx.cp.async_.wait_group(pending))
+
+
+class Source:
+    """One head of one batch entry of a tensor, of one dilation group: rows at positions along the layout's axes.
+
+    Offsets within it are counted in chunks of 16 bytes and 32 bits, which reaches 32 GiB.
+
+    Parameters
+    ----------
+    work
+        The block's tile of queries.
+    buffer
+        ``[batch, *layout, heads, head_dim]``, or ``[batch, additional, heads, head_dim]``.
+    head
+        Which head.
+    dilation, group
+        Of the layout's axes; additional keys have neither.
+    """
+
+    def __init__(self, work: Work, buffer: Any, head: Expr, dilation: Sequence[int], group: Sequence[Expr]) -> None:
+        dtype = str(buffer.dtype)
+        whole = I.decl_buffer([2**62], dtype, data=buffer.data, scope="global")
+        strides = _strides(buffer)
+        start = index64(register(work.batch)) * strides[0] + index64(register(head)) * strides[-2]
+        for place, stride in zip(group, strides[1:-2], strict=True):
+            if not (isinstance(place, int) and place == 0):
+                start = start + index64(register(place)) * stride
+        # A pointer of its own, so that an address is one multiplication away from it.
+        self.buffer = I.decl_buffer([2**62], dtype, data=I.Bind(whole.ptr_to([start])), scope="global")
+        self.steps = [self._chunks(step, stride) for step, stride in zip(dilation, strides[1:-2], strict=True)]
+
+    @staticmethod
+    def _chunks(dilation: int, stride: Expr) -> Expr:
+        if isinstance(stride, int):
+            return dilation * stride // CHUNK
+        return register(T.Cast("int32", T.shift_right(stride, T.int64(3))) * dilation)
+
+    def at(self, offset: Expr) -> Expr:
+        """Return the element of an offset in chunks."""
+        return index64(register(offset)) * CHUNK
+
+
+def _strides(buffer: Any) -> list[Expr]:
+    """Return the strides of a buffer, ints where they are known."""
+    if buffer.strides:
+        return list(buffer.strides)
+    extents = [int(extent) for extent in buffer.shape[1:]]
+    return [math.prod(extents[axis:]) for axis in range(len(extents) + 1)]

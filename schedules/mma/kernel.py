@@ -1,0 +1,274 @@
+"""The forward on the tensor cores of single warps, generated with TVM's TIRx.
+
+A thread block has 1, 2, 4 or 8 warps of 16 queries, whose boxes lie one beside the other. Keys and values of the box
+that their windows come to are copied into shared memory, asynchronously: tile by tile into a ring, or all at once
+where windows are small (`na_compiler.schedules.mma.resident`). Each warp computes ``S = Q K^T`` by mma.sync, the
+softmax in registers, and ``O += P V`` with P in registers.
+
+The body is traced: Python drives TVM's builder, so ints, loops and conditions of Python are those of the generator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+
+from na_compiler.schedules.mma.block import Arguments, Block, Source
+from na_compiler.schedules.mma.copies import Copy
+from na_compiler.schedules.mma.epilogue import Epilogue
+from na_compiler.schedules.mma.plan import GROUP, Plan
+from na_compiler.schedules.mma.products import Products
+from na_compiler.schedules.mma.resident import Resident, WarpMask
+from na_compiler.schedules.mma.rows import Rows
+from na_compiler.schedules.shared.mask import Mask
+from na_compiler.schedules.shared.softmax import Softmax
+from na_compiler.schedules.shared.trace import I, T, both, hold, let, local, put, register, when
+from na_compiler.schedules.shared.work import StreamCursor, Work
+
+__all__ = ["schedule_forward"]
+
+Expr = Any
+_NEGATE = 0x80008000  # Signs of two 16-bit numbers.
+
+
+def schedule_forward(plan: Plan) -> tirx.PrimFunc:
+    """Return the forward of a problem, for TVM's ``tirx`` pipeline."""
+    with IRBuilder() as builder:
+        with I.prim_func():
+            I.func_name("main")
+            I.func_attr({"global_symbol": "main"})
+            _trace(plan)
+        return builder.get()
+
+
+def _trace(plan: Plan) -> None:
+    """Trace host and device."""
+    arguments = Arguments(plan)
+    # There are no launches on an empty grid.
+    hold(I.If(arguments.batch > 0))
+    hold(I.Then())
+    I.device_entry()
+    if plan.config.blocks:
+        hold(I.attr({"tirx.launch_bounds_min_blocks_per_sm": plan.config.blocks}))
+    item = I.cta_id([T.Cast("int32", arguments.batch * (plan.problem.heads * plan.items))])
+    block = Block(plan, arguments)
+    work = Work(plan, item)
+    with when(work.exists):
+        (_Resident if plan.is_resident else _Ring)(block, work).compute()
+
+
+class _Forward:
+    """What both ways share: queries, the softmax, additional keys, the epilogue."""
+
+    def __init__(self, block: Block, work: Work) -> None:
+        self.block, self.plan, self.work = block, block.plan, work
+        plan, arguments = self.plan, block.arguments
+        problem = plan.problem
+        # Kept: bounds are used for every copy, and the simplifier would compute them again for each.
+        work.first, work.low, work.high = ([register(at) for at in of] for of in (work.first, work.low, work.high))
+        self.rows = Rows(plan, block.warp, block.lane)
+        self.products = Products(block)
+        self.softmax = Softmax(self.products, arguments.scale)
+        self.mask = Mask(self.products, self.rows, work, arguments.count)
+        self.epilogue = Epilogue(block, self.products, self.rows)
+        groups = problem.dilation, work.group
+        self.query = Source(work, arguments.query, work.head, *groups)
+        self.key = Source(work, arguments.key, work.stream_head, *groups)
+        self.value = Source(work, arguments.value, work.stream_head, *groups)
+        if problem.additional_kv:
+            self.extra = tuple(
+                Source(work, b, work.stream_head, (1,), (0,)) for b in (arguments.keys, arguments.values)
+            )
+            self.count = register(arguments.count)
+            box = (plan.streamed,)
+            self.extra_copies = tuple(Copy(tile, box, plan.threads, block.thread) for tile in (plan.key, plan.value))
+
+    def compute(self) -> None:
+        """Emit all of a tile of queries."""
+        self.softmax.start()
+        self.visit()
+        inverse, logarithm = self.softmax.finish()
+        self.epilogue.store(self.work, self.mask, inverse, logarithm)
+
+    def visit(self) -> None:
+        """Emit the visit of all keys."""
+        raise NotImplementedError
+
+    def copy_queries(self) -> None:
+        """Emit the copy of the warp's queries."""
+        plan, block = self.plan, self.block
+        copy = Copy(plan.query, plan.warp_box, 32, block.lane)
+        first = self.rows.first(self.work.first)
+        copy.emit(self.query, block.queries, block.warp * (plan.query_bytes // 2), first, self.work.lengths)
+        block.commit()
+
+    def take_queries(self, pending: int) -> None:
+        """Emit the wait for them, with some groups of copies pending, and read them; for a negative scale, negated."""
+        block, plan = self.block, self.plan
+        block.wait(pending)
+        block.sync_warp()
+        with when(self.softmax.is_negative):
+            words = plan.query.bytes // 4
+            first = block.warp * (plan.query_bytes // 4) + block.lane
+            for place in range(0, words, 32):
+                word = block.query_words[first + place]
+                put(block.query_words, first + place, T.bitwise_xor(word, T.uint32(_NEGATE)))
+            block.sync_warp()
+        self.products.load_queries()
+
+    def copy_additional(self, tile: Expr, stage: Expr) -> None:
+        """Emit the copy of a tile of additional keys and values."""
+        plan, block = self.plan, self.block
+        places = (stage * (plan.key.bytes // 2), stage * (plan.value.bytes // 2))
+        for copy, source, buffer, place in zip(
+            self.extra_copies, self.extra, (block.keys, block.values), places, strict=True
+        ):
+            copy.emit(source, buffer, place, [tile * plan.streamed], [self.count])
+
+    def weigh(self, *, is_first: bool = False) -> None:
+        """Emit the softmax of the scores that are there, but for the weighted sum."""
+        self.softmax.raise_highest()
+        self.softmax.exponentiate()
+        self.softmax.pack()
+        if not is_first:
+            self.softmax.rescale()
+
+
+class _Ring(_Forward):
+    """Keys come tile by tile, some tiles ahead."""
+
+    def __init__(self, block: Block, work: Work) -> None:
+        super().__init__(block, work)
+        plan = self.plan
+        self.copies = tuple(Copy(tile, plan.stream_tile, plan.threads, block.thread) for tile in (plan.key, plan.value))
+        windows: Expr = work.tiles
+        self.windows = register(windows)
+        extra: Expr = 0
+        if plan.problem.additional_kv:
+            extra = (self.count + (plan.streamed - 1)) // plan.streamed
+        self.total = register(self.windows + extra)
+
+    def visit(self) -> None:
+        """Emit the loop over tiles of keys."""
+        block, stages = self.block, self.plan.stages
+        ahead = max(stages - 1, 1)
+        loading, visiting = StreamCursor(self.work), StreamCursor(self.work)
+        low, high = self._warp_keys()
+        self.copy_queries()
+        for tile in range(ahead):
+            with when(tile < self.total if tile else None):
+                self._copy(loading, T.int32(tile), tile)
+            block.commit()
+        self.take_queries(ahead)
+        tile = local(1, "int32")
+        put(tile, 0, 0)
+        with I.While(tile[0] < self.total):
+            block.wait(ahead - 1)
+            block.sync()
+            stage: Expr = let(tile[0] % stages) if stages > 1 else 0
+            if stages > 1:
+                self._copy_ahead(loading, tile[0] + ahead)
+            with when(self._is_needed(visiting, tile[0], low, high)):
+                self.products.score(stage * (self.plan.key.bytes // 2))
+                self.mask.apply(visiting, tile[0])
+                self.weigh()
+                self.products.weigh(stage * (self.plan.value.bytes // 2))
+            visiting.advance()
+            if stages == 1:
+                block.sync()
+                self._copy_ahead(loading, tile[0] + 1)
+            put(tile, 0, tile[0] + 1)
+
+    def _copy_ahead(self, cursor: StreamCursor, tile: Expr) -> None:
+        tile = let(tile)
+        with when(tile < self.total):
+            self._copy(cursor, tile, let(tile % self.plan.stages) if self.plan.stages > 1 else 0)
+        self.block.commit()
+
+    def _copy(self, cursor: StreamCursor, tile: Expr, stage: Expr) -> None:
+        """Emit the copy of a tile of keys and values, and step to the next."""
+        if not self.plan.problem.additional_kv:
+            self._copy_window(cursor, stage)
+            return
+        with I.If(tile < self.windows):
+            with I.Then():
+                self._copy_window(cursor, stage)
+            with I.Else():
+                self.copy_additional(let(tile - self.windows), stage)
+
+    def _copy_window(self, cursor: StreamCursor, stage: Expr) -> None:
+        plan, block = self.plan, self.block
+        origin = list(cursor)
+        places = (stage * (plan.key.bytes // 2), stage * (plan.value.bytes // 2))
+        buffers = (block.keys, block.values)
+        for copy, source, buffer, place in zip(self.copies, (self.key, self.value), buffers, places, strict=True):
+            copy.emit(source, buffer, place, origin, self.work.high)
+        cursor.advance()
+
+    def _warp_keys(self) -> tuple[list[Expr], list[Expr]]:
+        """Return where the keys begin and end that the warp's own windows come to."""
+        work = self.work
+        first, last = self.rows.warp_queries(work.first)
+        low = [register(work.bounds(axis, work.clamp(axis, query))[0]) for axis, query in enumerate(first)]
+        high = [register(work.bounds(axis, work.clamp(axis, query))[1]) for axis, query in enumerate(last)]
+        return low, high
+
+    def _is_needed(self, cursor: StreamCursor, tile: Expr, low: list[Expr], high: list[Expr]) -> Expr | None:
+        """Return whether a tile has keys that the warp's windows come to."""
+        if self.plan.warps == 1:
+            return None
+        meets = None
+        for axis, extent in enumerate(self.plan.stream_tile):
+            meets = both(meets, cursor[axis] < high[axis], cursor[axis] + extent > low[axis])
+        return T.Or(tile >= self.windows, meets) if self.plan.problem.additional_kv else meets
+
+
+class _Resident(_Forward):
+    """All keys and values are there at once."""
+
+    def visit(self) -> None:
+        """Emit the groups of keys of the warp's own box, and the additional keys."""
+        block, plan, work = self.block, self.plan, self.work
+        keys = Resident(block, self.products, self.rows, work)
+        self.copy_queries()
+        for tile, source, buffer in ((plan.key, self.key, block.keys), (plan.value, self.value, block.values)):
+            copy = Copy(tile, plan.union, plan.threads, block.thread)
+            copy.emit(source, buffer, 0, work.low, work.high, keys.order)
+            block.commit()
+        self.take_queries(2)
+        mask = WarpMask(self.products, self.rows, work, keys)
+        block.wait(1)
+        block.sync()
+        for first in range(0, plan.groups, plan.config.chunk):
+            groups = range(first, min(first + plan.config.chunk, plan.groups))
+            rows = keys.rows_of(groups)
+            self.softmax.elements = GROUP // 2 * len(groups)
+            self.products.score_scattered(keys.keys_at(rows))
+            mask.apply(groups)
+            self.weigh(is_first=first == 0)
+            if first == 0:
+                block.wait(0)
+                block.sync()
+            self.products.weigh_scattered(keys.values_at(rows))
+        self.softmax.elements = plan.streamed // 2
+        if plan.problem.additional_kv:
+            self._visit_additional()
+
+    def _visit_additional(self) -> None:
+        """Emit the loop over tiles of additional keys, which take the place of the others."""
+        block, plan = self.block, self.plan
+        tile = local(1, "int32")
+        put(tile, 0, 0)
+        with I.While(tile[0] * plan.streamed < self.count):
+            block.sync()
+            self.copy_additional(tile[0], 0)
+            block.commit()
+            block.wait(0)
+            block.sync()
+            self.products.score(0)
+            self.mask.tail(tile[0] * plan.streamed)
+            self.weigh()
+            self.products.weigh(0)
+            put(tile, 0, tile[0] + 1)

@@ -1,0 +1,197 @@
+"""What follows from a problem and a config: extents, layout of shared memory. Pure Python."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.mma.boxes import largest_unions
+from na_compiler.tensorir.axes import round_up
+from na_compiler.window import group_length
+
+if TYPE_CHECKING:
+    from na_compiler.schedules.mma.config import Mma
+
+__all__ = ["CHUNK", "GROUP", "ROWS", "Plan", "Tile"]
+
+# Queries of a warp: rows of one product, fixed by the instruction. Keys of a group: its depth, and two of its widths.
+ROWS = 16
+GROUP = 16
+# Elements of 16 bytes: what one copy moves, and what shared memory exchanges by the swizzle.
+CHUNK = 8
+_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of head_dim elements in shared memory, in chunks of 16 bytes that a swizzle exchanges.
+
+    Eight lanes of ``ldmatrix`` read a chunk of each of eight rows at once, which must lie in different banks: chunk
+    ``c`` of row ``r`` lies at ``c ^ (r >> shift & mask)``.
+
+    Parameters
+    ----------
+    extent
+        Elements of a row that matter.
+    rows
+        Rows.
+    """
+
+    extent: int
+    rows: int
+
+    @property
+    def width(self) -> int:
+        """Elements of a row: whole steps of a product, the last ones zeros."""
+        return round_up(self.extent, 2 * CHUNK)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a row."""
+        return self.width // CHUNK
+
+    @property
+    def mask(self) -> int:
+        """Bits of a chunk's number that the swizzle changes."""
+        return math.gcd(self.chunks, 8) - 1
+
+    @property
+    def shift(self) -> int:
+        """How often the swizzle repeats: rows that share a line of all banks, as a power of two."""
+        return {7: 0, 3: 1, 1: 2}[self.mask]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows."""
+        return round_up(self.rows * self.width * 2, _ALIGNMENT)
+
+
+class Plan:
+    """Extents and layout of one kernel.
+
+    Parameters
+    ----------
+    problem
+        What to compute.
+    config
+        The choices.
+    """
+
+    def __init__(self, problem: Problem, config: Mma) -> None:
+        self.problem, self.config = problem, config
+        self.rank = problem.rank
+        self.warp_box = tuple(config.warp_box)
+        self.warps = math.prod(config.warps)
+        self.own_tile = tuple(box * count for box, count in zip(self.warp_box, config.warps, strict=True))
+        # The longest dilation group of each axis.
+        self.lengths = tuple(group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True))
+        self.tiles = tuple(-(-length // tile) for length, tile in zip(self.lengths, self.own_tile, strict=True))
+        # Of one head of one batch entry.
+        self.items = math.prod(self.tiles) * math.prod(problem.dilation)
+
+    @property
+    def own_box(self) -> tuple[int, ...]:
+        """Box of queries that one warp has."""
+        return self.warp_box
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all keys and values of a block are kept in shared memory."""
+        return self.config.key_tile is None
+
+    @cached_property
+    def union(self) -> tuple[int, ...]:
+        """Box of keys that a block's windows come to, at most."""
+        return largest_unions(self.problem, self.own_tile)
+
+    @cached_property
+    def warp_union(self) -> tuple[int, ...]:
+        """Box of keys that a warp's windows come to, at most."""
+        return largest_unions(self.problem, self.warp_box)
+
+    @property
+    def stream_tile(self) -> tuple[int, ...]:
+        """Box of keys that are loaded at once."""
+        return self.union if self.config.key_tile is None else tuple(self.config.key_tile)
+
+    @property
+    def groups(self) -> int:
+        """Groups of 16 keys of a warp's own box."""
+        return -(-math.prod(self.warp_union) // GROUP)
+
+    @property
+    def streamed(self) -> int:
+        """Keys whose scores are computed together."""
+        if self.config.key_tile is not None:
+            return math.prod(self.config.key_tile)
+        return GROUP * min(self.config.chunk, self.groups)
+
+    @property
+    def query(self) -> Tile:
+        """A warp's queries."""
+        return Tile(self.problem.head_dim, ROWS)
+
+    @property
+    def key(self) -> Tile:
+        """A tile of keys."""
+        return Tile(self.problem.head_dim, self._rows)
+
+    @property
+    def value(self) -> Tile:
+        """A tile of values."""
+        return Tile(self.problem.head_dim_v, self._rows)
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a tile of keys; additional keys, if all others stay there, take their place."""
+        rows = math.prod(self.stream_tile)
+        return max(rows, self.streamed) if self.problem.additional_kv else rows
+
+    @property
+    def output(self) -> Tile:
+        """A warp's outputs, which are gathered where its queries were."""
+        return Tile(self.problem.head_dim_v, ROWS)
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one warp's queries, or outputs."""
+        return max(self.query.bytes, self.output.bytes)
+
+    @property
+    def stages(self) -> int:
+        """Tiles of keys that shared memory holds."""
+        return 1 if self.is_resident else self.config.stages
+
+    @property
+    def key_offset(self) -> int:
+        """Where keys begin in shared memory."""
+        return self.warps * self.query_bytes
+
+    @property
+    def value_offset(self) -> int:
+        """Where values begin in shared memory."""
+        return self.key_offset + self.stages * self.key.bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory."""
+        return self.value_offset + self.stages * self.value.bytes
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def keeps_queries(self) -> bool:
+        """Whether a warp's queries stay in registers; they are read again for each tile of keys otherwise."""
+        return self.query.width // 4 + self.value.width // 2 + self.streamed // 2 <= 144
+
+    @property
+    def needed_registers(self) -> int:
+        """About how many registers a thread needs: queries, accumulators, scores, and what is beside them."""
+        queries = self.query.width // 4 if self.keeps_queries else 4
+        return 48 + queries + self.problem.head_dim_v // 2 + self.streamed // 2

@@ -1,0 +1,238 @@
+"""Chooses boxes for the schedule for tensor cores of single warps. Pure Python: no TVM, no GPU, milliseconds.
+
+A warp computes scores for all keys of its windows' union, or of the tiles that it meets, and masks what is too much.
+How long it takes has two bounds: what it issues, and how long its instructions wait for each other, divided by the
+warps that run beside it. Constants are fitted to an H100; they need not be right, only in the right order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.mma.boxes import largest_unions
+from na_compiler.schedules.mma.config import Mma
+from na_compiler.schedules.mma.plan import GROUP, ROWS
+from na_compiler.schedules.shared.candidate import Candidate as Base
+from na_compiler.target import CudaTarget
+
+__all__ = ["Candidate", "candidates", "refusal"]
+
+_MOST_HEAD_DIM = 256
+# Of an H100, whose times the constants below are fitted to; elsewhere only the order of candidates matters.
+_PROCESSORS, _MEGAHERTZ = 132, 1700.0
+# Warps of a block along all axes.
+_WARPS = (1, 2, 4, 8)
+# Keys of a warp's own box, up to which it is unrolled: code of some thousand instructions.
+_MOST_KEYS = 512
+# Bits of a mask's word, in which a row of the box has to lie.
+_MOST_LINE = 32
+_KEYS = (32, 64, 128)
+_STAGES = (3, 2)
+# Registers of a multiprocessor, and of a thread at most; warps of a multiprocessor that schedulers share.
+_REGISTERS, _MOST_REGISTERS, _SCHEDULERS, _MOST_WARPS = 65536, 255, 4, 64
+# Shared memory of a multiprocessor beyond that of its largest block, and what each block takes of it.
+_SHARED_MORE, _SHARED_EACH = 1024, 1024
+
+
+def refusal(problem: Problem, target: CudaTarget, direction: str) -> str | None:
+    """Return in a sentence why the family does not take a problem; ``None`` if it does."""
+    dims = (problem.head_dim, problem.head_dim_v)
+    given = " and ".join(map(str, dims))
+    reasons = {
+        "has no backward yet": direction != "forward",
+        "takes float16 and bfloat16, not float32": problem.dtype == "float32",
+        f"takes multiples of 8 up to {_MOST_HEAD_DIM} as head_dim, not {given}": (
+            any(dim % 8 or dim > _MOST_HEAD_DIM for dim in dims)
+        ),
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is None and not candidates(problem, target.shared_memory, 1):
+        reason = f"has no boxes for {problem}"
+    return reason and f"The schedule for tensor cores of single warps {reason}."
+
+
+@dataclass(frozen=True)
+class Candidate(Base):
+    """A config, and what it would do for one batch entry.
+
+    Parameters
+    ----------
+    config
+        The choices.
+    cycles
+        Estimated time of one multiprocessor that does all of it.
+    waste
+        Scores computed for each one that is needed.
+    blocks
+        Thread blocks.
+    resident_warps
+        Warps that a multiprocessor has at once.
+    shared_bytes
+        Shared memory of a block.
+    """
+
+    config: Mma
+    cycles: float
+    waste: float
+    blocks: int
+    resident_warps: int
+    shared_bytes: int
+
+    @property
+    def microseconds(self) -> float:
+        """Estimated time among many batch entries, on an H100."""
+        return self.cycles / _PROCESSORS / _MEGAHERTZ
+
+    def columns(self) -> dict[str, str]:
+        """Return its row of a table."""
+        config = self.config
+        return {
+            "queries": f"{math.prod(config.warps)} x {_times(config.warp_box)}",
+            "warps": _times(config.warps),
+            "keys": "all" if config.key_tile is None else f"{_times(config.key_tile)}, {config.stages} stages",
+            "blocks": str(self.blocks),
+            "warps at once": str(self.resident_warps),
+            "KB": f"{self.shared_bytes / 1024:.0f}",
+        }
+
+    def __str__(self) -> str:
+        columns = self.columns()
+        keys = "all keys of a block kept" if self.config.key_tile is None else f"keys by {columns['keys']}"
+        return (
+            f"{columns['warps']} warps of {_times(self.config.warp_box)} queries, {keys}: {self.waste:.2f} scores "
+            f"computed for each one needed, {self.resident_warps} warps at once with {columns['KB']} KB a block"
+        )
+
+
+def _times(extents: tuple[int, ...]) -> str:
+    return "x".join(map(str, extents))
+
+
+@functools.lru_cache(maxsize=256)
+def candidates(problem: Problem, shared_memory: int, count: int = 8) -> tuple[Candidate, ...]:
+    """Return the best configs of a problem for blocks with so much shared memory, the best first."""
+    found = [candidate for config in _configs(problem) if (candidate := _measure(problem, config, shared_memory))]
+    return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
+
+
+# Boxes of a warp, and of the keys that come at once, that are tried: those which compute least.
+_BOXES_TRIED, _ARRANGEMENTS_TRIED, _TILES_TRIED = 3, 2, 2
+
+
+def _configs(problem: Problem) -> Iterator[Mma]:
+    boxes = sorted(_boxes(ROWS, problem.rank), key=lambda box: _queries_beyond(problem, box))
+    least = _queries_beyond(problem, boxes[0])
+    fitting = [box for box in boxes if _queries_beyond(problem, box) <= 2 * least]
+    fitting.sort(key=lambda box: math.prod(largest_unions(problem, box)) * _queries_beyond(problem, box))
+    for warp_box in fitting[:_BOXES_TRIED]:
+        union = largest_unions(problem, warp_box)
+        for warps in (warps for number in _WARPS for warps in _arrangements(problem, warp_box, number)):
+            if math.prod(union) <= _MOST_KEYS and (problem.rank == 1 or union[-1] <= _MOST_LINE):
+                yield Mma(warp_box, warps, None, chunk=_chunk(-(-math.prod(union) // GROUP)))
+            for key_tile in _key_tiles(union):
+                for stages in _STAGES:
+                    yield Mma(warp_box, warps, key_tile, stages)
+
+
+def _arrangements(problem: Problem, warp_box: tuple[int, ...], number: int) -> list[tuple[int, ...]]:
+    """Return how so many warps may lie beside each other: the ways that load the fewest keys for all queries."""
+
+    def loaded(warps: tuple[int, ...]) -> float:
+        box = tuple(extent * count for extent, count in zip(warp_box, warps, strict=True))
+        return math.prod(largest_unions(problem, box)) * _queries_beyond(problem, box)
+
+    return sorted(_boxes(number, problem.rank), key=loaded)[:_ARRANGEMENTS_TRIED]
+
+
+def _queries_beyond(problem: Problem, box: tuple[int, ...]) -> float:
+    """Return queries of boxes over queries that exist, for boxes on the longest dilation group."""
+    lengths = [-(-x // d) for x, d in zip(problem.layout, problem.dilation, strict=True)]
+    return math.prod(-(-length // extent) * extent / length for length, extent in zip(lengths, box, strict=True))
+
+
+@functools.cache
+def _boxes(volume: int, rank: int) -> list[tuple[int, ...]]:
+    if rank == 1:
+        return [(volume,)]
+    return [
+        (extent, *rest) for extent in range(1, volume + 1) if volume % extent == 0
+        for rest in _boxes(volume // extent, rank - 1)
+    ]  # fmt: skip
+
+
+def _chunk(groups: int) -> int:
+    """Return how many groups of keys to take at once: as few steps as registers allow, of equal length."""
+    most = 8 if groups <= 8 else 6
+    return -(-groups // -(-groups // most))
+
+
+def _key_tiles(union: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    for keys in _KEYS:
+        tiles = [tile for tile in _boxes(keys, len(union)) if tile[-1] % 8 == 0]
+        yield from sorted(tiles, key=lambda tile: _met(union, tile))[:_TILES_TRIED]
+
+
+def _met(union: tuple[int, ...], tile: tuple[int, ...]) -> float:
+    """Return how many tiles a box of keys meets on the average, wherever it begins."""
+    return math.prod((extent + size - 1) / size for extent, size in zip(union, tile, strict=True))
+
+
+# Fitted to 140 runs on an H100, which they miss by 10% (root mean square), in cycles of a scheduler. What a warp
+# issues: beside its keys, for a copy, for a group of 16 keys, and 16 columns of head_dim of it, for a tile of a ring.
+_ISSUE = (555.0, 16.7, 56.7, 12.1, 86.4)
+# How long it waits by itself: beside its keys, for a copy, for 16 columns of a group, for a step of the softmax.
+_WAIT = (2247.0, 42.3, 4.8, 231.0)
+# The two hide behind each other, but for this power; and blocks behind each other, but for this share of one.
+_POWER, _ALONE = 3.0, 0.5
+
+
+def _measure(problem: Problem, config: Mma, shared_memory: int) -> Candidate | None:
+    plan = config.plan(problem)
+    if plan.shared_bytes > shared_memory:
+        return None
+    registers = plan.needed_registers
+    if registers > _MOST_REGISTERS:
+        return None
+    blocks = _blocks_at_once(plan.shared_bytes, plan.threads, registers, shared_memory)
+    if blocks == 0:
+        return None
+    at_once = blocks * plan.warps
+    depth = (plan.query.width + plan.value.width) / 16
+    copies = plan.key.rows * (plan.key.chunks + plan.value.chunks) / plan.threads
+    if plan.is_resident:
+        groups, tiles = float(plan.groups), 0.0
+        steps = float(-(-plan.groups // config.chunk))
+    else:
+        tiles = math.prod(-(-u // t) for u, t in zip(plan.union, plan.stream_tile, strict=True))
+        steps = min(_met(plan.warp_union, plan.stream_tile), tiles)
+        groups, copies = steps * plan.streamed / GROUP, copies * tiles
+    issue = _sum(_ISSUE, (1.0, copies, groups, groups * depth, tiles))
+    wait = _sum(_WAIT, (1.0, copies, groups * depth, steps)) * _SCHEDULERS / at_once
+    each = (issue**_POWER + wait**_POWER) ** (1 / _POWER) * (1 + _ALONE / blocks)
+    warps = plan.items * problem.heads * plan.warps
+    needed = problem.pairs()
+    computed = plan.items * plan.warps * ROWS * groups * GROUP
+    return Candidate(
+        dataclasses.replace(config, blocks=blocks),
+        warps * each / _SCHEDULERS,
+        computed / needed,
+        plan.items * problem.heads,
+        at_once,
+        plan.shared_bytes,
+    )
+
+
+def _sum(factors: Sequence[float], terms: Sequence[float]) -> float:
+    return sum(factor * term for factor, term in zip(factors, terms, strict=True))
+
+
+def _blocks_at_once(shared: int, threads: int, registers: int, shared_memory: int) -> int:
+    """Return how many blocks a multiprocessor has at once."""
+    by_shared = (shared_memory + _SHARED_MORE) // (shared + _SHARED_EACH)
+    by_registers = _REGISTERS // (threads * registers)
+    return min(by_shared, by_registers, _MOST_WARPS * 32 // threads)

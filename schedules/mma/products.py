@@ -1,0 +1,162 @@
+"""The two products of a warp: scores and weighted sum, by mma.sync, with operands from shared memory by ldmatrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from na_compiler.schedules.mma.block import Block
+from na_compiler.schedules.mma.copies import swizzled
+from na_compiler.schedules.mma.plan import CHUNK, GROUP, Tile
+from na_compiler.schedules.shared.trace import T, emit, let, local, put, register
+
+__all__ = ["Products"]
+
+Expr = Any
+_TYPES = {"bfloat16": "bf16", "float16": "f16"}
+_LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+_LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+
+
+class Products:
+    """Emits the products of one warp.
+
+    A load brings four matrices of 8x8; lane ``l`` says where row ``l % 8`` of matrix ``l // 8`` is. Those of queries
+    are rows 0-7 and 8-15 of the first eight columns, then of the next; those of keys are eight columns of keys 0-7, the
+    next eight, then the same of keys 8-15; those of values, read across, are keys 0-7 and 8-15 of eight columns, then
+    of the next.
+
+    Attributes
+    ----------
+    scores
+        Accumulators of ``Q K^T``: element ``4g + 2h + e`` of a thread is row ``lane // 4 + 8h`` and key
+        ``8g + 2 (lane % 4) + e``.
+    output
+        Accumulators of ``P V``, likewise.
+    weights
+        P in pairs of 16 bits, in the order in which it is an operand of the second product.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block, self.plan = block, block.plan
+        plan, lane = self.plan, block.lane
+        kind = _TYPES[block.dtype]
+        self.scores = local(plan.streamed // 2)
+        self.weights = local(plan.streamed // 4, "uint32")
+        self.output = local(plan.problem.head_dim_v // 2)
+        self._steps = plan.query.width // GROUP
+        self._queries = local(4 * self._steps if plan.keeps_queries else 4, "uint32")
+        self._loaded = local(4, "uint32")
+        self._mma = T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"]
+        self._cvt = T.ptx[f"cvt.rn.{kind}x2.f32"]
+        row = let(T.bitwise_and(lane, 7))
+        # The second matrix, and the third and fourth.
+        second, later = T.bitwise_and(T.shift_right(lane, 3), 1), T.shift_right(lane, 4)
+        self.late_column = let(later)
+        # A lane's key of a group of 16, of keys and of values.
+        self.key_row, self.value_row = let(row + 8 * later), let(row + 8 * second)
+        self._query_column = let(T.bitwise_xor(later, swizzled(row, plan.query)))
+        self._key_column = let(T.bitwise_xor(second, swizzled(row, plan.key)))
+        self._value_column = let(T.bitwise_xor(later, swizzled(row, plan.value)))
+        self._query_place = let(block.warp * (plan.query_bytes // 2) + self.value_row * plan.query.width)
+
+    @staticmethod
+    def _chunk(column: Expr, pair: int, tile: Tile) -> Expr:
+        """Return the element where a pair of chunks of a row begins for this lane, swizzled."""
+        low = 2 * pair & tile.mask
+        return (2 * pair - low) * CHUNK + (T.bitwise_xor(column, low) if low else column) * CHUNK
+
+    def load_queries(self) -> None:
+        """Read the warp's queries into registers, if they stay there."""
+        if self.plan.keeps_queries:
+            for step in range(self._steps):
+                self._load_query(step, 4 * step)
+
+    def _load_query(self, step: int, register_: int) -> None:
+        place = self._query_place + self._chunk(self._query_column, step, self.plan.query)
+        emit(T.ptx[_LOAD](*(self._queries[register_ + i] for i in range(4)), self.block.queries.ptr_to([place])))
+
+    def _load(self, instruction: str, address: Expr) -> None:
+        emit(T.ptx[instruction](*(self._loaded[i] for i in range(4)), address))
+
+    def _multiply(self, sums: Any, at: int, left: Any, first: int, right: tuple[int, int]) -> None:
+        accumulators = [sums[at + i] for i in range(4)]
+        operands = (*(left[first + i] for i in range(4)), *(self._loaded[i] for i in right))
+        emit(self._mma(*accumulators, *operands, *accumulators))
+
+    def clear_scores(self, groups: int) -> None:
+        """Set the scores of some groups of 16 keys to 0."""
+        for i in range(8 * groups):
+            put(self.scores, i, T.float32(0))
+
+    def score(self, place: Expr) -> None:
+        """Emit ``scores = Q K^T`` for a tile whose rows follow each other from an element of shared memory on."""
+        plan = self.plan
+        first = let(place + self.key_row * plan.key.width)
+        groups = plan.streamed // GROUP
+        self.clear_scores(groups)
+        for step in range(self._steps):
+            at = self._query_at(step)
+            column = self._chunk(self._key_column, step, plan.key)
+            for group in range(groups):
+                address = self.block.keys.ptr_to([first + group * GROUP * plan.key.width + column])
+                self._load(_LOAD, address)
+                for half in range(2):
+                    self._multiply(self.scores, 8 * group + 4 * half, self._queries, at, (2 * half, 2 * half + 1))
+
+    def _query_at(self, step: int) -> int:
+        """Return where in the registers a step's queries are, having read them if they do not stay."""
+        if self.plan.keeps_queries:
+            return 4 * step
+        self._load_query(step, 0)
+        return 0
+
+    def weigh(self, place: Expr) -> None:
+        """Emit ``output += P V`` for a tile whose rows follow each other from an element of shared memory on."""
+        plan = self.plan
+        first = let(place + self.value_row * plan.value.width)
+        for group in range(plan.streamed // GROUP):
+            for pair in range(plan.value.width // GROUP):
+                column = self._chunk(self._value_column, pair, plan.value)
+                address = self.block.values.ptr_to([first + group * GROUP * plan.value.width + column])
+                self._load(_LOAD_TRANSPOSED, address)
+                self._add(group, pair)
+
+    def _add(self, group: int, pair: int) -> None:
+        """Add a group's part to 16 columns of the output, or to the 8 that there are."""
+        for half in range(min(2, self.plan.problem.head_dim_v // CHUNK - 2 * pair)):
+            self._multiply(self.output, 8 * pair + 4 * half, self.weights, 4 * group, (2 * half, 2 * half + 1))
+
+    def score_scattered(self, addresses: list[Expr]) -> None:
+        """Emit the scores of groups of 16 keys, each lane's row of a group at an address of its own.
+
+        Rows are loaded as those of values are: matrices are keys 0-7, keys 8-15 of eight columns, then of the next.
+        """
+        self.clear_scores(len(addresses))
+        for step in range(self._steps):
+            at = self._query_at(step)
+            for group, address in enumerate(addresses):
+                self._load(_LOAD, self._shifted(address, step, self.plan.key))
+                for half in range(2):
+                    self._multiply(self.scores, 8 * group + 4 * half, self._queries, at, (half, 2 + half))
+
+    def weigh_scattered(self, addresses: list[Expr]) -> None:
+        """Emit the weighted sum of groups of 16 values, likewise."""
+        for group, address in enumerate(addresses):
+            for pair in range(self.plan.value.width // GROUP):
+                self._load(_LOAD_TRANSPOSED, self._shifted(address, pair, self.plan.value))
+                self._add(group, pair)
+
+    @staticmethod
+    def _shifted(address: Expr, pair: int, tile: Tile) -> Expr:
+        """Return the address of a pair of chunks of a row, given that of the first."""
+        low = 2 * pair & tile.mask
+        moved = T.bitwise_xor(address, T.uint32(low * 2 * CHUNK)) if low else address
+        return T.ptx.addr(moved, (2 * pair - low) * 2 * CHUNK)
+
+    def pack(self, target: Any, index: int, high: Expr, low: Expr) -> None:
+        """Round two numbers to 16 bits each, into one register."""
+        emit(self._cvt(target[index], high, low))
+
+    def shared_address(self, buffer: Any) -> Expr:
+        """Return where a buffer begins in shared memory, in bytes, as instructions count."""
+        return register(T.cuda.cvta_generic_to_shared(buffer.ptr_to([0])), "uint32")

@@ -1,0 +1,51 @@
+"""`Rows`: the queries of a warp, and the two of them whose scores a thread has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from na_compiler.schedules.mma.plan import Plan
+from na_compiler.schedules.shared.trace import T, let
+
+__all__ = ["Rows"]
+
+Expr = Any
+_ROWS = 2
+
+
+class Rows:
+    """The two queries whose rows a thread has, and the box of queries that its warp has.
+
+    Parameters
+    ----------
+    plan
+        Of the kernel.
+    warp, lane
+        Which warp of the block, which lane of it.
+    """
+
+    def __init__(self, plan: Plan, warp: Expr, lane: Expr) -> None:
+        self.plan, self.warp, self.lane = plan, warp, lane
+        self.rows = [let(T.shift_right(lane, 2) + 8 * row) for row in range(_ROWS)]
+        self._warp: list[Expr] = []
+        for count in reversed(plan.config.warps):
+            self._warp.insert(0, let(warp % count) if count > 1 else 0)
+            warp = warp // count if count > 1 else warp
+
+    def first(self, first: list[Expr]) -> list[Expr]:
+        """Return the warp's first query, where the block's is at ``first``."""
+        pairs = zip(first, self._warp, self.plan.warp_box, strict=True)
+        return [let(start + place * extent) for start, place, extent in pairs]
+
+    def position(self, row: Expr, first: list[Expr]) -> list[Expr]:
+        """Return the query of a row of the warp, where the block's first one is at ``first``."""
+        found: list[Expr] = []
+        for extent in reversed(self.plan.warp_box[1:]):
+            found.insert(0, row % extent)
+            row = row // extent
+        return [let(start + offset) for start, offset in zip(self.first(first), [row, *found], strict=True)]
+
+    def warp_queries(self, first: list[Expr]) -> tuple[list[Expr], list[Expr]]:
+        """Return the first and the last query of the warp's box."""
+        start = self.first(first)
+        return start, [low + extent - 1 for low, extent in zip(start, self.plan.warp_box, strict=True)]

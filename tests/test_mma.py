@@ -1,0 +1,233 @@
+"""`na_compiler.schedules.mma`: its CUDA in the emulator, against the reference; faults that it must find; plans."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+from cuda_emulator import ORDERS, Emulator, EmulatorError
+from oracle import check_forward, draw, poisoned
+
+from na_compiler.compiler.spec import KernelSpec
+from na_compiler.problem import Problem
+from na_compiler.schedules.choose import choose
+from na_compiler.schedules.mma import copies, planner, products, resident
+from na_compiler.schedules.mma.boxes import largest_union
+from na_compiler.schedules.mma.config import Mma
+from na_compiler.schedules.shared import mask, softmax
+from na_compiler.target import Target
+from na_compiler.window import window_bounds
+
+TARGET = Target.parse("cuda:sm_80")
+
+# Every parameter of a problem and of a config, by itself and mixed, both with keys in a ring and with all of them kept.
+CASES = {
+    "2d ring": (Problem((19, 37), 2, 64, (7, 5), dtype="bfloat16"), Mma((4, 4), (2, 2), (4, 16))),
+    "2d": (Problem((19, 37), 2, 64, (7, 5), dtype="float16"), Mma((4, 4), (2, 2), None)),
+    "2d 8 warps": (Problem((19, 37), 1, 128, (7, 5), dtype="bfloat16"), Mma((4, 4), (2, 4), None)),
+    "2d stride causal ring": (Problem((24, 21), 1, 64, 9, (4, 5), 1, (True, False), dtype="float16"),
+                              Mma((4, 4), (2, 2), (4, 8), 3)),
+    "2d stride causal": (Problem((24, 21), 1, 64, 9, (4, 5), 1, (True, False), dtype="float16"),
+                         Mma((2, 8), (2, 2), None)),
+    "2d dilated grouped": (Problem((31, 29), 4, 64, 5, 1, (3, 2), heads_kv=2, dtype="float16"),
+                           Mma((4, 4), (1, 2), None)),
+    "2d dilated grouped ring": (Problem((65, 20), 2, 64, 5, 1, (13, 2), heads_kv=1, dtype="float16"),
+                                Mma((4, 4), (1, 2), (2, 8), 1)),
+    "1d ring": (Problem(300, 2, 64, 129, 8, dtype="bfloat16"), Mma((16,), (4,), (64,), 4)),
+    "1d causal ring": (Problem(300, 4, 64, 65, is_causal=True, heads_kv=2, head_dim_v=128, dtype="bfloat16"),
+                       Mma((16,), (8,), (32,))),
+    "1d dilated": (Problem(530, 1, 32, 20, 3, 8, dtype="bfloat16"), Mma((16,), (4,), None)),
+    "3d ring": (Problem((5, 7, 17), 1, 80, (3, 5, 4), dtype="bfloat16"), Mma((2, 2, 4), (2, 2, 1), (2, 2, 8))),
+    "3d": (Problem((5, 7, 17), 1, 80, (3, 5, 4), dtype="bfloat16"), Mma((2, 2, 4), (2, 2, 2), None, chunk=6)),
+    "3d dilated": (Problem((6, 9, 16), 1, 64, 3, (1, 2, 1), (2, 1, 3), (False, True, False), dtype="bfloat16"),
+                   Mma((2, 2, 4), (1, 2, 2), None)),
+    "head_dim 256": (Problem((12, 20), 1, 256, 7, dtype="bfloat16"), Mma((4, 4), (1, 2), (2, 8))),
+    "head_dim 72": (Problem((16, 20), 2, 72, 7, head_dim_v=40, dtype="bfloat16"), Mma((4, 4), (1, 2), None)),
+    "head_dim 16": (Problem((16, 20), 2, 16, 7, head_dim_v=8, dtype="float16"), Mma((4, 4), (2, 2), None)),
+    "head_dim 8 ring": (Problem((16, 20), 2, 8, 7, head_dim_v=24, dtype="float16"), Mma((4, 4), (1, 1), (2, 8))),
+    "additional ring": (Problem((16, 20), 1, 64, 7, additional_kv=True, dtype="bfloat16"),
+                        Mma((4, 4), (1, 2), (4, 16))),
+    "additional": (Problem((16, 20), 1, 64, 7, additional_kv=True, dtype="bfloat16"), Mma((4, 4), (1, 2), None)),
+    "skipped tiles": (Problem((40, 20), 1, 64, (5, 7), dtype="bfloat16"), Mma((4, 4), (2, 4), (2, 16), 4)),
+    "one token": (Problem(1, 1, 8, 1, dtype="bfloat16"), Mma((16,), (1,), None)),
+}  # fmt: skip
+_ARGUMENTS = {
+    "additional ring": {"additional": 150},
+    "additional": {"additional": 70},
+    "2d": {"batch": 2},
+    "3d": {"scale": -0.2},
+}
+
+
+def emulate(problem, config, *, edit=None, orders=ORDERS, **arguments):
+    """Emulate a problem's kernel in both orders, and compare with the reference."""
+    emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, config), edit)
+    example = draw(problem, **arguments)
+    scale = arguments.get("scale", problem.head_dim**-0.5)
+    for order in orders:
+        empty = torch.empty(example.output.shape, dtype=example.inputs[0].dtype), torch.empty(example.lse.shape)
+        output, lse = poisoned(*empty)
+        emulator(*example.inputs, scale, output, lse, order=order)
+        check_forward(example, output, lse)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_reference(name, seed):
+    problem, config = CASES[name]
+    emulate(problem, config, **_ARGUMENTS.get(name, {}))
+
+
+@pytest.mark.parametrize("key_tile", [(16,), None])
+@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+def test_any_scale(scale, key_tile, seed):
+    emulate(Problem(70, 1, 64, 9, dtype="bfloat16"), Mma((16,), (2,), key_tile), orders=ORDERS[:1], scale=scale)
+
+
+@pytest.mark.parametrize("key_tile", [(4, 8), None])
+@pytest.mark.parametrize("additional", [0, 5])
+def test_few_additional_keys(additional, key_tile, seed):
+    problem = Problem((9, 20), 1, 64, 3, additional_kv=True, dtype="bfloat16")
+    emulate(problem, Mma((4, 4), (1, 1), key_tile), orders=ORDERS[:1], additional=additional)
+
+
+def test_views_of_one_projection(seed):
+    problem, config = Problem((9, 12), 2, 64, 5, dtype="bfloat16"), Mma((4, 4), (1, 2), None)
+    emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, config))
+    example = draw(problem, batch=2)
+    views = torch.stack(example.inputs, dim=-3).unbind(-3)
+    assert not views[0].is_contiguous()
+    output, lse = poisoned(torch.empty(example.output.shape, dtype=torch.bfloat16), torch.empty(example.lse.shape))
+    emulator(*views, problem.head_dim**-0.5, output, lse)
+    check_forward(example, output, lse)
+
+
+# ---------------------------------------------------------------------------------------------- planted faults
+_RING = Problem((19, 37), 1, 64, (7, 5), dtype="bfloat16"), Mma((4, 4), (2, 2), (4, 8))
+_KEPT = _RING[0], Mma((4, 4), (2, 2), None)
+
+
+def _finds(problem, config, **options):
+    """Whether the emulator or the comparison finds a fault."""
+    with pytest.raises((EmulatorError, AssertionError)) as found:
+        emulate(problem, config, **options)
+    assert "was not planted" not in str(found.value)
+    return str(found.value)
+
+
+@pytest.mark.parametrize("case", [_RING, _KEPT])
+def test_fault_free_is_right(case, seed):
+    emulate(*case)
+
+
+@pytest.mark.parametrize(("case", "pending"), [(_RING, 1), (_RING, 2), (_KEPT, 0), (_KEPT, 1), (_KEPT, 2)])
+def test_finds_a_wait_for_too_few_copies(case, pending, seed):
+    """Queries, keys and values each have a wait of their own."""
+    name = "tvm_builtin_ptx_cp_async_wait_group_async_wait_group_{}();"
+    if case is _RING:
+        case = _RING[0], Mma((4, 4), (2, 2), (4, 8), 3)
+    _finds(*case, edit=lambda text: text.replace(name.format(pending), name.format(pending + 1)))
+
+
+@pytest.mark.parametrize("case", [_RING, _KEPT])
+def test_finds_a_missing_barrier(case, seed):
+    name = "tvm_builtin_cuda_cta_sync();"
+    _finds(*case, edit=lambda text: text.replace(name, "tvm_builtin_cuda_warp_sync();"))
+
+
+@pytest.mark.parametrize("case", [_RING, _KEPT])
+@pytest.mark.parametrize("which", ["_LOAD", "_LOAD_TRANSPOSED"])
+def test_finds_matrices_read_the_other_way(case, which, monkeypatch, seed):
+    other = {"_LOAD": products._LOAD_TRANSPOSED, "_LOAD_TRANSPOSED": products._LOAD}
+    monkeypatch.setattr(products, which, other[which])
+    _finds(*case)
+
+
+@pytest.mark.parametrize("case", [_RING, _KEPT])
+def test_finds_a_wrong_swizzle_of_copies(case, monkeypatch, seed):
+    swizzled = copies.swizzled
+    monkeypatch.setattr(copies, "swizzled", lambda row, tile: copies.T.bitwise_xor(swizzled(row, tile), 1))
+    _finds(*case)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_finds_a_window_that_is_too_long(axis, monkeypatch, seed):
+    bits = mask.Mask._bits
+    monkeypatch.setattr(
+        mask.Mask, "_bits", lambda self, which, start, extent: bits(self, which, start, extent + (which == axis))
+    )
+    _finds(*_RING)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_finds_a_stretch_of_another_row(row, monkeypatch, seed):
+    line = resident.WarpMask._line
+    monkeypatch.setattr(
+        resident.WarpMask, "_line", lambda self, which, number: line(self, which, number + (which == row))
+    )
+    _finds(*_KEPT)
+
+
+@pytest.mark.parametrize("case", [_RING, (_KEPT[0].replace(kernel_size=(11, 13)), Mma((4, 4), (2, 2), None, chunk=4))])
+def test_finds_a_missing_rescale(case, monkeypatch, seed):
+    monkeypatch.setattr(softmax.Softmax, "rescale", lambda self: None)
+    _finds(*case)
+
+
+def test_finds_a_copy_beyond_a_limit(monkeypatch, seed):
+    """Rows beyond the last key are not read: the tensor ends there."""
+    monkeypatch.setattr(copies, "both", lambda *conditions: None)
+    assert "outside the tensors" in _finds(*_RING)
+
+
+# ---------------------------------------------------------------------------------------------- plans
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"])
+def test_is_chosen_for_small_windows(architecture):
+    problem, target = Problem((56, 56), 4, 32, 7, dtype="float16"), Target.parse(f"cuda:{architecture}")
+    choice = choose(problem, target, "forward")
+    assert isinstance(choice.config, Mma), choice.reason
+    assert choice.config.plan(problem).shared_bytes <= target.shared_memory
+
+
+def test_leaves_long_windows_to_hopper():
+    """Two families that say how long they take compete."""
+    problem = Problem((256, 256), 24, 128, 80, dtype="bfloat16")
+    assert choose(problem, Target.parse("cuda:sm_90a"), "forward").config.family == "sm90"
+    assert isinstance(choose(problem, Target.parse("cuda:sm_80"), "forward").config, Mma)
+
+
+def test_is_not_chosen_before_ampere():
+    problem = Problem((56, 56), 4, 32, 7, dtype="float16")
+    assert not isinstance(choose(problem, Target.parse("cuda:sm_75"), "forward").config, Mma)
+
+
+def test_the_largest_union_is_that_of_all_boxes(seed):
+    for _ in range(300):
+        length = random.randint(1, 60)
+        kernel = random.randint(1, length)
+        stride, causal, extent = random.randint(1, kernel), random.random() < 0.5, random.choice([1, 2, 4, 8, 16])
+        spans = []
+        for first in range(0, length, extent):
+            last = min(first + extent, length) - 1
+            low = window_bounds(first, length, kernel, stride, causal)[0]
+            spans.append(window_bounds(last, length, kernel, stride, causal)[1] - low)
+        assert largest_union(length, kernel, stride, causal, extent) == max(spans), (length, kernel, stride, causal)
+
+
+def test_plans_take_milliseconds_for_any_layout():
+    problem = Problem((1 << 12, 1 << 10, 1 << 10), 4, 64, (3, 7, 7), dtype="bfloat16")
+    began = time.process_time()
+    assert planner.candidates(problem, TARGET.shared_memory)
+    assert time.process_time() - began < 0.5
+
+
+def test_waste_is_what_the_boxes_come_to():
+    """A warp of 4x4 queries visits 10x10 keys in 7 groups of 16, for 49 that each query needs."""
+    problem = Problem((56, 56), 4, 32, 7, dtype="float16")
+    found = next(
+        c
+        for c in planner.candidates(problem, 227 * 1024, 100)
+        if c.config.key_tile is None and c.config.warp_box == (4, 4) and c.config.warps == (2, 2)
+    )
+    assert found.waste == pytest.approx(7 * 16 / 49)
