@@ -14,10 +14,10 @@ from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from na_compiler.schedules.simt.plan import DirectAxis, DirectPlan
+from na_compiler.schedules.simt.places import AxisPlaces
+from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.tensorir.axes import AXES, Extents
 from na_compiler.tensorir.blocks import block, reduction
-from na_compiler.window import group_length, query_bounds, window_bounds
 
 __all__ = [
     "AdditionalChunks",
@@ -353,11 +353,9 @@ class KeyChunks(_Interval):
         self.counts = (first, second, third)
         base, count = [], []
         for number, (axis, x) in enumerate(zip(f.plan.axes, f.along_axes(token), strict=True)):
-            group, index, length = _in_group(axis, x)
-            rule = (length, axis.kernel_size, axis.stride, axis.is_causal)
-            start, end = window_bounds(index, *rule, minimum=tirx.min, maximum=tirx.max)
-            base.append(scalar(f"first_key{number}", start * axis.dilation + group, "int32"))
-            count.append(scalar(f"keys{number}", end - start, "int32") if axis.masks_keys else None)
+            first, keys = AxisPlaces(axis, x).keys()
+            base.append(scalar(f"first_key{number}", first, "int32"))
+            count.append(scalar(f"keys{number}", keys, "int32") if axis.masks_keys else None)
         super().__init__(f, base, count)
 
 
@@ -373,11 +371,9 @@ class QueryChunks(_Interval):
         self.counts = (first, second, third)
         base, count = [], []
         for number, (axis, x) in enumerate(zip(f.plan.axes, f.along_axes(token), strict=True)):
-            group, index, length = _in_group(axis, x)
-            rule = (length, axis.kernel_size, axis.stride, axis.is_causal)
-            start, end = query_bounds(index, *rule, minimum=tirx.min, maximum=tirx.max, choose=T.Select)
-            base.append(scalar(f"first_query{number}", start * axis.dilation + group, "int32"))
-            count.append(scalar(f"queries{number}", end - start, "int32"))
+            first, queries = AxisPlaces(axis, x).queries()
+            base.append(scalar(f"first_query{number}", first, "int32"))
+            count.append(scalar(f"queries{number}", queries, "int32"))
         super().__init__(f, base, count)
 
 
@@ -431,11 +427,3 @@ class StripChunks(Chunks):
         if self.f.plan.strip % self.size[-1] == 0:
             return inside
         return tirx.all(inside, chunk[-1] * self.size[-1] + place[-1] < self.f.plan.strip)
-
-
-def _in_group(axis: DirectAxis, x: Expr) -> tuple[Expr, Expr, Expr]:
-    """Return dilation group, index in it, and tokens of the group, of a token."""
-    if axis.dilation == 1:
-        return 0, x, axis.layout
-    group = x % axis.dilation
-    return group, x // axis.dilation, group_length(axis.layout, axis.dilation, group)
