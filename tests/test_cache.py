@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from na_compiler.compiler import spec as spec_module
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime.jit import compiling
+from na_compiler.runtime.temporary import temporary_folder
 
 PROBLEM = Problem((5, 6), 1, 8, 3)
 SPEC = KernelSpec.make(PROBLEM)
@@ -207,6 +209,49 @@ def test_the_limit_never_deletes_what_was_just_made(folder, monkeypatch):
     monkeypatch.setenv("NA_COMPILER_CACHE_BYTES", "10")
     assert works(na_compiler.compile(PROBLEM))
     assert len(list(cache.entries())) == 1
+
+
+def test_what_killed_processes_left_goes_and_what_is_in_use_stays(folder):
+    """Old folders that nobody holds; locks that nobody needs."""
+    host = folder.parent / "host" / "x"
+    host.mkdir(parents=True)
+    put("a")
+    old = time.time() - 7200
+    with temporary_folder(folder, ".building-") as used, temporary_folder(host, ".building-") as used_by_host:
+        left = [place / f".building-{name}" for place in (folder, host) for name in ("old", "new")]
+        for path in left:
+            (path / "a").mkdir(parents=True)
+        for path in (used, used_by_host, left[0], left[2]):
+            os.utime(path, (old, old))
+        lock = folder.parent / "locks" / "gone.lock"
+        lock.write_text("")
+        os.utime(lock, (old - 86400, old - 86400))
+        put("b")
+        assert [path.exists() for path in left] == [False, True, False, True]
+        assert used.exists()
+        assert used_by_host.exists()
+    assert list(lock.parent.iterdir()) == [], "a lock for each kernel would be one file more for each"
+
+
+def test_the_limit_counts_everything(folder, monkeypatch):
+    """The host's libraries, and what is half made."""
+    library = folder.parent / "host" / "x" / "lib.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(bytes(100_000))
+    os.utime(library, (1000, 1000))
+    put("a", bytes(100_000))
+    half = folder / ".building-1" / "kernel.so"
+    half.parent.mkdir()
+    half.write_bytes(bytes(100_000))
+    monkeypatch.setenv("NA_COMPILER_CACHE_BYTES", "350000")
+    put("b", bytes(100_000))
+    assert not library.exists()
+    assert half.exists()
+    assert {entry.key for entry in cache.entries()} == {"a", "b"}
+    put("c", bytes(100_000))
+    assert len(list(cache.entries())) == 2
+    assert cache.clear() == 2
+    assert [path for path in folder.parent.rglob("*") if path.is_file()] == []
 
 
 def test_the_limit_must_be_a_number(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import check_backward, check_forward, draw, guarded, guards_are_whole, poisoned
+from processes import run_python
 
 import na_compiler
 from na_compiler.compiler.spec import KernelSpec
@@ -369,3 +370,35 @@ def test_many_random_problems(seed):
 def test_ids_are_unique():
     everything = list(itertools.chain(PROBLEMS, HALF, BITWISE))
     assert len(set(map(str, everything))) == len(everything)
+
+
+SLOW = """
+    import sys, time
+    from na_compiler import Problem, compile
+    from na_compiler.compiler import build
+    quick = build.build_library
+    def slowly(*arguments):
+        time.sleep(float(sys.argv[1]))
+        return quick(*arguments)
+    build.build_library = slowly
+    exec(sys.argv[2])
+    sys.stderr = sys.stdout
+    from na_compiler.compiler import kernels
+    kernels._PATIENCE = 0.3 if sys.argv[1] == "1" else 100
+    compile(Problem((5, 6), 1, 8, 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "setup", "lines"),
+    [
+        ("1", "", 1),
+        ("0", "", 0),
+        ("1", "import logging; logging.basicConfig()", 0),
+        ("1", "import logging; logging.getLogger('na_compiler').setLevel('WARNING')", 0),
+    ],
+)
+def test_a_long_compilation_says_so_in_a_line(seconds, setup, lines, tmp_path):
+    said = run_python(SLOW, seconds, setup, NA_COMPILER_CACHE=tmp_path)
+    assert said.count("na_compiler: compiling na2d layout=5x6 heads=1 head_dim=8") == lines
+    assert len(said.splitlines()) == lines

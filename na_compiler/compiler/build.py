@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from na_compiler.compiler.nvcc import Nvcc, check_library
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.compiler.workers import POOL, Pool
 from na_compiler.runtime import threads
+from na_compiler.runtime.folders import process_folder
 from na_compiler.runtime.host import c_compiler
 from na_compiler.schedules.choose import family_of
 from na_compiler.schedules.family import Lowered
@@ -71,6 +74,7 @@ def compile_here(spec: KernelSpec, path: str | None, nvcc: str | None, linker: t
 
     For CUDA that has to be one of `na_compiler.compiler.workers`. The parameters are those of a `Request`.
     """
+    _load_tvm()
     if isinstance(spec.target, CudaTarget):
         return _compile_for_cuda(spec, path, nvcc, linker)
     assert isinstance(spec.target, CpuTarget)
@@ -83,6 +87,19 @@ def compile_here(spec: KernelSpec, path: str | None, nvcc: str | None, linker: t
     else:
         module.mod.write_to_file(path, "o")
     return Build()
+
+
+def _load_tvm() -> None:
+    """Load TVM, whose part that remembers things between processes wants a home folder, also where a user has none."""
+    if "tvm" in sys.modules or os.path.expanduser("~") != "~":  # noqa: PTH111 - Path's raises where there is none
+        return
+    named = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = named or str(process_folder())
+    try:
+        importlib.import_module("tvm.contrib.pickle_memoize")
+    finally:
+        if named is None:
+            del os.environ["XDG_CACHE_HOME"]
 
 
 def _compile_for_cuda(spec: KernelSpec, path: str | None, nvcc: str | None, linker: tuple[str, ...] | None) -> Build:
@@ -115,6 +132,7 @@ def _link(module: Any, path: str, compiler: tuple[str, ...] | None) -> None:
 def build_in_memory(spec: KernelSpec) -> tuple[Any, Any]:
     """Compile a spec to a function in this process; returns it and what has to be kept for it."""
     threads.prepare()
+    _load_tvm()
     module = _compile(spec)
     return module["main"], module
 

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from filelock import FileLock
 from na_compiler.runtime import manifest
 from na_compiler.runtime.folders import cache_folder
 from na_compiler.runtime.kernel import KernelInfo
+from na_compiler.runtime.temporary import clear_leftovers, temporary_folder
 
 __all__ = ["Entry", "clear", "entries", "find", "make", "read_entry", "write_entry"]
 
@@ -32,7 +32,11 @@ _MANIFEST = "kernel.json"
 _FORMAT = 4
 # A lock is held while one kernel compiles: seconds. This is for a machine that crawls.
 _LOCK_SECONDS = 600.0
+# Seconds. It is locked again by whoever compiles that kernel, whether there is a file or not.
+_OLD_LOCK = 86400.0
 _DEFAULT_LIMIT = 1 << 30
+# Of temporary folders.
+_PREFIX = ".building-"
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def make(key: str, describe: Callable[[], Mapping[str, Any]], build: Callable[[P
     folder.parent.mkdir(parents=True, exist_ok=True)
     locks = cache_folder() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{key}.lock", timeout=_LOCK_SECONDS):
+    lock = locks / f"{key}.lock"
+    with _hold(lock):
         try:
             return _used(read_entry(folder, key))
         except FileNotFoundError:
@@ -107,15 +112,27 @@ def make(key: str, describe: Callable[[], Mapping[str, Any]], build: Callable[[P
             _LOG.warning("compiling %s again: %s", key, error)
             _remove(folder)
         entry = write_entry(folder, key, describe(), build)
-    _limit(keep=key)
+        # Whoever waits for it, or makes it anew, finds the entry: there is nothing left to lock.
+        _remove(lock)
+    _clean()
+    _limit(keep=folder)
     return entry
+
+
+@contextlib.contextmanager
+def _hold(lock: Path) -> Iterator[None]:
+    """Hold a lock, where the file system has any: else two processes may compile the same, which harms nobody."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(NotImplementedError):
+            stack.enter_context(FileLock(lock, timeout=_LOCK_SECONDS))
+        yield
 
 
 def write_entry(folder: Path, key: str, description: Mapping[str, Any], build: Callable[[Path], None]) -> Entry:
     """Build a library beside a folder, with its manifest, and rename the whole into place."""
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temporary:
+    with temporary_folder(folder.parent, _PREFIX) as temporary:
         # In a folder of its own: it becomes the entry.
-        made = Path(temporary) / key
+        made = temporary / key
         made.mkdir()
         library = made / "kernel.so"
         build(library)
@@ -176,11 +193,12 @@ def entries() -> Iterator[Entry]:
 
 
 def clear() -> int:
-    """Delete all entries; returns how many there were."""
+    """Delete all entries, and what lies beside them; returns how many entries there were."""
     count = len(list(_entry_folders()))
-    # With what is hidden there: of processes that were killed while they compiled.
-    for path in _folder().iterdir() if _folder().is_dir() else ():
-        _remove(path)
+    # With what is hidden there, of processes that were killed while they compiled, and what else this package keeps.
+    for folder in (_folder(), cache_folder() / "locks", cache_folder() / "host"):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            _remove(path)
     return count
 
 
@@ -225,17 +243,37 @@ def _used(entry: Entry) -> Entry:
     return entry
 
 
-def _limit(keep: str) -> None:
-    """Delete the entries used least recently until the rest fits the limit. A library that is loaded stays usable."""
+def _clean() -> None:
+    """Delete what processes that were killed left: half of an entry, a lock of one that was never made."""
+    for folder in (_folder(), *_subfolders(cache_folder() / "host")):
+        clear_leftovers(folder, _PREFIX)
+    with contextlib.suppress(OSError):
+        for lock in (cache_folder() / "locks").iterdir():
+            if time.time() - lock.stat().st_mtime > _OLD_LOCK:
+                _remove(lock)
+
+
+def _limit(keep: Path) -> None:
+    """Delete what was used least recently until the rest fits the limit. A library that is loaded stays usable.
+
+    Kernels and the libraries of the host count, and what is half made, which is left alone.
+    """
     sizes: list[tuple[float, int, Path]] = []
-    for folder in _entry_folders():
+    for folder in (*_subfolders(_folder()), *_subfolders(cache_folder() / "host")):
         with contextlib.suppress(OSError):
-            files: list[Any] = [path.stat() for path in folder.iterdir()]
-            sizes.append((max(file.st_mtime for file in files), sum(file.st_size for file in files), folder))
+            files: list[Any] = [path.stat() for path in folder.rglob("*") if path.is_file()]
+            used = max((file.st_mtime for file in files), default=0.0)
+            sizes.append((used, sum(file.st_size for file in files), folder))
     total = sum(size for _, size, _ in sizes)
     for _, size, folder in sorted(sizes):
         if total <= limit_bytes():
             return
-        if folder.name != keep:
+        if folder != keep and not folder.name.startswith("."):
             shutil.rmtree(folder, ignore_errors=True)
             total -= size
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):
+        return [path for path in folder.iterdir() if path.is_dir()]
+    return []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from na_compiler.compiler.toolkit import remember_version
 from na_compiler.compiler.workers import Pool
 from na_compiler.problem import Problem
 from na_compiler.runtime.bundle import loaded_bundles
-from na_compiler.runtime.folders import cache_folder
+from na_compiler.runtime.folders import cache_folder, process_folder
 from na_compiler.runtime.host import c_compiler
 from na_compiler.runtime.jit import MissingKernelError, is_compiling_allowed
 from na_compiler.runtime.kernel import Kernel, make_kernel
@@ -32,6 +32,8 @@ _kernels: dict[KernelSpec, Kernel] = {}
 _by_key: dict[str, Kernel] = {}
 _locks = KeyLocks()
 _said: set[str] = set()
+# Seconds of compiling without a word.
+_PATIENCE = 1.0
 
 
 def compile(problem: Problem, target: str | Target = "llvm", direction: str = "forward") -> Kernel:  # noqa: A001
@@ -116,7 +118,7 @@ def _load(spec: KernelSpec) -> Kernel:
 
 def _of_entry(spec: KernelSpec, entry: cache.Entry) -> Kernel:
     if entry.reason:
-        _say_once(f"{spec.problem} for {spec.target}: {entry.reason}")
+        _say_once(f"{spec.problem} {spec.direction} for {spec.target}: {entry.reason}", about=entry.reason)
     function = load_function(entry.library, spec.target.device_type) if spec.target.runs_here else None
     return make_kernel(entry.info, function)
 
@@ -139,7 +141,7 @@ def cached_entry(spec: KernelSpec) -> cache.Entry | None:
     """Return the cache's entry of a spec, if there is one. Needs no plan."""
     try:
         return cache.find(spec.key)
-    except (FileNotFoundError, cache.DamagedEntryError):
+    except (OSError, cache.DamagedEntryError):
         return None
 
 
@@ -183,7 +185,8 @@ def make_entry(spec: KernelSpec, pool: Pool | None = None) -> cache.Entry:
     def build(path: Path) -> None:
         from na_compiler.compiler.build import build_library  # noqa: PLC0415
 
-        build_library(spec, path, pool)
+        with _announced(spec) if pool is None else contextlib.nullcontext():
+            build_library(spec, path, pool)
         if spec.target.device_type == "cuda":
             remember_version()
 
@@ -191,12 +194,39 @@ def make_entry(spec: KernelSpec, pool: Pool | None = None) -> cache.Entry:
         return cache.make(spec.key, spec.describe, build)
     except OSError as error:
         _say_once(f"the cache in {cache_folder()} cannot be used, kernels are kept for this process only: {error}")
-        folder = Path(tempfile.mkdtemp(prefix="na_compiler-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = process_folder() / "kernels"
+    try:
+        folder.mkdir(exist_ok=True)
         return cache.write_entry(folder / spec.key, spec.key, spec.describe(), build)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"a kernel can be written neither to the cache in {cache_folder()} nor to {folder} ({error.strerror}); set "
+            f"NA_COMPILER_CACHE or TMPDIR to a folder that has room",
+        ) from error
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        _LOG.warning(message)
+def _say_once(message: str, about: str | None = None) -> None:
+    """Warn, once of each thing that a message is about; what follows of the same kind is for those who want it all."""
+    _LOG.log(logging.INFO if (about or message) in _said else logging.WARNING, "%s", message)
+    _said.add(about or message)
+
+
+@contextlib.contextmanager
+def _announced(spec: KernelSpec) -> Iterator[None]:
+    """Say what takes so long, if it does: a line on standard error, unless the program has set up logging."""
+    timer = threading.Timer(_PATIENCE, _announce, [spec])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _announce(spec: KernelSpec) -> None:
+    message = f"na_compiler: compiling {spec}, once on this machine"
+    if _LOG.level == logging.NOTSET and not _LOG.hasHandlers():
+        print(message, file=sys.stderr, flush=True)
+    else:
+        _LOG.info("%s", message)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
+import errno
 import hashlib
 import logging
 import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from na_compiler.runtime.folders import cache_folder
+from na_compiler.runtime.folders import cache_folder, loadable, process_folder
+from na_compiler.runtime.temporary import clear_leftovers, temporary_folder
 
 __all__ = ["HostCompileError", "HostLibrary", "NoCompilerError", "c_compiler", "cxx_compiler", "digest"]
 
 _LOG = logging.getLogger("na_compiler")
-# Where libraries went for which the cache could not be written.
-_temporary: dict[str, Path] = {}
+# Of temporary folders.
+_PREFIX = ".building-"
 
 
 class HostCompileError(RuntimeError):
@@ -104,17 +105,21 @@ class HostLibrary:
         another = () if self.compiler is None else (*self.compiler,)
         key = digest(*(self.parts or self.sources), texts=(*self.options, *self.libraries, *another))
         path = cache_folder() / "host" / key / self.name
-        for place in (path, _temporary.get(key)):
-            if place is not None and place.is_file():
-                return place
+        if os.path.isfile(path):  # noqa: PTH113 - Path's raises where a folder cannot be read
+            with contextlib.suppress(OSError):  # The cache deletes first what was not used longest.
+                os.utime(path)
+            return loadable(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return self._compile(path.parent)
-        except OSError:
-            folder = Path(tempfile.mkdtemp(prefix="na_compiler-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            _temporary[key] = self._compile(folder)
-            return _temporary[key]
+            clear_leftovers(path.parent, _PREFIX)
+            return loadable(self._compile(path.parent))
+        except OSError as error:
+            kept = process_folder() / "host" / key / self.name
+            if not kept.is_file():
+                _LOG.info("the cache in %s cannot be used: %s", cache_folder(), error)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                self._compile(kept.parent)
+            return loadable(kept)
 
     def _compile(self, folder: Path) -> Path:
         is_c = self.sources[0].suffix == ".c"
@@ -127,13 +132,17 @@ class HostLibrary:
             )
         started = time.perf_counter()
         # Built beside its place and renamed into it, so that it is whole or not there.
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as temporary:
-            made = Path(temporary) / self.name
+        with temporary_folder(folder, _PREFIX) as temporary:
+            made = temporary / self.name
             command = [*compiler, *self.options, "-shared", "-fPIC", "-o", str(made), *self._given(), *self.libraries]
             try:
-                subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+                # In English, so that what it says can be known.
+                environment = {**os.environ, "LC_ALL": "C"}
+                subprocess.run(command, check=True, capture_output=True, text=True, env=environment)  # noqa: S603
             except (OSError, subprocess.CalledProcessError) as error:
                 detail = (getattr(error, "stderr", None) or str(error)).strip()
+                if os.strerror(errno.ENOSPC) in detail:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
                 raise HostCompileError(f"{' '.join(compiler)} could not build {self.what}: {detail}") from error
             made.replace(folder / self.name)
         _LOG.info("built %s in %.1f s", folder / self.name, time.perf_counter() - started)

@@ -9,7 +9,7 @@ from typing import Any
 
 from na_compiler.devices import DEVICES
 from na_compiler.runtime import threads
-from na_compiler.runtime.folders import runtime_library
+from na_compiler.runtime.folders import loadable, runtime_library
 
 __all__ = ["load_function", "load_runtime"]
 
@@ -31,6 +31,7 @@ def load_function(path: Path, device_type: str = "cpu") -> Any:
     """
     import tvm_ffi  # noqa: PLC0415
 
+    path = loadable(path)
     load_runtime()
     _load_for(device_type)
     function = tvm_ffi.load_module(str(path))["main"]
