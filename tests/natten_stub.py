@@ -44,22 +44,24 @@ class _Attention(nn.Module):
         return self.proj_drop(self.proj(output.reshape(x.shape)))
 
 
-def make():
-    """Return the modules of the package, by name, and its three layers."""
-    package, functional, modules = (types.ModuleType(f"natten{name}") for name in ("", ".functional", ".modules"))
+def make(package_name="natten"):
+    """Return the modules of the package, by name, and its three layers; loaded from a model hub it has another name."""
+    names = (f"{package_name}{name}" for name in ("", ".functional", ".modules"))
+    package, functional, modules = map(types.ModuleType, names)
     layers = {}
     for rank in (1, 2, 3):
         function = _function(rank)
+        function.__module__ = functional.__name__
         setattr(functional, f"na{rank}d", function)
         name = f"NeighborhoodAttention{rank}D"
-        layers[rank] = type(name, (_Attention,), {"function": staticmethod(function), "__module__": "natten.modules",
+        layers[rank] = type(name, (_Attention,), {"function": staticmethod(function), "__module__": modules.__name__,
                                                   "forward": _Attention.forward})  # fmt: skip
         setattr(modules, name, layers[rank])
     package.functional, package.modules = functional, modules
     return {module.__name__: module for module in (package, functional, modules)}, layers
 
 
-def register_operators(library):
+def register_operators(library, namespace="natten"):
     """Register NATTEN's operators of rank 2: the plain one, and the reference, which takes flattened tokens."""
     dense = (
         "(Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "
@@ -82,7 +84,7 @@ def register_operators(library):
     library.impl("na2d_forward", forward, "CPU")
     library.impl("reference_na2d_forward", reference, "CPU")
     for name in ("na2d_forward", "reference_na2d_forward"):
-        torch.library.register_fake(f"natten::{name}", fake, lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
 
 def install(monkeypatch):

@@ -1,12 +1,13 @@
 """`na_compiler.onnx.schema` and `nodes`: what the schemas infer, and what they refuse."""
 
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import helper
 from onnx.shape_inference import InferenceError, infer_shapes
 from onnx_models import PARTS, PROBLEMS, cases, one_node
 
-from na_compiler.onnx import DOMAIN, OPERATORS, problems, register_schemas, schema
+from na_compiler.onnx import DOMAIN, OPERATORS, add_bodies, inline_bodies, problems, register_schemas, schema
 from na_compiler.problem import Problem
 
 
@@ -176,3 +177,35 @@ def test_problems_in_subgraphs_and_without_value_infos_are_found():
     graph = helper.make_graph([identity, choice], "g", [condition, *model.graph.input], list(model.graph.output))
     whole = helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=10)
     assert problems(whole) == {BASE: 2}
+
+
+def strange(change):
+    model = one_node(BASE, body=None, dynamic_layout=False)
+    change(model, model.graph.node[0])
+    return model
+
+
+STRANGE = {
+    "a misspelt attribute": (lambda m, n: n.attribute.append(helper.make_attribute("dilations", [2, 2])), "dilations"),
+    "no key": (lambda m, n: n.input.__setitem__(1, ""), "needs key|input 1 is marked single"),
+    "a third output": (lambda m, n: n.output.append("third"), "got 3 outputs|output size 3"),
+    "a sixth input": (lambda m, n: n.input.extend(["key"] * 3), "got 6|input size 6"),
+}
+
+
+@pytest.mark.parametrize("kind", [*STRANGE, "another version"])
+def test_what_the_operators_have_not_is_refused(kind):
+    """By the checker, by `problems` and `add_bodies`, and by the passes alike."""
+    from na_compiler import passes
+
+    if kind == "another version":  # The checker has no say in it: it knows schemas up to a version, and takes the last.
+        model, said = strange(lambda m, n: setattr(m.opset_import[1], "version", 2)), "version 2 of the domain"
+    else:
+        change, said = STRANGE[kind]
+        model = strange(change)
+        with pytest.raises(onnx.checker.ValidationError, match=said):
+            onnx.checker.check_model(model)
+    loaded = ir.serde.deserialize_model(model)
+    for read in (problems, passes.collect, add_bodies, inline_bodies):
+        with pytest.raises(ValueError, match=said):
+            read(loaded)

@@ -8,7 +8,11 @@ from torch.export import Dim
 
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
 
+import onnx
+import onnx_ir as ir
 import onnxruntime
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 import na_compiler.onnx
 from na_compiler import NeighborhoodAttention2D, Problem, passes
@@ -98,3 +102,254 @@ def test_masked_attention_becomes_neighborhood_attention(kind, opset, seed):
         return  # ONNX Runtime has no products of bfloat16 on a CPU.
     for rows in (x, x[:1]):
         np.testing.assert_allclose(run(program, rows), model(rows).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def attention(inputs, attributes=None, *, mask=None, opset=25, more=(), outputs=("output",), element=None):
+    """Return a model of one node ``Attention``; inputs are shapes, of query, key and value."""
+    element = element or onnx.TensorProto.FLOAT
+    names = ["query", "key", "value"]
+    infos = [helper.make_tensor_value_info(n, element, shape) for n, shape in zip(names, inputs, strict=True)]
+    initializers = []
+    if mask is not None:
+        names.append("mask")
+        initializers.append(numpy_helper.from_array(mask, "mask"))
+    node = helper.make_node("Attention", [*names, *more], outputs, name="attend", **(attributes or {}))
+    rank = len(inputs[0])
+    last = inputs[2][-1] if rank == 4 else inputs[2][-1] // attributes["kv_num_heads"] * attributes["q_num_heads"]
+    results = [helper.make_tensor_value_info(name, element, None) for name in outputs if name]
+    results[0] = helper.make_tensor_value_info(outputs[0], element, [*inputs[0][:-1], last])
+    graph = helper.make_graph([node], "g", infos, results, initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def written_out(inputs, mask, *, opset=18, element=None):
+    """Return a model of attention that is spelled out."""
+    element = element or onnx.TensorProto.FLOAT
+    dtype = helper.tensor_dtype_to_np_dtype(element)
+    infos = [
+        helper.make_tensor_value_info(n, element, s) for n, s in zip(("query", "key", "value"), inputs, strict=True)
+    ]
+    bias = np.where(mask, 0, -np.inf).astype(dtype)
+    nodes = [
+        helper.make_node("Transpose", ["key"], ["turned"], perm=[0, 1, 3, 2]),
+        helper.make_node("Mul", ["query", "scale"], ["scaled"]),
+        helper.make_node("MatMul", ["scaled", "turned"], ["scores"]),
+        helper.make_node("Add", ["scores", "mask"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "value"], ["output"]),
+    ]
+    batch, heads = (max(shape[axis] for shape in inputs) for axis in (0, 1))
+    result = helper.make_tensor_value_info("output", element, [batch, heads, inputs[0][2], inputs[2][3]])
+    constants = [numpy_helper.from_array(np.array(0.3, dtype), "scale"), numpy_helper.from_array(bias, "mask")]
+    graph = helper.make_graph(nodes, "g", infos, [result], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def canonical(model, **options):
+    """Return how much was replaced, and the model after it."""
+    loaded = ir.serde.deserialize_model(model)
+    return passes.canonicalise(loaded, **options), loaded
+
+
+def check_same(model, loaded, seed):
+    """Compare a model with what a pass made of it, on data drawn anew."""
+    random = np.random.default_rng(seed)
+    feeds = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        shape = [dim.dim_value or 2 for dim in tensor.shape.dim]
+        feeds[value.name] = random.standard_normal(shape).astype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    wanted = ReferenceEvaluator(model).run(None, feeds)[0]
+    made = ir.serde.serialize_model(loaded)
+    onnx.checker.check_model(made, full_check=True)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, feeds)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+LIKE = [2, 4, 20, 8]
+BAND = axis_mask(20, 5)
+
+
+@pytest.mark.parametrize("attributes", [{"is_causal": 1}, {"right_window_size": 0}], ids=["causal", "right"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_causal_sliding_windows_are_neighborhood_attention(attributes, flat, seed):
+    attributes = {**attributes, "left_window_size": 4, "softmax_precision": 1}
+    inputs = [LIKE, [2, 2, 20, 8], [2, 2, 20, 6]]
+    if flat:
+        inputs = [["B", 20, 32], ["B", 20, 16], ["B", 20, 12]]
+        attributes |= {"q_num_heads": 4, "kv_num_heads": 2}
+    model = attention(inputs, attributes)
+    count, loaded = canonical(model)
+    assert count == 1
+    problem = Problem(20, 4, 8, 5, is_causal=True, heads_kv=2, head_dim_v=6)
+    assert [site.problem for site in passes.collect(loaded)] == [problem]
+    model.opset_import[0].version = 25
+    check_same(model, loaded, seed)
+
+
+def test_a_window_beside_a_mask_counts(seed):
+    """The mask of a window of 9, cut down to one of 5 by the window, is a neighborhood if it is causal only."""
+    mask = axis_mask(20, 9, is_causal=True)
+    model = attention([LIKE] * 3, {"left_window_size": 4}, mask=mask)
+    count, loaded = canonical(model)
+    assert count == 1
+    assert [site.problem for site in passes.collect(loaded)] == [Problem(20, 4, 8, 5, is_causal=True)]
+    check_same(model, loaded, seed)
+    assert canonical(attention([LIKE] * 3, {"left_window_size": 1}, mask=BAND))[0] == 0
+    model = attention([LIKE] * 3, {"is_causal": 1}, mask=BAND)
+    assert canonical(model)[0] == 0, "windows at the end have a place that a causal one has not"
+    model = attention([LIKE] * 3, mask=BAND)
+    count, loaded = canonical(model)
+    assert count == 1
+    check_same(model, loaded, seed)
+
+
+DOUBLE = onnx.TensorProto.DOUBLE
+NOT_OURS = {
+    "a window that is cut off": (attention([LIKE] * 3, {"left_window_size": 2, "right_window_size": 2}), "cut off"),
+    "a window larger than all": (attention([LIKE] * 3, {"left_window_size": 19, "is_causal": 1}), "hides nothing"),
+    "an attribute nobody knows": (attention([LIKE] * 3, {"sink": 1}, mask=BAND), "not known here: sink"),
+    "a soft cap": (attention([LIKE] * 3, {"softcap": 2.0}, mask=BAND), "soft cap"),
+    "double softmax": (attention([LIKE] * 3, {"softmax_precision": 11}, mask=BAND), "another precision"),
+    "scores that are read": (attention([LIKE] * 3, mask=BAND, outputs=["output", "", "", "scores"]), "more than one"),
+    "counts of keys": (attention([LIKE] * 3, mask=BAND, more=["", "", "counts"]), "a cache"),
+    "a newer opset": (attention([LIKE] * 3, mask=BAND, opset=99), "opset 99 is not known"),
+    "double": (attention([LIKE] * 3, mask=BAND, element=DOUBLE), "in double"),
+    "a value with one head": (attention([LIKE, LIKE, [2, 1, 20, 8]], mask=BAND), "heads of query, key and value"),
+    "a value with batch 1": (attention([LIKE, LIKE, [1, 4, 20, 8]], mask=BAND), "one batch"),
+    "dynamic tokens": (attention([["B", 4, "T", 8]] * 3, {"left_window_size": 4, "is_causal": 1}), "dynamic"),
+    "a mask for each head": (attention([LIKE] * 3, mask=np.stack([BAND] * 4)), "one of all tokens"),
+    "written out, double": (written_out([LIKE] * 3, BAND, element=DOUBLE), "in double"),
+    "written out, a value with one head": (written_out([LIKE, LIKE, [2, 1, 20, 8]], BAND), "heads of query"),
+    "written out, a value with batch 1": (written_out([LIKE, LIKE, [1, 4, 20, 8]], BAND), "one batch"),
+    "written out, one query for all heads": (written_out([[2, 1, 20, 8], LIKE, LIKE], BAND), "heads of query"),
+    "written out, opset 12": (written_out([LIKE] * 3, BAND, opset=12), "opset 12"),
+    "written out, opset 17, with bodies": (written_out([LIKE] * 3, BAND, opset=17), "bodies need opset 18"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_OURS)
+def test_what_is_not_ours_stays_as_it_was(kind, caplog):
+    model, said = NOT_OURS[kind]
+    with caplog.at_level("INFO", "na_compiler"):
+        count, loaded = canonical(model)
+    assert count == 0
+    assert said in caplog.text
+    assert "stays as it is" in caplog.text
+    assert ir.serde.serialize_model(loaded) == ir.serde.serialize_model(ir.serde.deserialize_model(model))
+    assert passes.collect(loaded) == ()
+
+
+def test_a_mask_that_callers_may_override_is_no_constant():
+    model = attention([LIKE] * 3, mask=BAND)
+    model.graph.input.append(helper.make_tensor_value_info("mask", onnx.TensorProto.BOOL, [20, 20]))
+    assert canonical(model)[0] == 0
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+def test_what_needs_no_bodies_takes_older_models(opset, tmp_path, capsys):
+    from na_compiler import cli
+
+    model = written_out([LIKE] * 3, BAND, opset=opset)
+    assert canonical(model, bodies=False)[0] == 1
+    onnx.save(model, tmp_path / "model.onnx")
+    assert cli.main([str(tmp_path / "model.onnx"), "--dry-run"]) == 0
+    assert "1 neighborhood attention" in capsys.readouterr().out
+    if opset == 13:
+        assert cli.main([str(tmp_path / "model.onnx"), "--whole", "-o", str(tmp_path / "model.so")]) == 0
+
+
+def test_one_head_of_keys_and_values_for_all_is_ours(seed):
+    model = written_out([LIKE, [2, 1, 20, 8], [2, 1, 20, 8]], BAND)
+    count, loaded = canonical(model)
+    assert count == 1
+    assert [site.problem for site in passes.collect(loaded)] == [Problem(20, 4, 8, 5, heads_kv=1)]
+    check_same(model, loaded, seed)
+
+
+def branches():
+    """Return a model with attention in it and in both branches of an If: the nodes have one name, or none."""
+    whole = attention([LIKE] * 3, mask=BAND)
+    inner = [attention([LIKE] * 3, mask=axis_mask(20, size)).graph for size in (3, 7)]
+    bodies = []
+    for i, graph in enumerate(inner):
+        node = onnx.NodeProto.FromString(graph.node[0].SerializeToString())
+        node.name = ""
+        node.input[0], node.input[3], node.output[0] = "output", f"mask_{i}", f"inner_{i}"
+        graph.initializer[0].name = f"mask_{i}"
+        result = helper.make_tensor_value_info(f"inner_{i}", onnx.TensorProto.FLOAT, LIKE)
+        bodies.append(helper.make_graph([node], f"branch_{i}", [], [result], list(graph.initializer)))
+    choice = helper.make_node("If", ["flag"], ["chosen"], then_branch=bodies[0], else_branch=bodies[1])
+    again = helper.make_node("Attention", ["output", "key", "value", "mask"], ["again"])
+    sum_ = helper.make_node("Add", ["chosen", "again"], ["sum"])
+    flag = helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
+    result = helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, LIKE)
+    value = helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, LIKE)
+    graph = helper.make_graph(
+        [whole.graph.node[0], choice, again, sum_],
+        "g",
+        [*whole.graph.input, flag],
+        [result],
+        list(whole.graph.initializer),
+        value_info=[value],
+    )
+    return helper.make_model(graph, opset_imports=list(whole.opset_import), ir_version=10)
+
+
+def test_nodes_of_one_name_or_none_are_told_apart(seed):
+    model = branches()
+    loaded = ir.serde.deserialize_model(model)
+    assert passes.canonicalise(loaded) == 4
+    sites = passes.collect(loaded)
+    assert len({(site.graph, site.node) for site in sites}) == len({site.layer for site in sites}) == 4
+    assert sorted(site.problem.kernel_size for site in sites) == [(3,), (5,), (5,), (7,)]
+    assert len({site.graph for site in sites}) == 3
+    made = ir.serde.serialize_model(loaded)
+    onnx.checker.check_model(made, full_check=True)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(seed)
+    feeds = {name: random.standard_normal(LIKE).astype(np.float32) for name in ("query", "key", "value")}
+    for flag in (True, False):
+        feeds["flag"] = np.array(flag)
+        wanted = ReferenceEvaluator(model).run(None, feeds)[0]
+        np.testing.assert_allclose(session.run(None, feeds)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_that_is_called_with_two_shapes_poses_two_problems():
+    inner = helper.make_node("NA1D", ["x", "x", "x"], ["y"], domain="na_compiler", kernel_size=[3], name="attend")
+    imports = [helper.make_opsetid("", 21), helper.make_opsetid("na_compiler", 1)]
+    function = helper.make_function("mine", "Layer", ["x"], ["y"], [inner], imports)
+    shapes = {"a": [1, 12, 2, 8], "b": [1, 20, 2, 8]}
+    infos = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    results = [helper.make_tensor_value_info(f"{n}_", onnx.TensorProto.FLOAT, s) for n, s in shapes.items()]
+    nodes = [helper.make_node("Layer", [name], [f"{name}_"], domain="mine", name=f"call_{name}") for name in shapes]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", infos, results),
+        opset_imports=[*imports, helper.make_opsetid("mine", 1)],
+        functions=[function],
+        ir_version=10,
+    )
+    wanted = [Problem(12, 2, 8, 3), Problem(20, 2, 8, 3)]
+    assert [site.problem for site in passes.collect(model)] == wanted
+    assert list(na_compiler.onnx.problems(model)) == wanted
+
+
+def test_blocked_bodies_stay_blocked(seed):
+    model = attention([LIKE] * 3, mask=BAND)
+    second = helper.make_node("Attention", ["output", "key", "value", "mask"], ["again"], name="again")
+    model.graph.node.append(second)
+    model.graph.value_info.append(helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, LIKE))
+    model.graph.output[0].name = "again"
+    loaded = ir.serde.deserialize_model(model)
+    mask = loaded.graph.initializers["mask"]
+    last = list(loaded.graph)[-1]
+    last.replace_input_with(3, None)
+    assert passes.canonicalise(loaded) == 1
+    na_compiler.onnx.add_bodies(loaded, "blocked")
+    overloads = {function.overload for function in loaded.functions.values()}
+    assert len(overloads) == 2
+    loaded.graph.register_initializer(mask)
+    last.resize_inputs(4)
+    last.replace_input_with(3, mask)
+    assert passes.canonicalise(loaded) == 1
+    assert {function.overload for function in loaded.functions.values()} == overloads

@@ -262,16 +262,19 @@ def test_nattens_modules_and_functions_in_an_fx_graph(seed, monkeypatch):
     close(module(x), expected)
 
 
-def test_nattens_operators(seed):
-    library = torch.library.Library("natten", "FRAGMENT")
-    natten_stub.register_operators(library)
+@pytest.mark.parametrize("namespace", ["natten", "_natten_0b1c2d3"])
+def test_nattens_operators(namespace, seed):
+    """Also under the name that a loader from a model hub gives them."""
+    library = torch.library.Library(namespace, "FRAGMENT")
+    natten_stub.register_operators(library, namespace)
+    operators = getattr(torch.ops, namespace)
 
     class Model(nn.Module):
         def forward(self, q, k, v):
             parameters = ([3, 5], [1, 2], [2, 1], [False, True], 0.3)
-            first = torch.ops.natten.na2d_forward(q, k, v, *parameters, [8, 8], [8, 8])[0]
+            first = operators.na2d_forward(q, k, v, *parameters, [8, 8], [8, 8])[0]
             flat = [tensor.flatten(1, 2) for tensor in (first, k, v)]
-            second, lse = torch.ops.natten.reference_na2d_forward(*flat, *parameters, [6, 8], 0)
+            second, lse = operators.reference_na2d_forward(*flat, *parameters, [6, 8], 0)
             return second, lse
 
     tensors = torch.randn(3, 1, 6, 8, 2, 16).unbind()
@@ -279,8 +282,8 @@ def test_nattens_operators(seed):
     program = torch.export.export(Model(), tensors)
     problem = Problem((6, 8), 2, 16, (3, 5), (1, 2), (2, 1), (False, True))
     assert [(site.operator, site.problem) for site in passes.collect(program)] == [
-        ("natten::na2d_forward", problem),
-        ("natten::reference_na2d_forward", problem),
+        (f"{namespace}::na2d_forward", problem),
+        (f"{namespace}::reference_na2d_forward", problem),
     ]
     assert passes.canonicalise(program) == 2
     assert [(site.operator, site.problem) for site in passes.collect(program)] == [("na_compiler::na2d", problem)] * 2
@@ -569,3 +572,88 @@ def test_nattens_functions_that_ours_cannot_do_stay(seed, monkeypatch, caplog):
             assert passes.canonicalise(module) == 0
         assert said in caplog.text
     assert passes.canonicalise(made({"kernel_size": 3})) == 1
+
+
+def test_natten_from_a_model_hub_is_known_by_what_it_is(seed, caplog):
+    _, layers = natten_stub.make("natten_cuda_3f2a.build")
+    model = nn.Sequential(layers[2](32, 2, 3), nn.Linear(32, 32), layers[2](32, 2, 5)).eval()
+    x, report = torch.randn(1, 8, 9, 32), {}
+    expected = model(x)
+    with caplog.at_level("INFO", "na_compiler"):
+        assert na_compiler.convert(model, report=report) is model
+    assert type(model[0]) is NeighborhoodAttention2D
+    assert report == {"0": "converted", "2": "converted"}
+    assert "converted 2 modules of NATTEN's: 0, 2" in caplog.text
+    close(model(x), expected)
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(layers[1].function, (x, x, x), {"kernel_size": 3}))
+    module, x = fx.GraphModule({}, graph), torch.randn(1, 12, 2, 8)
+    expected = module(x)
+    fx.passes.shape_prop.ShapeProp(module).propagate(x)
+    assert passes.canonicalise(module) == 1
+    close(module(x), expected)
+
+
+def test_convert_says_what_it_left_alone(caplog):
+    _, layers = natten_stub.make("another")
+
+    class Own(layers[2]):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    class NeighborhoodAttention2D(nn.Module):
+        """Of that name, and no relation: it calls nothing of NATTEN's."""
+
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+            self.num_heads, self.scale, self.kernel_size = 2, 0.5, 3
+
+        def forward(self, x):
+            return self.proj(self.qkv(x)[..., :8])
+
+    class NeighborhoodAttention(nn.Module):
+        pass
+
+    normed = layers[2](32, 2, 3)
+    normed.q_norm = nn.LayerNorm(16)
+    parts = {
+        "own": (Own(32, 2, 3), "computes something of its own"),
+        "namesake": (NeighborhoodAttention2D(), "does not call na2d"),
+        "alike": (NeighborhoodAttention(), "NeighborhoodAttention is not a class that is known here"),
+        "normed": (normed, "q_norm inside, which is not known"),
+    }
+    model = nn.ModuleDict({name: module for name, (module, _) in parts.items()} | {"fine": layers[2](32, 2, 3)})
+    report = {}
+    with caplog.at_level("WARNING", "na_compiler"):
+        na_compiler.convert(model, report=report)
+    assert report.pop("fine") == "converted"
+    for name, (module, said) in parts.items():
+        assert said in report[name]
+        assert f"{name} was left alone" in caplog.text
+        assert model[name] is module
+    caplog.clear()
+    with caplog.at_level("WARNING", "na_compiler"):
+        na_compiler.convert(nn.Linear(3, 3))
+    assert "no module in Linear looks like one of NATTEN's" in caplog.text
+
+
+def test_layers_that_ours_cannot_do_do_not_keep_a_model_from_being_compiled(monkeypatch, caplog):
+    layers = natten_stub.install(monkeypatch)
+    model = nn.Sequential(layers[2](32, 2, 3), layers[2](32, 2, 3))
+    model[1].attn_drop = nn.Dropout(0.1)
+    module = fx.GraphModule(model, sequence(2))
+    assert passes.canonicalise(module) == 1
+    assert "1 was left alone: it has attn_drop=0.1" in caplog.text
+
+
+def sequence(count):
+    """Return the graph of some modules, one after the other."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for place in range(count):
+        x = graph.call_module(str(place), (x,))
+    graph.output(x)
+    return graph

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-from na_compiler.onnx.bodies import BODIES, add_bodies
+from na_compiler.onnx.bodies import BODIES, add_bodies, inline_bodies
 from na_compiler.onnx.nodes import attention_nodes, node_signature
 from na_compiler.onnx.signature import DOMAIN, OPERATORS, VERSION
 from na_compiler.ops.operators import OPERATORS as TORCH_OPERATORS
@@ -35,6 +36,7 @@ def export(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     body: str = "generic",
+    standard: bool = False,
     opset: int = _OPSET,
     external_data: bool | None = None,
 ) -> torch.onnx.ONNXProgram:
@@ -44,7 +46,7 @@ def export(
     ----------
     model
         With modules of this package or calls of `na_compiler.na1d`, `na2d` and `na3d`; or exported already. It is put
-        in ``eval`` mode while it is exported.
+        in ``eval`` mode while it is exported; after that each of its modules has the mode again that it had.
     args, kwargs
         Inputs to trace it with. Nothing is compiled and no kernel runs.
     path
@@ -57,6 +59,9 @@ def export(
     body
         ``"generic"``: right for every layout. ``"blocked"``: for fixed layouts, with a fraction of the time and memory
         in runtimes that do not have the operator library.
+    standard
+        Whether bodies take the nodes' places: a file of ONNX's own operators only, for importers that do not know
+        functions (OpenVINO's, TVM's). No runtime computes it with the kernels of this package.
     opset
         Version of ONNX's own operators, 18 or later.
     external_data
@@ -84,10 +89,7 @@ def export(
         raise ValueError(f"body must be one of {', '.join(BODIES)}, got {body!r}")
     if opset < 18:
         raise ValueError(f"opset must be at least 18, got {opset}; {_OPSET} would work")
-    was_training = isinstance(model, torch.nn.Module) and model.training
-    if isinstance(model, torch.nn.Module):
-        model.eval()
-    try:
+    with _evaluating(model):
         program = torch.onnx.export(
             model,
             tuple(args),
@@ -100,11 +102,11 @@ def export(
             output_names=output_names,
             verbose=False,
         )
-    finally:
-        if was_training and isinstance(model, torch.nn.Module):
-            model.train()
     assert program is not None
-    add_bodies(program.model, body)
+    if standard:
+        program.model = inline_bodies(program.model, body)
+    else:
+        add_bodies(program.model, body)
     _warn_of_bfloat16(program.model)
     if path is not None:
         if external_data is None:
@@ -114,6 +116,19 @@ def export(
             external_data = size > _EXTERNAL_BYTES
         program.save(Path(path), external_data=external_data)
     return program
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Put a model in ``eval`` mode, and each of its modules back in its own: some may be frozen."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, torch.nn.Module) else []
+    if modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:

@@ -9,13 +9,23 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from na_compiler.onnx import schema  # noqa: F401  (shape inference needs the schemas)
-from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, INPUTS, OPERATORS, Signature
+from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, INPUTS, OPERATORS, OUTPUTS, VERSION, Signature
+from na_compiler.operands import PARAMETERS
 from na_compiler.problem import Problem
 
-__all__ = ["attention_nodes", "load", "node_signature", "problems"]
+__all__ = [
+    "attention_nodes",
+    "check_version",
+    "load",
+    "located_nodes",
+    "name_of",
+    "node_signature",
+    "problems",
+    "with_functions_inlined",
+]
 
 Source = str | os.PathLike[str] | ir.Model | onnx.ModelProto
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
@@ -32,10 +42,86 @@ def load(model: Source) -> ir.Model:
 
 def attention_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Yield the nodes of the operators, in the graph, its subgraphs, and functions other than the bodies."""
-    yield from filter(_is_attention, model.graph.all_nodes())
-    for function in model.functions.values():
-        if function.domain != DOMAIN:
-            yield from filter(_is_attention, function.all_nodes())
+    return (node for _, node in located_nodes(model))
+
+
+def located_nodes(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+    """Yield the nodes of the operators, each with the path of the graph that it is in; ``""`` is the model's own.
+
+    Nodes of different graphs may have one name: they are told apart by the path.
+    """
+    graphs = [("", model.graph)]
+    graphs += [
+        ("::".join(filter(None, function.identifier())), function.graph)
+        for function in model.functions.values()
+        if function.domain != DOMAIN
+    ]
+    for path, graph in graphs:
+        yield from _located(graph, path)
+
+
+def _located(graph: ir.Graph, path: str) -> Iterator[tuple[str, ir.Node]]:
+    seen: set[str] = set()
+    for place, node in enumerate(graph):
+        if _is_attention(node):
+            yield path, node
+        bodies = [(name, body) for name, attribute in node.attributes.items() for body in _graphs(attribute)]
+        if not bodies:
+            continue
+        name = node.name or node.op_type
+        unique = f"{name}#{place}" if name in seen else name
+        seen.add(name)
+        for i, (attribute, body) in enumerate(bodies):
+            several = f"[{i}]" if [name for name, _ in bodies].count(attribute) > 1 else ""
+            yield from _located(body, f"{path}{'/' if path else ''}{unique}.{attribute}{several}")
+
+
+def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
+    if attribute.is_ref():
+        return []
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
+
+
+def name_of(node: ir.Node) -> str:
+    """Return what a node is called: its name, which it need not have, or else its first output's."""
+    return node.name or next((output.name for output in node.outputs if output.name), None) or node.op_type
+
+
+def with_functions_inlined(model: ir.Model) -> ir.Model:
+    """Return a model in which every node of the operators is in a graph: one in a function may pose several problems.
+
+    The model itself where that is so already, or else a copy. Bodies of the operators are not kept in that.
+    """
+    functions = [function for function in model.functions.values() if function.domain != DOMAIN]
+    if not any(_is_attention(node) for function in functions for node in function.all_nodes()):
+        return model
+    made = model.clone()
+    for identifier in [identifier for identifier in made.functions if identifier[0] == DOMAIN]:
+        del made.functions[identifier]
+    return InlinePass()(made).model
+
+
+def check_version(model: ir.Model) -> None:
+    """Check that a model's nodes of the operators are of the version that is known here.
+
+    Raises
+    ------
+    ValueError
+        If it imports another version of the domain.
+    """
+    owners = [(model.graph, model.opset_imports)]
+    owners += [
+        (function.graph, function.opset_imports) for function in model.functions.values() if function.domain != DOMAIN
+    ]
+    for graph, imports in owners:
+        version = imports.get(DOMAIN, VERSION)
+        if version != VERSION and any(map(_is_attention, graph.all_nodes())):
+            raise ValueError(
+                f"the model's operators are of version {version} of the domain {DOMAIN}, and version {VERSION} is what "
+                f"is known here; export it anew, or update na-compiler"
+            )
 
 
 def node_signature(node: ir.Node) -> Signature:
@@ -44,18 +130,22 @@ def node_signature(node: ir.Node) -> Signature:
     Raises
     ------
     ValueError
-        If only one of the additional inputs is there.
+        If it has an attribute, an input or an output that the operator has not, lacks one that it needs, or only one of
+        the additional inputs is there.
     """
     inputs = list(node.inputs)
     if any(value is not None for value in inputs[len(INPUTS) :]):
-        raise ValueError(f"node {node.name!r}: {node.op_type} takes {len(INPUTS)} inputs, got {len(inputs)}")
-    # Query, key and value are there whatever is known of them.
-    named = enumerate(zip(INPUTS, inputs, strict=False))
-    given = {name: value for i, (name, value) in named if i < 3 or value is not None}
+        raise ValueError(f"{node.op_type} takes {len(INPUTS)} inputs, got {len(inputs)}")
+    absent = [name for name, value in zip(INPUTS[:3], [*inputs, None, None, None], strict=False) if value is None]
+    if absent:
+        raise ValueError(f"{node.op_type} needs {', '.join(absent)}, and the node has none")
+    given = {name: value for name, value in zip(INPUTS, inputs, strict=False) if value is not None}
     pair = ("additional_keys", "additional_values")
     if len(missing := [name for name in pair if name not in given]) == 1:
-        raise ValueError(f"node {node.name!r}: {' and '.join(pair)} come together, {missing[0]} is missing")
-    attributes = {name: _value(node.attributes[name]) for name in ATTRIBUTES if name in node.attributes}
+        raise ValueError(f"{' and '.join(pair)} come together, {missing[0]} is missing")
+    if len(node.outputs) > len(OUTPUTS):
+        raise ValueError(f"{node.op_type} has the outputs {' and '.join(OUTPUTS)}, got {len(node.outputs)} outputs")
+    attributes = {name: _value(node.op_type, name, attribute) for name, attribute in node.attributes.items()}
     values = given.values()
     return Signature(node.op_type, tuple(map(_shape, values)), tuple(map(_dtype, values)), attributes, tuple(given))
 
@@ -84,6 +174,8 @@ def problems(model: Source) -> dict[Problem, int]:
     >>> problems("classifier.onnx")  # doctest: +SKIP
     """
     loaded = load(model)
+    check_version(loaded)
+    loaded = with_functions_inlined(loaded)
     if any(value is not None and value.shape is None for node in attention_nodes(loaded) for value in node.inputs):
         loaded = ShapeInferencePass(strict_mode=False, data_prop=True)(loaded).model
     found: dict[Problem, int] = {}
@@ -91,11 +183,11 @@ def problems(model: Source) -> dict[Problem, int]:
         try:
             problem = node_signature(node).problem()
         except ValueError as error:
-            raise ValueError(f"node {node.name!r}: {error}") from error
+            raise ValueError(f"node {name_of(node)!r}: {error}") from error
         if problem is None:
-            shapes = [None if value is None else str(value.shape) for value in node.inputs[:3]]
+            shapes = ", ".join(str(None if value is None else value.shape) for value in node.inputs[:3])
             raise ValueError(
-                f"node {node.name!r} poses no fixed problem: its inputs have shapes {', '.join(map(str, shapes))}, and "
+                f"node {name_of(node)!r} poses no fixed problem: its inputs have shapes {shapes}, and "
                 "only the batch and the number of additional keys may be dynamic; export with a fixed layout"
             )
         found[problem] = found.get(problem, 0) + 1
@@ -106,7 +198,14 @@ def _is_attention(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type in OPERATORS
 
 
-def _value(attribute: ir.Attr) -> Any:
+def _value(operator: str, name: str, attribute: ir.Attr) -> Any:
+    if name not in ATTRIBUTES:
+        raise ValueError(f"{operator} has no attribute {name}; its attributes are {', '.join(ATTRIBUTES)}")
+    if attribute.is_ref():
+        raise ValueError(f"{name} is an attribute of the function around the node, and not known")
+    kind = ir.AttributeType.INTS if name in PARAMETERS else ir.AttributeType.FLOAT
+    if attribute.type != kind:
+        raise ValueError(f"{name} must be of type {kind.name}, got {attribute.type.name}")
     return list(attribute.value) if isinstance(attribute.value, tuple) else attribute.value
 
 

@@ -31,12 +31,22 @@ def collect(model: Any, shapes: Iterable[Mapping[str, Sequence[int]]] | None = N
     return collect_torch(model, shapes)
 
 
-def canonicalise(model: Any) -> int:
-    """Make every neighborhood attention of a model a call of ours, in place; returns how many nodes changed."""
+def canonicalise(model: Any, *, bodies: bool = True) -> int:
+    """Make every neighborhood attention of a model a call of ours, in place; returns how many nodes changed.
+
+    What is not ours stays as it was; the log says why, at level INFO.
+
+    Parameters
+    ----------
+    model
+        An exported program, an FX graph or an ``onnx_ir.Model``.
+    bodies
+        For ONNX models: whether new nodes get bodies, for runtimes without the operator library.
+    """
     if _is_onnx(model):
         from na_compiler.passes.canonicalise_onnx import canonicalise_onnx  # noqa: PLC0415
 
-        return canonicalise_onnx(model)
+        return canonicalise_onnx(model, bodies=bodies)
     from na_compiler.passes.canonicalise_torch import canonicalise_torch  # noqa: PLC0415
 
     return canonicalise_torch(model)

@@ -8,7 +8,15 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from na_compiler.onnx.nodes import attention_nodes, load, node_signature
+from na_compiler.onnx.nodes import (
+    attention_nodes,
+    check_version,
+    load,
+    located_nodes,
+    name_of,
+    node_signature,
+    with_functions_inlined,
+)
 from na_compiler.passes.sites import Site, Sites
 
 __all__ = ["collect_onnx"]
@@ -33,6 +41,8 @@ def collect_onnx(model: Any, shapes: Iterable[Mapping[str, Sequence[int]]] | Non
         If a shape does not fit the model, or a window does not fit a layout; the node is named.
     """
     loaded = load(model)
+    check_version(loaded)
+    loaded = with_functions_inlined(loaded)
     if shapes is None:
         return Sites(_sites(loaded, _inferred(loaded)))
     found: dict[Site, None] = {}
@@ -55,17 +65,21 @@ def _is_unknown(value: ir.Value | None) -> bool:
 
 def _sites(model: ir.Model, inferred: ir.Model) -> list[Site]:
     sites = []
-    for node, known in zip(attention_nodes(model), attention_nodes(inferred), strict=True):
-        layer = _layer(node)
-        signature = node_signature(known)
+    seen: set[str] = set()
+    for (path, node), known in zip(located_nodes(model), attention_nodes(inferred), strict=True):
+        layer = _layer(path, node)
         try:
+            signature = node_signature(known)
             problem = signature.problem()
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
         original = node_signature(node).shapes
         batch = (signature.shapes[0] or (None,))[0]
         operator = f"{node.domain}::{node.op_type}"
-        sites.append(Site(node.name or "", layer, operator, "forward", problem, _dynamic(original), batch))
+        # Nodes need no names, and may share one; values have names, and share none.
+        name = name_of(node) if name_of(node) not in seen else node.outputs[0].name or ""
+        seen.add(name)
+        sites.append(Site(name, layer, operator, "forward", problem, _dynamic(original), batch, graph=path))
     return sites
 
 
@@ -80,14 +94,14 @@ def _dynamic(shapes: Sequence[Sequence[int | None] | None]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _layer(node: ir.Node) -> str:
+def _layer(path: str, node: ir.Node) -> str:
     scopes = node.metadata_props.get(_SCOPES)
     if scopes:
         # A list as Python spells it: the module's path from the outermost to the node's own.
         names = [name.strip(" '\"") for name in scopes.strip("[]").split(",")]
         if len(names) > 1 and names[-2]:
             return names[-2]
-    return node.name or "(node)"
+    return f"{path}/{name_of(node)}" if path else name_of(node)
 
 
 def _with_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> ir.Model:

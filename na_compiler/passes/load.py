@@ -51,7 +51,7 @@ def sites_of(model: str, shapes: Shapes | None = None) -> Sites:
         return Sites(found)
     if Path(model).suffix == ".onnx":
         loaded = load_onnx(model)
-        canonicalise(loaded)
+        canonicalise(loaded, bodies=False)  # It is only looked at.
         return collect(loaded, shapes)
     return remembered(model, shapes, lambda: _sites_of_program(model, shapes))
 

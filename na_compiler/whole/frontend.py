@@ -40,7 +40,7 @@ def from_onnx(model: Any, attention: Attention) -> Any:
     loaded = model if isinstance(model, ir.Model) else ir.from_proto(model)
     # A proto says only the name of a file of weights, not where it is.
     ir.external_data.load_to_model(loaded)
-    canonicalise(loaded)
+    canonicalise(loaded, bodies=False)
     with _converters(attention):
         return frontend.from_onnx(ir.to_proto(loaded), keep_params_in_input=False)
 

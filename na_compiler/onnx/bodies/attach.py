@@ -10,17 +10,19 @@ from onnx_ir.passes.common import ShapeInferencePass
 from onnx_ir.tape import Tape
 
 from na_compiler.onnx.bodies.blocked import blocked_body
+from na_compiler.onnx.bodies.expression import Interface
 from na_compiler.onnx.bodies.generic import generic_body
-from na_compiler.onnx.nodes import attention_nodes, node_signature
+from na_compiler.onnx.names import FreshNames
+from na_compiler.onnx.nodes import attention_nodes, check_version, name_of, node_signature
 from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, VERSION, default_attribute
 from na_compiler.problem import Problem
 
-__all__ = ["BODIES", "add_bodies"]
+__all__ = ["BODIES", "MINIMUM_OPSET", "add_bodies"]
 
 _LOG = logging.getLogger("na_compiler")
 
 BODIES = ("generic", "blocked")
-_MINIMUM_OPSET = 18
+MINIMUM_OPSET = 18
 
 
 def add_bodies(model: ir.Model, body: str = "generic") -> None:
@@ -45,16 +47,18 @@ def add_bodies(model: ir.Model, body: str = "generic") -> None:
     if not nodes:
         return
     opset = model.opset_imports.get("", 0)
-    if opset < _MINIMUM_OPSET:
-        raise ValueError(f"bodies need opset {_MINIMUM_OPSET} or later, the model has {opset}; export with a later one")
+    if opset < MINIMUM_OPSET:
+        raise ValueError(f"bodies need opset {MINIMUM_OPSET} or later, the model has {opset}; export with a later one")
+    check_version(model)
+    names = FreshNames(model)
     _prepare(model, nodes)
     for operator in dict.fromkeys(node.op_type for node in nodes):
         own = [node for node in nodes if node.op_type == operator]
-        additional = _agree_on_additional(own)
+        interface = Interface(_agree_on_additional(own, names), _agree_on_lse(own, names))
         if body == "blocked":
-            _specialise(model, own, opset, additional)
+            _specialise(model, own, opset, interface)
         # After the specialised ones: onnx's evaluator, which ignores overloads, takes the last of a name.
-        function = generic_body(operator, opset, additional)
+        function = generic_body(operator, opset, interface)
         model.functions[function.identifier()] = function
 
 
@@ -68,18 +72,17 @@ def _prepare(model: ir.Model, nodes: list[ir.Node]) -> None:
     for node in nodes:
         node.overload = ""
         _complete(node)
-        _name_lse(node)
 
 
-def _specialise(model: ir.Model, nodes: list[ir.Node], opset: int, additional: bool) -> None:
+def _specialise(model: ir.Model, nodes: list[ir.Node], opset: int, interface: Interface) -> None:
     """Give each node with a fixed layout a function for its problem, by an overload of the operator."""
     for node in nodes:
         problem = node_signature(node).problem()
         if problem is None:
-            _LOG.warning("node %s has no fixed layout: it gets the generic body", node.name)
+            _LOG.warning("node %s has no fixed layout: it gets the generic body", name_of(node))
             continue
         node.overload = _overload(problem)
-        function = blocked_body(node.op_type, opset, problem, node.overload, additional)
+        function = blocked_body(node.op_type, opset, problem, node.overload, interface)
         model.functions[function.identifier()] = function
 
 
@@ -96,36 +99,42 @@ def _complete(node: ir.Node) -> None:
         signature.problem()
         scale = signature.scale()
     except ValueError as error:
-        raise ValueError(f"node {node.name!r}: {error}") from error
+        raise ValueError(f"node {name_of(node)!r}: {error}") from error
     for name in ATTRIBUTES[1:4]:
         if name not in node.attributes:
             node.attributes.add(ir.AttrInt64s(name, default_attribute(name, signature.rank)))
     if "scale" not in node.attributes:
         if scale is None:
             raise ValueError(
-                f"node {node.name!r} needs the attribute scale: head_dim, which it would follow from, is not known"
+                f"node {name_of(node)!r} needs the attribute scale: head_dim, which it would follow from, is not known"
             )
         node.attributes.add(ir.AttrFloat32("scale", scale))
 
 
-def _name_lse(node: ir.Node) -> None:
-    """Give a node its lse even if nobody reads it: ONNX Runtime refuses a node with fewer outputs than its function."""
-    node.resize_outputs(2)
-    output, lse = node.outputs
-    if not lse.name:
-        lse.name = f"{output.name}_lse"
+def _agree_on_lse(nodes: list[ir.Node], names: FreshNames) -> bool:
+    """Return whether an operator's function returns lse: if that of any node is read.
+
+    Then all of its nodes name theirs: ONNX Runtime refuses one with fewer outputs than its function. Where nobody reads
+    any, no node has it: a float32 output that is not needed is what converters to float16 break on.
+    """
+    reads = [any(output.uses() or output.is_graph_output() for output in node.outputs[1:]) for node in nodes]
+    for node in nodes:
+        node.resize_outputs(2 if any(reads) else 1)
+        for output in node.outputs[1:]:
+            output.name = output.name or names(f"{node.outputs[0].name}_lse")
+    return any(reads)
 
 
-def _agree_on_additional(nodes: list[ir.Node]) -> bool:
+def _agree_on_additional(nodes: list[ir.Node], names: FreshNames) -> bool:
     """Return whether an operator's function takes additional keys; if so, all of its nodes have them from now on."""
     takes = [len(node.inputs) > 3 and node.inputs[3] is not None for node in nodes]
     if any(takes):
         for node in (node for node, already in zip(nodes, takes, strict=True) if not already):
-            _add_empty_inputs(node)
+            _add_empty_inputs(node, names)
     return any(takes)
 
 
-def _add_empty_inputs(node: ir.Node) -> None:
+def _add_empty_inputs(node: ir.Node, names: FreshNames) -> None:
     """Give a node without additional keys some: none of them. A function has one number of inputs for all its nodes."""
     rank = node_signature(node).rank
     tape = Tape()
@@ -145,6 +154,10 @@ def _add_empty_inputs(node: ir.Node) -> None:
             sliced.shape = ir.Shape([tensor.shape[0], 0, *tensor.shape[-2:]])
     graph = node.graph
     assert graph is not None
+    for made in tape.nodes:
+        made.name = names(f"{name_of(node)}_{made.op_type}")
+        for output in made.outputs:
+            output.name = names(f"{made.name}_output")
     graph.insert_before(node, tape.nodes)
     node.resize_inputs(5)
     for i, value in enumerate(empty):

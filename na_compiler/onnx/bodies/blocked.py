@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from na_compiler.onnx.bodies.expression import Expression, Writer
+from na_compiler.onnx.bodies.expression import Expression, Interface, Writer
 from na_compiler.onnx.bodies.generic import Heads, attend, masked
-from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, INPUTS, OUTPUTS
 from na_compiler.problem import Problem
 from na_compiler.window import group_length, window_bounds
 
@@ -100,7 +99,7 @@ class _Axis:
         return (start <= key) & write("Less", key, end)
 
 
-def blocked_body(operator: str, opset: int, problem: Problem, overload: str, additional_inputs: bool) -> ir.Function:
+def blocked_body(operator: str, opset: int, problem: Problem, overload: str, interface: Interface) -> ir.Function:
     """Write the body for a problem.
 
     Parameters
@@ -113,10 +112,10 @@ def blocked_body(operator: str, opset: int, problem: Problem, overload: str, add
         Fixes everything but the batch, the scale and the number of additional keys.
     overload
         Of the function: a model may have one for each of its problems.
-    additional_inputs
-        Whether the function takes additional keys and values, be it none of them.
+    interface
+        What the function takes and returns.
     """
-    write = Writer(opset, INPUTS if additional_inputs else INPUTS[:3])
+    write = Writer(opset, interface.inputs)
     query, key, value, *additional = write.inputs
     axes = [
         _Axis.cut(*axis)
@@ -146,17 +145,19 @@ def blocked_body(operator: str, opset: int, problem: Problem, overload: str, add
     scores = write("MatMul", queries, write("Transpose", keys, perm=[0, 1, 2, 4, 3]))
     if not all(axis.sees_all for axis in axes):
         scores = masked(write, scores, _visible(write, axes, problem.group_size))
-    output, lse = attend(write, heads, queries, scores, values, additional)
+    output, lse = attend(write, heads, queries, scores, values, additional, interface)
     back = _places(write, axes)
     results = []
     for result, last in ((output, [problem.head_dim_v]), (lse, [])):
+        if result is None:
+            continue
         split = write.shape([0, problem.heads_kv, tiles * rows, problem.group_size, *last])
         gathered = write("Gather", write("Reshape", result, split), back, axis=2)
         order = [0, 2, 1, 3, 4][: 4 + len(last)]
         shape = write.shape([0, *problem.layout, problem.heads, *last])
         results.append(write("Reshape", write("Transpose", gathered, perm=order), shape))
     results[0] = write("CastLike", results[0], query)
-    return write.function(DOMAIN, operator, overload, dict(zip(OUTPUTS, results, strict=True)), ATTRIBUTES)
+    return write.function(operator, overload, *results)
 
 
 def choose_tile(problem: Problem) -> tuple[int, ...]:

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-__all__ = ["Expression", "Writer"]
+from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, INPUTS, OUTPUTS
+
+__all__ = ["Expression", "Interface", "Writer"]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a body takes and returns: it cannot tell whether an input is there, or an output read.
+
+    Parameters
+    ----------
+    additional
+        Whether there are additional keys and values, be it none of them.
+    lse
+        Whether lse is returned.
+    """
+
+    additional: bool = False
+    lse: bool = True
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs."""
+        return INPUTS if self.additional else INPUTS[:3]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return OUTPUTS if self.lse else OUTPUTS[:1]
 
 
 class Expression:
@@ -99,18 +127,16 @@ class Writer:
         """Return a shape, for Reshape, of numbers and of tensors with one or more sizes; 0 keeps a size."""
         return self("Concat", *([part] if isinstance(part, int) else part for part in parts), axis=0)
 
-    def function(
-        self, domain: str, name: str, overload: str, outputs: Mapping[str, Expression], attributes: tuple[str, ...]
-    ) -> ir.Function:
-        """Return the function of what was written."""
-        for output, expression in outputs.items():
-            expression.value.name = output
+    def function(self, operator: str, overload: str, *outputs: Expression) -> ir.Function:
+        """Return the function of what was written: for an operator, with its attributes and leading outputs."""
+        for name, expression in zip(OUTPUTS, outputs, strict=False):
+            expression.value.name = name
         graph = ir.Graph(
             [expression.value for expression in self.inputs],
-            [expression.value for expression in outputs.values()],
+            [expression.value for expression in outputs],
             nodes=self._tape.nodes,
             opset_imports={"": self._opset},
-            name=name,
+            name=operator,
         )
-        declared = [ir.Attr(attribute, ir.AttributeType.UNDEFINED, None) for attribute in attributes]
-        return ir.Function(domain, name, overload, graph=graph, attributes=declared)
+        declared = [ir.Attr(attribute, ir.AttributeType.UNDEFINED, None) for attribute in ATTRIBUTES]
+        return ir.Function(DOMAIN, operator, overload, graph=graph, attributes=declared)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from na_compiler.onnx.bodies.expression import Expression, Writer
-from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, INPUTS, OPERATORS, OUTPUTS
+from na_compiler.onnx.bodies.expression import Expression, Interface, Writer
+from na_compiler.onnx.signature import ATTRIBUTES, OPERATORS
 from na_compiler.window import group_length, window_start
 
 __all__ = ["Heads", "attend", "generic_body", "masked"]
 
 
-def generic_body(operator: str, opset: int, additional_kv: bool) -> ir.Function:
+def generic_body(operator: str, opset: int, interface: Interface) -> ir.Function:
     """Write the body of an operator.
 
     Parameters
@@ -28,11 +28,11 @@ def generic_body(operator: str, opset: int, additional_kv: bool) -> ir.Function:
         ``"NA1D"``, ``"NA2D"`` or ``"NA3D"``.
     opset
         Version of ONNX's own operators, 18 or later.
-    additional_kv
-        Whether the function takes additional keys and values. (A function cannot tell whether an input is there.)
+    interface
+        What the function takes and returns.
     """
     rank = OPERATORS[operator]
-    write = Writer(opset, INPUTS if additional_kv else INPUTS[:3])
+    write = Writer(opset, interface.inputs)
     query, key, value, *additional = write.inputs
     sizes = write("Shape", query)
     layout = write("Slice", sizes, [1], [1 + rank])
@@ -44,14 +44,15 @@ def generic_body(operator: str, opset: int, additional_kv: bool) -> ir.Function:
     values = write("Gather", heads.values(value, tokens), indices, axis=2)
     scores = write("MatMul", queries, write("Transpose", keys, perm=[0, 1, 2, 4, 3]))
     scores = masked(write, scores, write("Unsqueeze", visible, [1]))
-    output, lse = attend(write, heads, queries, scores, values, additional)
+    output, lse = attend(write, heads, queries, scores, values, additional, interface)
     # [batch, heads_kv, tokens, group, ...] back to [batch, *layout, heads, ...]
     output = write("Transpose", output, perm=[0, 2, 1, 3, 4])
-    lse = write("Transpose", lse, perm=[0, 2, 1, 3])
     tokens_and_heads = write.shape([0], write("Slice", sizes, [1], [2 + rank]))
     output = write("Reshape", write("CastLike", output, query), write.shape(tokens_and_heads, heads.head_dim_v))
-    lse = write("Reshape", lse, tokens_and_heads)
-    return write.function(DOMAIN, operator, "", dict(zip(OUTPUTS, (output, lse), strict=True)), ATTRIBUTES)
+    if lse is None:
+        return write.function(operator, "", output)
+    lse = write("Reshape", write("Transpose", lse, perm=[0, 2, 1, 3]), tokens_and_heads)
+    return write.function(operator, "", output, lse)
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,9 @@ def attend(
     scores: Expression,
     values: Expression,
     additional: list[Expression],
-) -> tuple[Expression, Expression]:
-    """Return softmax(scores) @ values and the logarithm of the softmax's denominator.
+    interface: Interface,
+) -> tuple[Expression, Expression | None]:
+    """Return softmax(scores) @ values and, if it is returned, the logarithm of the softmax's denominator.
 
     Parameters
     ----------
@@ -135,9 +137,11 @@ def attend(
         ``[batch, heads_kv, blocks, rows, head_dim]``, ``[..., rows, keys]`` and ``[..., keys, head_dim_v]``.
     additional
         The inputs additional_keys and additional_values, if there are any: more columns of scores.
+    interface
+        What the function returns.
     """
     if not additional:
-        lse = write("ReduceLogSumExp", scores, [-1], keepdims=0)
+        lse = write("ReduceLogSumExp", scores, [-1], keepdims=0) if interface.lse else None
         return write("MatMul", write("Softmax", scores, axis=-1), values), lse
     count = write("Slice", write("Shape", additional[0]), [1], [2])
     # A dimension for the blocks of queries, all of which see the same keys. Padded with one key that nobody sees:
@@ -151,7 +155,7 @@ def attend(
     more_scores = masked(write, more_scores, write("Less", places, count))
     window = write("Slice", write("Shape", scores), [4], [5])
     together = write("Concat", scores, more_scores, axis=-1)
-    lse = write("ReduceLogSumExp", together, [-1], keepdims=0)
+    lse = write("ReduceLogSumExp", together, [-1], keepdims=0) if interface.lse else None
     weights = write("Softmax", together, axis=-1)
     seen = write("MatMul", write("Slice", weights, [0], window, [4]), values)
     rest = write("Slice", weights, window, write("Shape", weights, start=4), [4])
