@@ -144,6 +144,15 @@ def test_a_disk_that_takes_nothing(options, told, tmp_path):
     assert len(load_bundle(tmp_path / "kernels")) == 4
 
 
+def test_what_a_killed_process_left_beside_a_bundle_goes(tmp_path):
+    left = [tmp_path / f".bundle-{name}" for name in ("old", "new")]
+    for path in left:
+        (path / "bundle").mkdir(parents=True)
+    os.utime(left[0], (1000, 1000))
+    save_bundle(tmp_path / "kernels", [KernelSpec.make(PROBLEMS[0])])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".bundle-new", "kernels"]
+
+
 def test_a_bundle_stays_where_its_successor_finds_no_room(tmp_path, monkeypatch):
     folder = tmp_path / "kernels"
     save_bundle(folder, [KernelSpec.make(PROBLEMS[0])])

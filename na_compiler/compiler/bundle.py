@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from na_compiler.runtime.bundle import FORMAT, MANIFEST, read_bundle
 from na_compiler.runtime.folders import runtime_library
 from na_compiler.runtime.kernel import ABI
 from na_compiler.runtime.manifest import digest_of
+from na_compiler.runtime.temporary import clear_leftovers, temporary_folder
 from na_compiler.target import CpuTarget, Target
 
 __all__ = ["check_place", "save_bundle"]
@@ -83,11 +83,12 @@ def save_bundle(
     """
     folder = Path(folder)
     check_place(folder)
+    clear_leftovers(folder.parent, ".bundle-")
     with (
         compile_all(specs, jobs, progress) as compiled,
-        tempfile.TemporaryDirectory(prefix=".bundle-", dir=_parent(folder)) as temporary,
+        temporary_folder(_parent(folder), ".bundle-") as temporary,
     ):
-        made = Path(temporary) / "bundle"
+        made = temporary / "bundle"
         made.mkdir()
         kernels = [_kernel(one, made) for one in compiled]
         files = [*_launchers(compiled, made), *(_runtimes(compiled, made) if with_runtime else [])]
@@ -96,7 +97,7 @@ def save_bundle(
         (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="ascii")
         # What a reader would refuse is refused here.
         read_bundle(made)
-        _replace(made, folder, Path(temporary) / "replaced")
+        _replace(made, folder, temporary / "replaced")
     return compiled
 
 
