@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 
+from na_compiler.counting import widest_union
 from na_compiler.problem import Problem
-from na_compiler.window import group_length, window_bounds
+from na_compiler.window import group_length
 
 __all__ = ["largest_union", "largest_unions"]
 
@@ -24,28 +24,12 @@ def largest_union(length: int, kernel_size: int, stride: int, is_causal: bool, e
     extent
         Queries of the box.
 
-    Notes
-    -----
-    Away from the borders what a box sees repeats with the least common multiple of stride and extent. A border shifts
-    the windows of at most ``kernel_size + stride`` queries: looking at one period between, and at what lies nearer to
-    the borders than that, is looking at everything, whatever the length.
-
     Examples
     --------
     >>> largest_union(56, 7, 1, False, 4), largest_union(1 << 40, 7, 7, False, 4)
     (10, 14)
     """
-    boxes = -(-length // extent)
-    near = -(-(kernel_size + stride) // extent) + math.lcm(stride, extent) // extent + 1
-    firsts = range(boxes) if boxes <= 2 * near else (*range(near), *range(boxes - near, boxes))
-
-    def union(box: int) -> int:
-        first, last = box * extent, min((box + 1) * extent, length) - 1
-        low, _ = window_bounds(first, length, kernel_size, stride, is_causal)
-        _, high = window_bounds(last, length, kernel_size, stride, is_causal)
-        return int(high - low)
-
-    return max(map(union, firsts))
+    return widest_union(length, kernel_size, stride, is_causal, min(extent, length))
 
 
 def largest_unions(problem: Problem, box: tuple[int, ...]) -> tuple[int, ...]:
