@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 
 import pytest
 import torch
 from cuda_emulator import ORDERS, Emulator, EmulatorError
+from draws import some
 from oracle import check_forward, draw, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
@@ -73,20 +75,18 @@ def emulate(problem, config, *, edit=None, orders=ORDERS, **arguments):
         check_forward(example, output, lse)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, 8, "mma"))
 def test_matches_the_reference(name, seed):
     problem, config = CASES[name]
     emulate(problem, config, **_ARGUMENTS.get(name, {}))
 
 
-@pytest.mark.parametrize("key_tile", [(16,), None])
-@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+@pytest.mark.parametrize(("scale", "key_tile"), some(itertools.product([0.0, -0.5, 3.0], [(16,), None]), 2, "scale"))
 def test_any_scale(scale, key_tile, seed):
     emulate(Problem(70, 1, 64, 9, dtype="bfloat16"), Mma((16,), (2,), key_tile), orders=ORDERS[:1], scale=scale)
 
 
-@pytest.mark.parametrize("key_tile", [(4, 8), None])
-@pytest.mark.parametrize("additional", [0, 5])
+@pytest.mark.parametrize(("additional", "key_tile"), some(itertools.product([0, 5], [(4, 8), None]), 2, "additional"))
 def test_few_additional_keys(additional, key_tile, seed):
     problem = Problem((9, 20), 1, 64, 3, additional_kv=True, dtype="bfloat16")
     emulate(problem, Mma((4, 4), (1, 1), key_tile), orders=ORDERS[:1], additional=additional)
@@ -104,7 +104,7 @@ def test_views_of_one_projection(seed):
 
 
 # ---------------------------------------------------------------------------------------------- planted faults
-_RING = Problem((19, 37), 1, 64, (7, 5), dtype="bfloat16"), Mma((4, 4), (2, 2), (4, 8))
+_RING = Problem((13, 21), 1, 64, (7, 5), dtype="bfloat16"), Mma((4, 4), (2, 2), (4, 8))
 _KEPT = _RING[0], Mma((4, 4), (2, 2), None)
 
 
@@ -121,7 +121,10 @@ def test_fault_free_is_right(case, seed):
     emulate(*case)
 
 
-@pytest.mark.parametrize(("case", "pending"), [(_RING, 1), (_RING, 2), (_KEPT, 0), (_KEPT, 1), (_KEPT, 2)])
+_PENDING = [(_RING, 1), (_RING, 2), (_KEPT, 0), (_KEPT, 1), (_KEPT, 2)]
+
+
+@pytest.mark.parametrize(("case", "pending"), some(_PENDING, 2, "pending"))
 def test_finds_a_wait_for_too_few_copies(case, pending, seed):
     """Queries, keys and values each have a wait of their own."""
     name = "tvm_builtin_ptx_cp_async_wait_group_async_wait_group_{}();"
@@ -130,28 +133,29 @@ def test_finds_a_wait_for_too_few_copies(case, pending, seed):
     _finds(*case, edit=lambda text: text.replace(name.format(pending), name.format(pending + 1)))
 
 
-@pytest.mark.parametrize("case", [_RING, _KEPT])
+@pytest.mark.parametrize("case", some([(_RING,), (_KEPT,)], 1, "barrier"))
 def test_finds_a_missing_barrier(case, seed):
     name = "tvm_builtin_cuda_cta_sync();"
     _finds(*case, edit=lambda text: text.replace(name, "tvm_builtin_cuda_warp_sync();"))
 
 
-@pytest.mark.parametrize("case", [_RING, _KEPT])
-@pytest.mark.parametrize("which", ["_LOAD", "_LOAD_TRANSPOSED"])
+@pytest.mark.parametrize(
+    ("case", "which"), some(itertools.product([_RING, _KEPT], ["_LOAD", "_LOAD_TRANSPOSED"]), 2, "matrices")
+)
 def test_finds_matrices_read_the_other_way(case, which, monkeypatch, seed):
     other = {"_LOAD": products._LOAD_TRANSPOSED, "_LOAD_TRANSPOSED": products._LOAD}
     monkeypatch.setattr(products, which, other[which])
     _finds(*case)
 
 
-@pytest.mark.parametrize("case", [_RING, _KEPT])
+@pytest.mark.parametrize("case", some([(_RING,), (_KEPT,)], 1, "swizzle"))
 def test_finds_a_wrong_swizzle_of_copies(case, monkeypatch, seed):
     swizzled = copies.swizzled
     monkeypatch.setattr(copies, "swizzled", lambda row, tile: copies.T.bitwise_xor(swizzled(row, tile), 1))
     _finds(*case)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", some([0, 1], 1, "axis"))
 def test_finds_a_window_that_is_too_long(axis, monkeypatch, seed):
     bits = mask.Mask._bits
     monkeypatch.setattr(
@@ -160,7 +164,7 @@ def test_finds_a_window_that_is_too_long(axis, monkeypatch, seed):
     _finds(*_RING)
 
 
-@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("row", some([0, 1], 1, "row"))
 def test_finds_a_stretch_of_another_row(row, monkeypatch, seed):
     line = resident.WarpMask._line
     monkeypatch.setattr(
@@ -169,7 +173,10 @@ def test_finds_a_stretch_of_another_row(row, monkeypatch, seed):
     _finds(*_KEPT)
 
 
-@pytest.mark.parametrize("case", [_RING, (_KEPT[0].replace(kernel_size=(11, 13)), Mma((4, 4), (2, 2), None, chunk=4))])
+_STEPS = _KEPT[0].replace(kernel_size=(11, 13)), Mma((4, 4), (2, 2), None, chunk=4)
+
+
+@pytest.mark.parametrize("case", some([(_RING,), (_STEPS,)], 1, "rescale"))
 def test_finds_a_missing_rescale(case, monkeypatch, seed):
     monkeypatch.setattr(softmax.Softmax, "rescale", lambda self: None)
     _finds(*case)
