@@ -1,0 +1,43 @@
+"""What the compiler makes of `na_compiler.schedules.mma`: registers, shared memory. Needs nvcc, and no GPU."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from draws import some
+from nvcc import needs_nvcc
+
+from na_compiler.compiler import cuda
+from na_compiler.compiler.spec import KernelSpec
+from na_compiler.problem import Problem
+from na_compiler.schedules.mma.planner import candidates
+from na_compiler.target import Target
+
+pytestmark = needs_nvcc
+
+_ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+_PROBLEMS = (
+    Problem((56, 56), 4, 32, 7, dtype="float16"),
+    Problem((28, 28), 8, 64, 7, 2, 2, (True, False), 4, 48, dtype="bfloat16"),
+    Problem((32, 32, 32), 4, 32, 3, dtype="float16"),
+    Problem((64, 64), 8, 64, 13, dtype="float16"),
+    Problem((64, 64), 8, 128, 31, additional_kv=True, dtype="bfloat16"),
+    Problem(4096, 4, 256, 255, dtype="bfloat16"),
+)
+
+
+@pytest.mark.parametrize(
+    ("problem", "architecture"), some([(p, a) for p in _PROBLEMS for a in _ARCHITECTURES], 3, "registers")
+)
+def test_no_spills(problem, architecture, tmp_path):
+    """And no more registers and shared memory than so many blocks of a multiprocessor have."""
+    target = Target.parse(f"cuda:{architecture}")
+    chosen = candidates(problem, target.shared_memory, 1)[0]
+    built = cuda.build_library(KernelSpec(problem, "forward", target, chosen.config), tmp_path / "kernel.so")
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.log)
+    assert frame.groups() == ("0", "0", "0"), f"{chosen.config}: {frame[0]}"
+    registers = int(re.search(r"Used (\d+) registers", built.log)[1])
+    plan = chosen.config.plan(problem)
+    assert chosen.config.blocks * plan.threads * registers <= 65536
+    assert plan.shared_bytes <= target.shared_memory
