@@ -10,11 +10,12 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/denoise.py build/demo
 
+# Files are shared out to two processes.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --durations=15
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest --full --durations=20
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --full --durations=20
 
 lint: $(INSTALLED) build/typecheck/na_compiler
 	$(BIN)/ruff check .

@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
-def pytest_report_header():
-    return f"seed {_SEED} (NA_COMPILER_TEST_SEED={_SEED} repeats this run)"
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"seed {_SEED} (NA_COMPILER_TEST_SEED={_SEED} repeats this run)")
 
 
 @pytest.fixture(scope="session")
