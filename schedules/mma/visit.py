@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from na_compiler.schedules.mma.plan import Plan
-from na_compiler.schedules.shared.visit import Visit
-from na_compiler.window import group_length, window_bounds
+from na_compiler.schedules.shared.visit import AxisBoxes, Visit
 
 __all__ = ["visit"]
 
@@ -31,25 +30,12 @@ def visit(plan: Plan, token: Sequence[int]) -> Visit:
 
 
 def _along(plan: Plan, axis: int, token: int) -> tuple[range, list[range]]:
-    problem = plan.problem
-    dilation = problem.dilation[axis]
-    group, index = token % dilation, token // dilation
-    length = group_length(problem.layout[axis], dilation, group)
-    rule = (length, problem.kernel_size[axis], problem.stride[axis], problem.is_causal[axis])
-
-    def needed(box: int) -> tuple[int, int, int, int]:
-        """Return the queries of a box, and the keys that its windows come to."""
-        first = index // box * box
-        last = min(first + box, length) - 1
-        return first, last + 1, window_bounds(first, *rule)[0], window_bounds(last, *rule)[1]
-
-    def tokens(begin: int, stop: int) -> range:
-        return range(group + begin * dilation, group + min(stop, length) * dilation, dilation)
-
-    first, stop, low, high = needed(plan.warp_box[axis])
+    boxes = AxisBoxes(plan.problem, axis, token)
+    first, stop, low, high = boxes.around(plan.warp_box[axis])
+    queries = boxes.tokens(first, stop)
     if plan.is_resident:
-        return tokens(first, stop), [tokens(low, low + plan.warp_union[axis])]
-    _, _, begin, end = needed(plan.own_tile[axis])
+        return queries, [boxes.tokens(low, low + plan.warp_union[axis])]
+    _, _, begin, end = boxes.around(plan.own_tile[axis])
     extent = plan.stream_tile[axis]
     tiles = [place for place in range(begin, end, extent) if place + extent > low and place < high]
-    return tokens(first, stop), [tokens(place, place + extent) for place in tiles]
+    return queries, [boxes.tokens(place, place + extent) for place in tiles]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from na_compiler.problem import Problem
 from na_compiler.window import group_length, window_bounds
 
-__all__ = ["Box", "Visit", "window_of"]
+__all__ = ["AxisBoxes", "Box", "Visit", "window_of"]
 
 # Tokens along each axis: inside a dilation group, so that a range steps by the dilation.
 Box = tuple[range, ...]
@@ -87,3 +87,38 @@ def window_of(problem: Problem, axis: int, token: int) -> range:
         problem.is_causal[axis],
     )
     return range(group + start * dilation, group + end * dilation, dilation)
+
+
+class AxisBoxes:
+    """Boxes along one axis that a query is in, whatever their extent, and what their windows come to.
+
+    Parameters
+    ----------
+    problem, axis
+        What is computed, and which axis.
+    token
+        The query's place along the axis.
+
+    Examples
+    --------
+    >>> boxes = AxisBoxes(Problem(20, 1, 8, 3, dilation=2), 0, 7)
+    >>> boxes.around(2), boxes.tokens(2, 6)
+    ((2, 4, 1, 5), range(5, 13, 2))
+    """
+
+    def __init__(self, problem: Problem, axis: int, token: int) -> None:
+        self._dilation = problem.dilation[axis]
+        self._group, self._index = token % self._dilation, token // self._dilation
+        self._length = group_length(problem.layout[axis], self._dilation, self._group)
+        self._rule = (self._length, problem.kernel_size[axis], problem.stride[axis], problem.is_causal[axis])
+
+    def around(self, extent: int) -> tuple[int, int, int, int]:
+        """Return where the query's box of an extent begins and ends, and the keys that its windows come to."""
+        first = self._index // extent * extent
+        last = min(first + extent, self._length) - 1
+        return first, last + 1, window_bounds(first, *self._rule)[0], window_bounds(last, *self._rule)[1]
+
+    def tokens(self, begin: int, stop: int) -> range:
+        """Return the tokens of positions of the dilation group, those beyond its end left out."""
+        dilation, group = self._dilation, self._group
+        return range(group + begin * dilation, group + min(stop, self._length) * dilation, dilation)
