@@ -1,5 +1,5 @@
 // torch.ops.na_compiler.na1d, na2d and na3d on torch's stable ABI: for programs without Python, such as one that runs a
-// package of AOTInductor. The schemas are those of na_compiler/ops/operators.py; kernels come from bundles.
+// package of AOTInductor. The schemas are those of na_compiler/ops/schema.py; kernels come from bundles.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -37,7 +37,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
-using Flags = std::vector<bool>;
 
 thread_local std::string last_error;
 
@@ -116,7 +115,7 @@ const char* dtype_name(const Tensor& tensor) {
 }
 
 Problem problem_of(const std::array<Tensor, 3>& tensors, bool has_additional, const Ints& kernel_size,
-                   const Ints& stride, const Ints& dilation, const Flags& is_causal) {
+                   const Ints& stride, const Ints& dilation, const Ints& is_causal) {
   const auto& [query, key, value] = tensors;
   Problem problem;
   int64_t rank = query.dim() - 3;
@@ -128,7 +127,7 @@ Problem problem_of(const std::array<Tensor, 3>& tensors, bool has_additional, co
   problem.kernel_size = kernel_size;
   problem.stride = stride;
   problem.dilation = dilation;
-  problem.is_causal.assign(is_causal.begin(), is_causal.end());
+  problem.is_causal = is_causal;
   problem.additional_kv = has_additional;
   problem.dtype = dtype_name(query);
   return problem;
@@ -207,7 +206,7 @@ void run(const Match& match, std::vector<Tensor> tensors, size_t read, double sc
 
 template <int rank>
 std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const Tensor value, Ints kernel_size,
-                                   Ints stride, Ints dilation, Flags is_causal, double scale,
+                                   Ints stride, Ints dilation, Ints is_causal, double scale,
                                    std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values) {
   size_t axes = rank;
   if (query.dim() != rank + 3 || key.dim() != rank + 3 || value.dim() != rank + 3) {
@@ -215,6 +214,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   }
   if (kernel_size.size() != axes || stride.size() != axes || dilation.size() != axes || is_causal.size() != axes) {
     throw Error("kernel_size, stride, dilation and is_causal must have " + std::to_string(rank) + " values");
+  }
+  for (int64_t flag : is_causal) {
+    if (flag != 0 && flag != 1) throw Error("is_causal must be 0 or 1 per axis, got " + std::to_string(flag));
   }
   if (additional_keys.has_value() != additional_values.has_value()) {
     throw Error("additional_keys and additional_values come together");
@@ -232,8 +234,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   at.assign({rank, is_cuda, device, has_additional, static_cast<int64_t>(query.scalar_type()), key.size(rank + 1),
              value.size(rank + 2)});
   for (int axis = 1; axis < rank + 3; ++axis) at.push_back(query.size(axis));
-  for (const Ints* values : {&kernel_size, &stride, &dilation}) at.insert(at.end(), values->begin(), values->end());
-  for (bool flag : is_causal) at.push_back(flag);
+  for (const Ints* values : {&kernel_size, &stride, &dilation, &is_causal}) {
+    at.insert(at.end(), values->begin(), values->end());
+  }
   Match match{nullptr, nullptr};
   {
     std::shared_lock<std::shared_mutex> lock(table_mutex);
@@ -266,7 +269,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
 
 template <int rank>
 std::tuple<Tensor, Tensor> guarded(const Tensor query, const Tensor key, const Tensor value, Ints kernel_size,
-                                   Ints stride, Ints dilation, Flags is_causal, double scale,
+                                   Ints stride, Ints dilation, Ints is_causal, double scale,
                                    std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values) {
   try {
     return forward<rank>(query, key, value, std::move(kernel_size), std::move(stride), std::move(dilation),
@@ -280,7 +283,7 @@ std::tuple<Tensor, Tensor> guarded(const Tensor query, const Tensor key, const T
 }  // namespace na
 
 #define NA_SCHEMA                                                                                                   \
-  "(Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "    \
+  "(Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, "     \
   "float scale, Tensor? additional_keys=None, Tensor? additional_values=None) -> (Tensor output, Tensor lse)"
 
 namespace na {
