@@ -185,18 +185,47 @@ Tensor copy(const Tensor& tensor) {
   return copied;
 }
 
-// Calls a kernel; the first tensors are read, and the scale is between these and the others.
-void run(const Match& match, std::vector<Tensor> tensors, size_t read, double scale) {
-  Arguments arguments(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (i == read) arguments.add(scale);
-    if (i < read && !match.kernel->misplaced(view_of(tensors[i])).empty()) tensors[i] = copy(tensors[i]);
-    arguments.add(view_of(tensors[i]));
+// What the operator has, by the name that the kernel's manifest has for it.
+struct Named {
+  const char* name;
+  Tensor tensor;
+};
+
+const Tensor& tensor_of(const std::vector<Named>& given, const Operand& operand) {
+  for (const Named& one : given) {
+    if (operand.name == one.name) return one.tensor;
+  }
+  throw Error("the kernel takes " + operand.name + ", which the operator does not have");
+}
+
+// Calls a kernel with its operands, and with a workspace that is made for it. The scale is the only number.
+void run(const Match& match, const std::vector<Named>& given, double scale, int64_t additional) {
+  const Kernel& kernel = *match.kernel;
+  const Tensor& query = given[0].tensor;
+  std::vector<Tensor> tensors;
+  tensors.reserve(kernel.operands.size());
+  Arguments arguments(kernel.operands.size());
+  size_t space = 0;
+  for (const Operand& operand : kernel.operands) {
+    if (operand.role == "scalar") {
+      if (operand.name != "scale") throw Error("the kernel takes " + operand.name + ", which the operator does not have");
+      arguments.add(scale);
+      continue;
+    }
+    if (operand.role == "workspace") {
+      Ints sizes = kernel.shape_of(kernel.workspace.at(space++), query.size(0), additional);
+      tensors.push_back(empty(query, sizes, ScalarType::Float));
+    } else {
+      tensors.push_back(tensor_of(given, operand));
+    }
+    Tensor& tensor = tensors.back();
+    if (operand.is_free && !kernel.misplaced(view_of(tensor)).empty()) tensor = copy(tensor);
+    arguments.add(view_of(tensor));
   }
   std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard;
   std::unique_ptr<CurrentStream> stream;
-  if (tensors[0].is_cuda()) {
-    int device = tensors[0].get_device_index();
+  if (query.is_cuda()) {
+    int device = query.get_device_index();
     // A kernel makes its tensors' device the current one; torch does not expect that of an operator.
     guard = std::make_unique<torch::stable::accelerator::DeviceGuard>(device);
     stream = std::make_unique<CurrentStream>(device, current_stream(device));
@@ -225,8 +254,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
     throw Error("additional_keys and additional_values must have 4 dimensions");
   }
   bool has_additional = additional_keys.has_value() && additional_keys->size(1) > 0;
-  std::vector<Tensor> tensors = {query, key, value};
-  if (has_additional) tensors.insert(tensors.end(), {*additional_keys, *additional_values});
   bool is_cuda = query.is_cuda();
   int device = is_cuda ? query.get_device_index() : 0;
 
@@ -257,13 +284,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const T
   sizes.push_back(value.size(rank + 2));
   Tensor output = empty(query, sizes, query.scalar_type());
   if (query.size(0) == 0) return {output, lse};
-  size_t read = tensors.size();
-  tensors.insert(tensors.end(), {output, lse});
-  int64_t additional = has_additional ? additional_keys->size(1) : 0;
-  for (const Buffer& buffer : match.kernel->workspace) {
-    tensors.push_back(empty(query, match.kernel->shape_of(buffer, query.size(0), additional), ScalarType::Float));
+  std::vector<Named> given = {{"query", query}, {"key", key}, {"value", value}, {"output", output}, {"lse", lse}};
+  if (has_additional) {
+    given.push_back({"additional_keys", *additional_keys});
+    given.push_back({"additional_values", *additional_values});
   }
-  run(match, std::move(tensors), read, scale);
+  run(match, given, scale, has_additional ? additional_keys->size(1) : 0);
   return {output, lse};
 }
 

@@ -320,31 +320,52 @@ void Node::run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[k
     allocate(space);
     spaces.push_back(std::move(space));
   }
+  // In the order in which the kernel's manifest names its operands; none where one is a number.
+  auto tensor_of = [&](const Operand& operand) -> Tensor* {
+    for (size_t i = 0; i < kInputCount; ++i) {
+      if (operand.name == kInputs[i]) return &inputs[i];
+    }
+    if (operand.name == "output") return &output;
+    if (operand.name == "lse") return &lse;
+    throw Error("the kernel takes " + operand.name + ", which the operator does not have");
+  };
   std::vector<Tensor*> tensors;
-  size_t read = found.additional ? kInputCount : 3;
-  for (size_t i = 0; i < read; ++i) tensors.push_back(&inputs[i]);
-  tensors.push_back(&output);
-  tensors.push_back(&lse);
-  for (Tensor& space : spaces) tensors.push_back(&space);
-  call(context, found, tensors, read);
+  size_t space = 0;
+  for (const Operand& operand : found.match.kernel->operands) {
+    if (operand.role == "workspace") {
+      tensors.push_back(&spaces.at(space++));
+    } else {
+      tensors.push_back(operand.role == "scalar" ? nullptr : tensor_of(operand));
+    }
+  }
+  call(context, found, tensors);
 }
 
-// The first ones are read, and the scale is between these and the others.
-void Node::call(OrtKernelContext* context, const Found& found, const std::vector<Tensor*>& tensors, size_t read) {
+double Node::number_of(const Operand& operand, const Found& found) const {
+  if (operand.name != "scale") throw Error("the kernel takes " + operand.name + ", which the operator does not have");
+  return has_scale_ ? scale_ : 1.0 / std::sqrt(static_cast<double>(found.query.back()));
+}
+
+// Calls a kernel with tensors in the order of its operands; there is none where the operand is a number.
+void Node::call(OrtKernelContext* context, const Found& found, const std::vector<Tensor*>& tensors) {
   const Kernel& kernel = *found.match.kernel;
   int device = op_.is_cuda ? device_of(*tensors[0]) : 0;
   std::vector<Shape> strides(tensors.size());
   Arguments arguments(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
+    const Operand& operand = kernel.operands[i];
+    if (tensors[i] == nullptr) {
+      arguments.add(number_of(operand, found));
+      continue;
+    }
     const Tensor& tensor = *tensors[i];
     size_t rank = tensor.shape.size();
     strides[i].assign(rank, 1);
     for (size_t axis = rank - 1; axis > 0; --axis) strides[i][axis - 1] = strides[i][axis] * tensor.shape[axis];
     DLTensor view = na::view(tensor.data, op_.is_cuda, device, dtype_name(tensor.element), rank, tensor.shape.data(),
                              strides[i].data());
-    if (i == read) arguments.add(has_scale_ ? scale_ : 1.0 / std::sqrt(static_cast<double>(found.query.back())));
-    std::string misplaced = i < read ? kernel.misplaced(view) : "";
-    if (!misplaced.empty()) throw Error(std::string(kInputs[i]) + " cannot be read where it is: " + misplaced);
+    std::string misplaced = operand.is_free ? kernel.misplaced(view) : "";
+    if (!misplaced.empty()) throw Error(operand.name + " cannot be read where it is: " + misplaced);
     arguments.add(view);
   }
   std::unique_ptr<CurrentStream> current;

@@ -73,7 +73,8 @@ class Node {
   const OrtMemoryInfo* memory_of(const Tensor& tensor) const;
   int device_of(const Tensor& tensor) const;
   void run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[kInputCount], Tensor& output, Tensor& lse);
-  void call(OrtKernelContext* context, const Found& found, const std::vector<Tensor*>& tensors, size_t read);
+  double number_of(const Operand& operand, const Found& found) const;
+  void call(OrtKernelContext* context, const Found& found, const std::vector<Tensor*>& tensors);
 
   const Operator& op_;
   const Api& api_;
