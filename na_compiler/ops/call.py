@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from na_compiler.ops.kernels import backward, forward, on_cuda
+from na_compiler.ops.kernels import on_cuda, run
 from na_compiler.ops.operators import OPERATORS, differentiate, save_for_backward
+from na_compiler.ops.schema import BACKWARD, FORWARD, Signature
 
 __all__ = ["PLAIN", "call"]
 
@@ -41,18 +42,21 @@ PLAIN = frozenset(
 
 def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Call the operator of a rank; or its implementation, where nothing in between has anything to do."""
-    if not torch.compiler.is_compiling() and _is_plain(arguments):
+    if not torch.compiler.is_compiling() and _is_plain(FORWARD, arguments):
         if torch.is_grad_enabled() and _is_wanted(arguments):
             return _Attention.apply(rank, *arguments)  # type: ignore[no-any-return,no-untyped-call]
-        return _run(forward, arguments[0], rank, arguments)  # type: ignore[no-any-return]
+        return _run(FORWARD, rank, arguments)  # type: ignore[no-any-return]
     return OPERATORS[rank](*arguments)  # type: ignore[no-any-return]
 
 
-def _is_plain(arguments: tuple[Any, ...]) -> bool:
+def _is_plain(signature: Signature, arguments: tuple[Any, ...]) -> bool:
     """Return whether the dispatcher would do nothing but differentiate, and call the implementation."""
     torch_c = torch._C
     keys = torch_c._dispatch_keys
-    for argument in arguments:
+    for argument in arguments[: signature.parameters]:
+        if type(argument) not in _TYPES or keys(argument).raw_repr() not in PLAIN:
+            return False
+    for argument in arguments[signature.later :]:
         if isinstance(argument, Tensor) and (type(argument) not in _TYPES or keys(argument).raw_repr() not in PLAIN):
             return False
     return (
@@ -73,10 +77,10 @@ def _is_wanted(arguments: tuple[Any, ...]) -> bool:
     return any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
 
 
-def _run(implementation: Any, like: Tensor, rank: int, arguments: tuple[Any, ...]) -> Any:
-    if like.is_cpu:
-        return implementation(rank, *arguments)
-    return on_cuda(functools.partial(implementation, rank), *arguments)
+def _run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Any:
+    if arguments[0].is_cpu:
+        return run(signature, rank, arguments)
+    return on_cuda(lambda *given: run(signature, rank, given), *arguments)
 
 
 class _Attention(torch.autograd.Function):
@@ -85,7 +89,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rank: int, *arguments: Any) -> tuple[Tensor, ...]:
         """Attend."""
-        results: tuple[Tensor, ...] = _run(forward, arguments[0], rank, arguments)
+        results: tuple[Tensor, ...] = _run(FORWARD, rank, arguments)
         save_for_backward(ctx, arguments, results)
         ctx.rank = rank
         return results
@@ -98,6 +102,6 @@ class _Attention(torch.autograd.Function):
 
 def _backward(rank: int, *arguments: Any) -> Any:
     # What differentiates a gradient is refused by the operator.
-    if not torch.is_grad_enabled() and _is_plain(arguments):
-        return _run(backward, arguments[0], rank, arguments)
+    if not torch.is_grad_enabled() and _is_plain(BACKWARD, arguments):
+        return _run(BACKWARD, rank, arguments)
     return getattr(torch.ops.na_compiler, f"na{rank}d_backward").default(*arguments)

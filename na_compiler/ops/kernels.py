@@ -23,10 +23,11 @@ from na_compiler.ops.schema import BACKWARD, FORWARD, Signature, problem_of
 from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty
 from na_compiler.target import target_of
 
-__all__ = ["backward", "check_rank", "forward", "on_cuda", "reading"]
+__all__ = ["backward", "check_rank", "forward", "on_cuda", "reading", "run"]
 
 _LOG = logging.getLogger("na_compiler")
 _KERNELS = 4096
+_empty_like, _CONTIGUOUS = torch.empty_like, torch.contiguous_format
 _said: set[str] = set()
 
 
@@ -45,20 +46,24 @@ class _Found:
     free
         For each of these, whether it may have any strides but the last.
     made
-        Shapes and dtypes of what the function writes: outputs, then workspace.
+        What the function writes, outputs and then workspace: which tensor that is read it is like, or ``None``; shape
+        and dtype. To make one like another takes two thirds of the time.
     outputs
         How many of these are outputs.
     results
         For each result of the operator, which output it is; ``None`` for one that is not there.
+    is_empty
+        Whether one of the tensors has no elements.
     """
 
     function: Callable[..., None]
     pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
     tensors: int
     free: tuple[bool, ...]
-    made: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    made: tuple[tuple[int | None, tuple[int, ...], torch.dtype], ...]
     outputs: int
     results: tuple[int | None, ...]
+    is_empty: bool
 
 
 # By all that decides which kernel it is. A look-up takes a microsecond, and making a Problem thirty.
@@ -67,26 +72,31 @@ _kernels: dict[tuple[Any, ...], _Found] = {}
 
 def forward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute output and lse; arguments are those of the operators."""
-    return _run(FORWARD, rank, arguments)
+    return run(FORWARD, rank, arguments)
 
 
 def backward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute the gradients of the inputs; empty ones where there is no input. Arguments are the operators'."""
-    return _run(BACKWARD, rank, arguments)
+    return run(BACKWARD, rank, arguments)
 
 
-def _run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Compute what an operator returns. Every line of it counts where the kernel is small."""
     found = _find(signature, rank, arguments)
     if len(arguments) < len(signature.names):
         arguments = signature.complete(arguments)
     read = found.pick(arguments)
     new_empty = read[0].new_empty
-    made = [new_empty(shape, dtype=dtype) for shape, dtype in found.made]
-    for tensor, free in zip(read, found.free, strict=False):
-        if tensor.stride(-1) != 1 or not (free or tensor.is_contiguous()) or not tensor.numel():
+    made = [
+        new_empty(shape, dtype=dtype) if like is None else _empty_like(read[like], memory_format=_CONTIGUOUS)
+        for like, shape, dtype in found.made
+    ]
+    for tensor, free in zip(read, found.free):  # noqa: B905 - numbers follow the tensors
+        if tensor.stride(-1) != 1 or not (free or tensor.is_contiguous()):
             read = _readable(found, read)
-            made = [compact_if_empty(tensor) for tensor in made]
             break
+    if found.is_empty:
+        read, made = _readable(found, read), list(map(compact_if_empty, made))
     try:
         found.function(*read, *made)
     except MisplacedError as error:
@@ -159,15 +169,13 @@ def check_rank(rank: int, query: Tensor) -> None:
 
 def _find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found:
     """Return the kernel for some arguments; checks them when such ones are first seen."""
-    at: list[Any] = [signature.direction, rank]
-    for place in signature.tensors:
-        tensor = arguments[place]
+    first, at = signature.parameters, [signature.direction, rank]
+    for tensor in arguments[:first]:
         at += (tensor.shape, tensor.dtype, tensor.device)
-    first = signature.parameters
     at += map(tuple, arguments[first : first + 4])
-    at += [None if one is None else _kind(one) for one in arguments[signature.later :]]
-    while at[-1] is None:  # Whether what is left out was said to be.
-        at.pop()
+    for place, one in enumerate(arguments[signature.later :]):
+        if one is not None:  # What is left out is the same as what is said to be.
+            at += (place, _kind(one))
     key = tuple(at)
     found = _kernels.get(key)
     if found is None:
@@ -196,12 +204,14 @@ def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found
     known = checks.check_call(problem, taken, given)
     read = [argument for argument in taken if argument.role in {INPUT, SCALAR}]
     written = [argument for argument in taken if argument.role == OUTPUT]
-    made = [(argument.sizes(known), getattr(torch, argument.dtype)) for argument in written]
+    shapes = [(argument.sizes(known), getattr(torch, argument.dtype)) for argument in written]
     if any(argument.role == WORKSPACE for argument in taken):
-        shapes = kernel.info.workspace.shapes(known["batch"], known["additional"])
-        made += [(shape, torch.float32) for shape in shapes]
+        spaces = kernel.info.workspace.shapes(known["batch"], known["additional"])
+        shapes += [(shape, torch.float32) for shape in spaces]
     names = [argument.name for argument in written]
     tensors = [argument for argument in read if argument.role == INPUT]
+    kinds = [(tuple(given[argument.name].shape), given[argument.name].dtype) for argument in tensors]
+    made = [(kinds.index(one) if one in kinds else None, *one) for one in shapes]
     return _Found(
         kernel.function,
         operator.itemgetter(*(signature.names.index(argument.name) for argument in read)),
@@ -210,4 +220,5 @@ def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found
         tuple(made),
         len(written),
         tuple(names.index(result.name) if result.name in names else None for result in signature.results),
+        any(not given[argument.name].numel() for argument in tensors),
     )

@@ -235,7 +235,8 @@ def read_bundle(folder: str | Path) -> Bundle:
         for data in (*said["kernels"], *said["files"]):
             manifest.check_file(folder / data["library"], data["bytes"], data["sha256"])
     except (ValueError, OSError) as error:
-        raise ValueError(f"the bundle in {folder} cannot be used: {error}; {_again(said, folder)}") from error
+        advice = _again(error.said if isinstance(error, manifest.OtherFormatError) else said, folder)
+        raise ValueError(f"the bundle in {folder} cannot be used: {error}; {advice}") from error
     return Bundle(folder, entries, said["versions"], files)
 
 
@@ -252,16 +253,13 @@ def _check_unique(what: str, names: list[str]) -> None:
 def _again(said: Mapping[str, Any] | None, folder: Path) -> str:
     """Return how to make a bundle again: by the command of its first kernel, if the manifest says what that is."""
     try:
-        commands = [
-            command_for(Problem.from_dict(kernel["problem"]), kernel["direction"], kernel["target"], str(folder))
-            for kernel in (said or {"kernels": []})["kernels"]
-        ]
-    except ValueError:
-        commands = []
-    if not commands:
+        kernels = (said or {})["kernels"]
+        first = kernels[0]
+        command = command_for(Problem.from_dict(first["problem"]), first["direction"], first["target"], str(folder))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return "make it again with na-compile"
-    others = f" (and {len(commands) - 1} kernels more: na-compile MODEL finds those of a model)" if commands[1:] else ""
-    return f"make it again with:  {commands[0]}{others}"
+    others = f" (and {len(kernels) - 1} kernels more: na-compile MODEL finds those of a model)" if kernels[1:] else ""
+    return f"make it again with:  {command}{others}"
 
 
 def _check_versions(versions: Mapping[str, str]) -> None:

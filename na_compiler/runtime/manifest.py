@@ -48,6 +48,14 @@ class ManifestError(ValueError):
     """A file that is not the manifest that it should be, or not the file that a manifest names."""
 
 
+class OtherFormatError(ManifestError):
+    """A manifest has another format. What it says is there, unchecked: for advice on how to make it again."""
+
+    def __init__(self, message: str, said: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.said = said
+
+
 # ---- Files
 
 
@@ -77,10 +85,12 @@ def read(path: Path, check: Check, format: int) -> dict[str, Any]:  # noqa: A002
         if not isinstance(value, dict) or "format" not in value:
             raise ManifestError("it has no format")
         if value["format"] != format or isinstance(value["format"], bool):
-            raise ManifestError(
-                f"its format is {_shown(value['format'])}, and this version of na_compiler reads {format}"
+            raise OtherFormatError(
+                f"its format is {_shown(value['format'])}, and this version of na_compiler reads {format}", value
             )
         check(value, "")
+    except OtherFormatError as error:
+        raise OtherFormatError(f"{path.name}: {error}", error.said) from None
     except ManifestError as error:
         raise ManifestError(f"{path.name}: {error}") from None
     return value
