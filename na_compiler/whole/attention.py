@@ -76,5 +76,6 @@ def _problem(query: Any, key: Any, value: Any, parameters: dict[str, Any], *, ad
         head_dim_v=int(value.ty.shape[-1]),
         additional_kv=additional,
         dtype=str(query.ty.dtype),
-        **parameters,
+        # Operators take flags as ints.
+        **{**parameters, "is_causal": tuple(map(bool, parameters["is_causal"]))},
     )
