@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
-from nvcc import needs_nvcc
+from nvcc import disassemble, needs_nvcc
 
 from na_compiler.compiler import cuda
 from na_compiler.compiler.spec import KernelSpec
@@ -19,13 +15,6 @@ from na_compiler.schedules.sm90.planner import candidates, most_registers
 from na_compiler.target import Target
 
 TARGET = Target.parse("cuda:sm_90a")
-
-
-def _nvdisasm():
-    packages = importlib.util.find_spec("nvidia")
-    folders = packages.submodule_search_locations if packages else ()
-    found = [Path(folder) / "cu13" / "bin" / "nvdisasm" for folder in folders or ()]
-    return next((str(path) for path in found if path.is_file()), shutil.which("nvdisasm"))
 
 
 pytestmark = needs_nvcc
@@ -84,15 +73,10 @@ def test_order_of_the_main_loop(overlap, tmp_path):
     With ``overlap`` the exponentials come before the wait for the weighted sum; without, the compiler moves that wait
     up, and it is the other warpgroup's products that they run beside.
     """
-    disassembler = _nvdisasm()
-    if disassembler is None:
-        pytest.skip("nvdisasm is not here: pip install nvidia-cuda-nvdisasm")
     problem = Problem((256, 256), 24, 128, 80, dtype="bfloat16")
     config = Sm90((4, 16), (8, 16), overlap=overlap)
-    _, library = _build(problem, config, tmp_path)
-    code = tmp_path / "kernel.cubin"
-    code.write_bytes(library[library.index(b"\x7fELF", 1) :])
-    text = subprocess.run([disassembler, str(code)], capture_output=True, text=True, check=True).stdout
+    _build(problem, config, tmp_path)
+    text = disassemble(tmp_path / "kernel.so")
     names = {"HGMMA": "H", "MUFU.EX2": "E", "LDL": "L", "STL": "L"}
     order = []
     for line in text.splitlines():

@@ -32,9 +32,9 @@ class Work:
         problem = plan.problem
         tile: list[Expr] = []
         rest = item
-        for extent in reversed(plan.tiles):
-            tile.insert(0, rest % extent)
-            rest = rest // extent
+        for axis in reversed(range(plan.rank)):
+            tile.insert(0, self.turn(axis, rest % plan.tiles[axis]))
+            rest = rest // plan.tiles[axis]
         group: list[Expr] = []
         for dilation in reversed(problem.dilation):
             group.insert(0, let(rest % dilation) if dilation > 1 else 0)
@@ -51,6 +51,10 @@ class Work:
         for axis, extent in enumerate(plan.stream_tile):
             total = total * ((self.high[axis] - self.low[axis] + (extent - 1)) // extent)
         self.tiles = let(total)
+
+    def turn(self, axis: int, number: Expr) -> Expr:  # noqa: ARG002
+        """Return which tile along an axis is the ``number``'th."""
+        return number
 
     @property
     def heads(self) -> int:

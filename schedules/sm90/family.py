@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.family import Family, Lowered
+from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.schedules.sm90 import planner
+from na_compiler.schedules.sm90.backward import planner as backward_planner
+from na_compiler.schedules.sm90.backward.config import Sm90Backward
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.visit import visit
 from na_compiler.target import CudaTarget, Target
@@ -30,18 +33,22 @@ class _Sm90(Family):
         """Return in a sentence why the family does not take a problem; ``None`` if it does."""
         return planner.refusal(problem, direction)
 
-    def choose(self, problem: Problem, target: Target, direction: str) -> Sm90:  # noqa: ARG002
+    def choose(self, problem: Problem, target: Target, direction: str) -> Sm90 | Sm90Backward:
         """Return the tiles that take least cycles."""
-        return planner.candidates(problem)[0].config
+        config = self.candidates(problem, target, direction, 1)[0].config
+        assert isinstance(config, Sm90 | Sm90Backward)
+        return config
 
     def candidates(
         self,
         problem: Problem,
         target: Target,  # noqa: ARG002
-        direction: str,  # noqa: ARG002
+        direction: str,
         count: int,
-    ) -> tuple[planner.Candidate, ...]:
+    ) -> tuple[Candidate, ...]:
         """Return the best tiles."""
+        if direction == "backward":
+            return backward_planner.candidates(problem, count)
         return planner.candidates(problem, count)
 
     def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:
@@ -55,11 +62,17 @@ class _Sm90(Family):
 
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the kernel, for nvcc."""
-        from na_compiler.schedules.sm90 import kernel  # noqa: PLC0415
+        if direction == "backward":
+            from na_compiler.schedules.sm90.backward.kernel import schedule_backward  # noqa: PLC0415
 
-        assert isinstance(config, Sm90)
-        assert direction == "forward"
-        return Lowered(kernel.schedule_forward(config.plan(problem), config), "tirx", nvcc=("--use_fast_math",))
+            assert isinstance(config, Sm90Backward)
+            function = schedule_backward(config.plan(problem))
+        else:
+            from na_compiler.schedules.sm90.kernel import schedule_forward  # noqa: PLC0415
+
+            assert isinstance(config, Sm90)
+            function = schedule_forward(config.plan(problem), config)
+        return Lowered(function, "tirx", nvcc=("--use_fast_math",))
 
 
 FAMILY = _Sm90()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.shared.trace import I, T, emit
-from na_compiler.schedules.sm90.plan import Columns, Plan, pieces_of
+from na_compiler.schedules.sm90.plan import MAX_RANK_WITH_HEADS, Columns, pieces_of
 
 __all__ = ["TensorMap"]
 
@@ -27,8 +27,6 @@ class TensorMap:
 
     Parameters
     ----------
-    plan
-        Of the kernel.
     buffer
         The tensor, ``[batch, *tokens, heads, head_dim]``.
     columns
@@ -40,16 +38,16 @@ class TensorMap:
     """
 
     def __init__(
-        self, plan: Plan, buffer: Any, columns: Columns, box: Sequence[int], dilation: Sequence[int] | None = None
+        self, buffer: Any, columns: Columns, box: Sequence[int], dilation: Sequence[int] | None = None
     ) -> None:
-        self.plan, self.columns, self.buffer = plan, columns, buffer
+        self.columns, self.buffer = columns, buffer
         self.dilation = tuple(dilation or (1,) * len(box))
         pieces = pieces_of(box, self.dilation)
         assert pieces is not None, f"{box} with dilation {self.dilation} is no box of TMA"
         self.pieces = pieces
         self.box = (box[0] // pieces, *box[1:])
         axes = len(self.box)
-        self.has_head_axis = axes < 3
+        self.has_head_axis = axes <= MAX_RANK_WITH_HEADS
         self.rank = axes + (3 if self.has_head_axis else 2)
         self.handle = I.Bind(T.tvm_stack_alloca("tensormap", 1))
 

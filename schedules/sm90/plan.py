@@ -14,7 +14,16 @@ from na_compiler.window import group_length
 if TYPE_CHECKING:
     from na_compiler.schedules.sm90.config import Sm90
 
-__all__ = ["MAX_ELEMENT_STRIDE", "ROWS", "SHARED_MEMORY", "Columns", "Plan", "pieces_of"]
+__all__ = [
+    "MAX_ELEMENT_STRIDE",
+    "MAX_RANK_WITH_HEADS",
+    "ROWS",
+    "SHARED_MEMORY",
+    "Columns",
+    "Plan",
+    "box_of_rows",
+    "pieces_of",
+]
 
 # Rows of one warpgroup's product, fixed by the instruction.
 ROWS = 64
@@ -22,6 +31,8 @@ ROWS = 64
 MAX_ELEMENT_STRIDE = 8
 MAX_BOX = 256
 MAX_RANK = 5
+# Axes of a layout that leave one for heads.
+MAX_RANK_WITH_HEADS = 2
 SHARED_MEMORY = 227 * 1024
 _BARRIER_BYTES = 8
 
@@ -40,6 +51,17 @@ def pieces_of(tile: Sequence[int], dilation: Sequence[int]) -> int | None:
         if tile[0] % pieces == 0 and extent * dilation[0] <= MAX_BOX and (pieces == 1 or extent * rows % 8 == 0):
             return pieces
     return None
+
+
+def box_of_rows(box: Sequence[int], rows: int) -> tuple[int, ...] | None:
+    """Return the box that a box's first rows are, and every as many more; ``None`` if they are none."""
+    extents = [1] * len(box)
+    for axis in reversed(range(len(box))):
+        extents[axis] = min(box[axis], rows)
+        if rows % extents[axis] or box[axis] % extents[axis]:
+            return None
+        rows //= extents[axis]
+    return tuple(extents) if rows == 1 else None
 
 
 @dataclass(frozen=True)
@@ -119,18 +141,12 @@ class Plan:
 
         TMA has five axes. Three axes of layout leave one for heads and head_dim.
         """
-        return self.rank < 3
+        return self.rank <= MAX_RANK_WITH_HEADS
 
     @property
     def warp_box(self) -> tuple[int, ...] | None:
         """The box of queries that one warp's 16 rows are, if they are one."""
-        extents, rows = [1] * self.rank, 16
-        for axis in reversed(range(self.rank)):
-            extents[axis] = min(self.own_box[axis], rows)
-            if rows % extents[axis] or self.own_box[axis] % extents[axis]:
-                return None
-            rows //= extents[axis]
-        return tuple(extents) if rows == 1 else None
+        return box_of_rows(self.own_box, 16)
 
     @property
     def stores_by_tma(self) -> bool:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate as Base
 from na_compiler.schedules.shared.counts import tiles_met
+from na_compiler.schedules.sm90.backward import planner as backward
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, Plan, pieces_of
 from na_compiler.window import group_length
@@ -122,7 +123,6 @@ def refusal(problem: Problem, direction: str) -> str | None:
     dims = (problem.head_dim, problem.head_dim_v)
     given = " and ".join(map(str, dims))
     reasons = {
-        "has no backward yet": direction != "forward",
         "takes float16 and bfloat16, not float32": problem.dtype == "float32",
         f"takes multiples of 8 up to 256 as head_dim, not {given}": any(dim % 8 or dim > 256 for dim in dims),
         "takes multiples of 16 as head_dim in 3-D, because TMA has no axis left to pad it": (
@@ -131,7 +131,7 @@ def refusal(problem: Problem, direction: str) -> str | None:
         f"takes dilations up to {MAX_ELEMENT_STRIDE}, TMA's largest step": max(problem.dilation) > MAX_ELEMENT_STRIDE,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if reason is None and not _spaces(problem):
+    if reason is None and not (backward.has_tiles(problem) if direction == "backward" else _spaces(problem)):
         reason = f"has no tiles for {problem}"
     return reason and f"The schedule for Hopper {reason}."
 

@@ -240,9 +240,9 @@ inline void tma_walk(const CUtensorMap* map, const int* at, F visit) {
             offset += x * map->stride[i];
           }
           for (int column = 0; column < count[0]; column++) {
-            int64_t x = (int64_t)at[0] + column;
+            int64_t x = (int64_t)at[0] + column, element = map->stride[0];
             bool there = inside && x >= 0 && x < map->extent[0];
-            visit((row * count[0] + column) * 2, there ? map->base + offset + x * 2 : nullptr);
+            visit((row * count[0] + column) * element, there ? map->base + offset + x * element : nullptr);
           }
         }
 }
@@ -250,25 +250,30 @@ struct Load { const CUtensorMap* map; int at[5]; uint32_t target, barrier; };
 inline std::deque<Load> loads;
 inline void tma_land(const Load& load) {
   long bytes = 0;
+  const size_t element = load.map->stride[0];
   tma_walk(load.map, load.at, [&](uint32_t place, uchar* source) {
-    uint16_t value = 0;
-    if (source) check_global(source, 2), memcpy(&value, source, 2);
+    uint32_t value = 0;
+    if (source) check_global(source, element), memcpy(&value, source, element);
     uint32_t target = swizzled(load.target + place, load.map->swizzle);
-    if (target + 2 > SHARED) die("a TMA load beyond shared memory");
-    memcpy(shared_memory + target, &value, 2);
-    bytes += 2;
+    if (target + element > SHARED) die("a TMA load beyond shared memory");
+    memcpy(shared_memory + target, &value, element);
+    bytes += element;
   });
   mbarrier_bytes(load.barrier, bytes);
 }
-inline void tma_check(const CUtensorMap* map, uint32_t place) {
+inline void tma_check(const CUtensorMap* map, const std::vector<int>& at, uint32_t place) {
   if (!map->base) die("TMA with a tensor map that was not encoded");
-  if (place % (128 << (map->swizzle < 1 ? 0 : map->swizzle))) die("TMA at %u of shared memory, which is not aligned", place);
-  if (map->box[0] * 2 != 16 << map->swizzle) die("a box as wide as its swizzle is expected");
+  if ((uintptr_t)map->base % 16) die("a tensor map of an address that is no multiple of 16");
+  if ((int)at.size() != map->rank) die("%zu coordinates for a map of rank %d", at.size(), map->rank);
+  if (place % (128 << map->swizzle)) die("TMA at %u of shared memory, which is not aligned", place);
+  int64_t row = map->box[0] * map->stride[0];
+  if (map->swizzle && row != 16 << map->swizzle) die("a box as wide as its swizzle is expected");
+  // On an H100 it is an illegal instruction otherwise, whatever the swizzle.
+  if (at[0] * map->stride[0] % 16) die("TMA begins %ld bytes along the innermost axis, which is no multiple of 16", (long)(at[0] * map->stride[0]));
 }
 inline void tma_load(uint32_t target, const void* map, std::vector<int> at, uint32_t barrier) {
   Load load{(const CUtensorMap*)map, {}, target, barrier};
-  if ((int)at.size() != load.map->rank) die("%zu coordinates for a map of rank %d", at.size(), load.map->rank);
-  tma_check(load.map, target);
+  tma_check(load.map, at, target);
   std::copy(at.begin(), at.end(), load.at);
   if (late_loads) loads.push_back(load);
   else tma_land(load);
@@ -280,8 +285,8 @@ inline void tma_store_now(const Store& store) {
 }
 inline void tma_store(const void* map, std::vector<int> at, uint32_t source) {
   Store store{(const CUtensorMap*)map, {}, source};
-  if ((int)at.size() != store.map->rank) die("%zu coordinates for a map of rank %d", at.size(), store.map->rank);
-  tma_check(store.map, source);
+  tma_check(store.map, at, source);
+  if (store.map->stride[0] != 2) die("TMA stores of elements of %ld bytes are not emulated", (long)store.map->stride[0]);
   std::copy(at.begin(), at.end(), store.at);
   self().stores.push_back(store);
   if (!late_products) tma_store_now(store);
@@ -509,7 +514,7 @@ inline uint tvm_builtin_elect_one_sync_op() { return (thread_number & 31) == 0; 
 inline void tvm_builtin_ptx_bar_sync_count_sync(uint id, uint count) { bar_sync(id, count); }
 inline void tvm_builtin_ptx_bar_arrive_arrive(uint id, uint count) { named_add(id, count); }
 inline void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t address, uint32_t count) {
-  if (address % 8) die("an mbarrier at %u", address);
+  if (address % 8 || count < 1 || count >= 1 << 20) die("an mbarrier at %u for %u arrivals", address, count);
   mbarriers[address] = MBarrier{(int)count, (int)count, 0, 0};
 }
 inline void tvm_builtin_ptx_mbarrier_arrive_arrive_shared_b64(uint32_t address, uint32_t count) {
@@ -519,6 +524,8 @@ inline void tvm_builtin_ptx_mbarrier_arrive_arrive_shared_b64(uint32_t address, 
 }
 inline void tvm_builtin_ptx_mbarrier_arrive_expect_tx_arrive_expect_tx_shared_b64(uint32_t address, uint32_t bytes) {
   MBarrier& barrier = mbarrier(address);
+  // Of PTX: the range of a transaction count.
+  if (bytes >= 1 << 20) die("an mbarrier waits for %u bytes at once", bytes);
   barrier.bytes += bytes, barrier.pending -= 1;
   mbarrier_check(address, barrier);
 }
@@ -530,6 +537,7 @@ inline void tvm_builtin_cuda_mbarrier_wait(void* pointer, int parity) {
 inline void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() {}
 inline void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() {}
 inline void tvm_builtin_ptx_ex2_approx_ftz_f32(float& target, float value) { target = exp2f(value); }
+inline void tvm_builtin_ptx_min_NaN_f32(float& target, float a, float b) { target = a != a ? a : b != b ? b : min(a, b); }
 inline void tvm_builtin_ptx_rcp_approx_ftz_f32(float& target, float value) { target = 1.f / value; }
 inline void tvm_builtin_ptx_lg2_approx_ftz_f32(float& target, float value) { target = log2f(value); }
 inline void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& target, float high, float low) {
@@ -556,8 +564,19 @@ inline void tvm_builtin_ptx_stmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t ad
 inline void tvm_builtin_ptx_stmatrix_sync_aligned_m8n8_x2_shared_b16(uint32_t address, uint32_t a, uint32_t b) {
   store_matrices<2>(address, {a, b});
 }
+inline void tvm_builtin_ptx_ld_vec_global_nc_v4_u32(uint& a, uint& b, uint& c, uint& d, const void* address) {
+  if ((uintptr_t)address % 16) die("a load of 16 bytes at an address that is no multiple of 16");
+  uint words[4];
+  memcpy(words, address, sizeof words);
+  a = words[0], b = words[1], c = words[2], d = words[3];
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v2_f32(float& a, float& b, uint32_t address) {
+  if (address % 8) die("a load of 8 bytes at %u of shared memory", address);
+  memcpy(&a, shared_memory + address, 4), memcpy(&b, shared_memory + address + 4, 4);
+}
 #define TMA_LOAD(n) tvm_builtin_ptx_cp_async_bulk_tensor_g2s_cluster_async_bulk_tensor_##n##d_shared__cluster_global_mbarrier__complete_tx__bytes
 #define TMA_STORE(n) tvm_builtin_ptx_cp_async_bulk_tensor_s2g_async_bulk_tensor_##n##d_global_shared__cta_tile_bulk_group
+inline void TMA_LOAD(2)(uint32_t to, const void* map, int a, int b, uint32_t barrier) { tma_load(to, map, {a, b}, barrier); }
 inline void TMA_LOAD(3)(uint32_t to, const void* map, int a, int b, int c, uint32_t barrier) { tma_load(to, map, {a, b, c}, barrier); }
 inline void TMA_LOAD(4)(uint32_t to, const void* map, int a, int b, int c, int d, uint32_t barrier) { tma_load(to, map, {a, b, c, d}, barrier); }
 inline void TMA_LOAD(5)(uint32_t to, const void* map, int a, int b, int c, int d, int e, uint32_t barrier) { tma_load(to, map, {a, b, c, d, e}, barrier); }

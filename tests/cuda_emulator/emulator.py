@@ -134,7 +134,7 @@ class Emulator:
             if isinstance(argument, str):
                 words.append(f"t {numbers[argument]}")
             elif isinstance(argument, TensorMapArguments):
-                extents, strides = argument.extents, (2, *argument.strides)
+                extents, strides = argument.extents, (argument.element, *argument.strides)
                 fields = [*extents, *strides, *argument.box, *argument.steps, argument.swizzle]
                 words.append(f"m {numbers[argument.tensor]} {len(extents)} {' '.join(map(str, fields))}")
             elif argument is None:

@@ -25,6 +25,7 @@ class TensorMapArguments:
     """What a tensor map is encoded from, innermost axis first; extents in elements, strides in bytes."""
 
     tensor: str
+    element: int
     extents: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
@@ -33,12 +34,14 @@ class TensorMapArguments:
 
     def __post_init__(self) -> None:
         # Limits of cuTensorMapEncodeTiled.
-        assert 3 <= len(self.extents) <= 5, self
+        assert 1 <= len(self.extents) <= 5, self
         assert all(0 < extent <= 2**32 for extent in self.extents), self
         assert all(stride % 16 == 0 and 0 <= stride < 2**40 for stride in self.strides), self
         assert all(0 < box <= 256 for box in self.box), self
         assert all(1 <= step <= 8 for step in self.steps), self
-        assert self.box[0] * 2 <= 16 << self.swizzle, self
+        assert self.box[0] * self.element % 16 == 0, self
+        # A swizzle's span is that of a row.
+        assert self.swizzle == 0 or self.box[0] * self.element <= 16 << self.swizzle, self
 
 
 @dataclass
@@ -163,8 +166,9 @@ class _Interpreter:
         if name == "tirx.tvm_call_packed":
             function, *arguments = node.args
             assert function.value == "runtime.cuTensorMapEncodeTiled", function
-            handle, _, rank, data, *numbers = arguments
-            self.encode(handle, int(rank), data, [self.number(number) for number in numbers])
+            handle, dtype, rank, data, *numbers = arguments
+            element = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype.value]
+            self.encode(handle, element, int(rank), data, [self.number(number) for number in numbers])
         elif "call_ffi_kernel" in name:
             kernel, *arguments = node.args
             parameters = list(node.attrs.launch_params)
@@ -179,12 +183,12 @@ class _Interpreter:
         else:
             assert "assert" in name or "device" in name, f"the host calls something new: {node}"
 
-    def encode(self, handle: Any, rank: int, data: Any, numbers: list[int]) -> None:
+    def encode(self, handle: Any, element: int, rank: int, data: Any, numbers: list[int]) -> None:
         parts = [numbers[:rank], numbers[rank : 2 * rank - 1], numbers[2 * rank - 1 : 3 * rank - 1]]
         parts.append(numbers[3 * rank - 1 : 4 * rank - 1])
         _, swizzle, _, fill = numbers[4 * rank - 1 :]
         assert fill == 0
-        self.values[handle]["map"] = TensorMapArguments(self.tensor(data), *map(tuple, parts), swizzle)
+        self.values[handle]["map"] = TensorMapArguments(self.tensor(data), element, *map(tuple, parts), swizzle)
 
     def argument(self, node: Any) -> Any:
         if type(node).__name__ == "Var" and isinstance(self.values.get(node), dict):

@@ -115,12 +115,7 @@ class Checks:
         """Run all checks whose name holds a text; returns how many failed."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         print(f"{name}, torch {torch.__version__}, seed {torch.initial_seed()}")
-        checks: list[tuple[str, Callable[[], str | None]]] = [
-            (f"{problem}", lambda problem=problem: self.accuracy(problem)) for problem in SMALL
-        ]
-        checks += [(name, getattr(self, f"check_{name}")) for name in _names(type(self), "check_")]
-        if self.device.type == "cuda":
-            checks += [(name, getattr(self, f"gpu_{name}")) for name in _names(type(self), "gpu_")]
+        checks = self.checks()
         for name, check in checks:
             if only not in name:
                 continue
@@ -137,6 +132,16 @@ class Checks:
             self.times()
         print(f"{len(self.failed)} of {len(checks)} failed {self.failed}")
         return len(self.failed)
+
+    def checks(self) -> list[tuple[str, Callable[[], str | None]]]:
+        """Return the checks by name."""
+        checks: list[tuple[str, Callable[[], str | None]]] = [
+            (f"{problem}", lambda problem=problem: self.accuracy(problem)) for problem in SMALL
+        ]
+        checks += [(name, getattr(self, f"check_{name}")) for name in _names(type(self), "check_")]
+        if self.device.type == "cuda":
+            checks += [(name, getattr(self, f"gpu_{name}")) for name in _names(type(self), "gpu_")]
+        return checks
 
     # What a problem comes to.
 

@@ -1,0 +1,123 @@
+"""The first kernel of a backward: what both sweeps want to know of each query.
+
+Two numbers: ``lse`` in units of the exponent, and ``delta = sum(grad_output * output) - grad_lse``, which all gradients
+of the query's weights are less. They are kept by dilation group, so that a tile of queries is a box of them: TMA steps
+along no innermost axis.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from na_compiler.schedules.shared.trace import I, T, both, emit, index64, let, local, put, register, when
+from na_compiler.schedules.sm90.backward.arguments import BackwardArguments
+from na_compiler.schedules.sm90.backward.plan import BackwardPlan
+from na_compiler.schedules.sm90.backward.weights import LOG2_E
+from na_compiler.schedules.sm90.backward.work import statistics_address
+from na_compiler.schedules.sm90.store import flat
+
+__all__ = ["launch_statistics"]
+
+Expr = Any
+_THREADS = 256
+_COARSE, _LESS = 2.0**24, 2.0**-22
+_VECTOR = 8  # Elements that a lane reads at once: 16 bytes.
+
+
+def launch_statistics(plan: BackwardPlan, arguments: BackwardArguments) -> None:
+    """Emit the kernel, inside a launch."""
+    problem = plan.problem
+    # Lanes that share a row; two rows of 32 elements are one cache line.
+    lanes = 8 if problem.head_dim_v > 32 else 4
+    rows = math.prod(plan.lengths) * plan.groups * problem.heads
+    count = T.Cast("int32", arguments.batch * rows)
+    per_block = _THREADS // lanes
+    block = I.cta_id([T.Cast("int32", (arguments.batch * rows + (per_block - 1)) // per_block)])
+    thread = I.thread_id([_THREADS])
+    number = let(block * per_block + thread // lanes)
+    lane = let(thread % lanes)
+    # Threads beyond the last row do as it does, but store nothing: lanes exchange what they have.
+    rest: Expr = register(T.max(T.min(number, count - 1), 0))
+    head, rest = let(rest % problem.heads), rest // problem.heads
+    cell: list[Expr] = []
+    for length in reversed(plan.lengths):
+        cell.insert(0, let(rest % length))
+        rest = rest // length
+    residue: list[Expr] = []
+    group, batch = let(rest % plan.groups), let(rest // plan.groups)
+    rest = group
+    for dilation in reversed(problem.dilation):
+        residue.insert(0, rest % dilation)
+        rest = rest // dilation
+    token = [let(c * d + r) for c, d, r in zip(cell, problem.dilation, residue, strict=True)]
+    # The shorter groups have no such token. Nobody asks for it, but boxes reach there.
+    exists = both(*(t < x for t, x, d in zip(token, problem.layout, problem.dilation, strict=True) if x % d))
+    token = [let(T.min(t, x - 1)) for t, x in zip(token, problem.layout, strict=True)]
+    place = [batch, *token, head]
+    total = _dot(arguments, place, lane, lanes)
+    offset = _offset(arguments["lse"], place)
+    with when(both(lane == 0, number < count)):
+        lse = flat(arguments["lse"])[offset]
+        # Where lse is so large that its rounding decides the weights, a little less, so that none of the highest scores
+        # falls short of it: see `docs/numerics.md`.
+        exponent = register(lse * T.float32(LOG2_E), "float32")
+        size = T.max(exponent, T.float32(0) - exponent)
+        exponent = T.Select(size >= T.float32(_COARSE), exponent - size * T.float32(_LESS), exponent)
+        delta = total - flat(arguments["grad_lse"])[offset]
+        statistics = flat(arguments["statistics"])
+        for plane, value in enumerate((exponent, delta)):
+            kept = value if exists is None else T.Select(exists, value, T.float32(0))
+            address = statistics_address(problem, batch, plane, head, group, cell)
+            I.buffer_store(statistics, kept, [address])
+
+
+def _offset(buffer: Any, place: list[Expr]) -> Expr:
+    """Return the offset of an element, by the tensor's strides."""
+    strides = list(buffer.strides)
+    if not strides:
+        shape = list(buffer.shape)
+        strides = [math.prod(shape[axis + 1 :], start=1) for axis in range(len(shape))]
+    offset: Expr = 0
+    for at, stride in zip(place, strides, strict=False):
+        offset = (
+            offset + index64(at) * index64(stride) if not isinstance(stride, int) else offset + index64(at) * stride
+        )
+    return offset
+
+
+def _dot(arguments: BackwardArguments, place: list[Expr], lane: Expr, lanes: int) -> Expr:
+    """Return the sum of grad_output times output, which all lanes of a row get."""
+    output, gradient = arguments["output"], arguments["grad_output"]
+    width = int(output.shape[-1])
+    sums, other = local(1), local(1)
+    put(sums, 0, T.float32(0))
+    starts = [let(_offset(buffer, place)) for buffer in (output, gradient)]
+    for first in range(0, width, lanes * _VECTOR):
+        column = lane * _VECTOR + first
+        with when(column < width if first + lanes * _VECTOR > width else None):
+            parts = []
+            for buffer, start in zip((output, gradient), starts, strict=True):
+                words = local(4, "uint32")
+                address = flat(buffer).ptr_to([start + index64(column)])
+                emit(T.ptx["ld.global.nc.v4.u32"](*(words[i] for i in range(4)), address))
+                parts.append(words)
+            for word in range(4):
+                for half in range(2):
+                    a, b = (_number(words[word], half, str(output.dtype)) for words in parts)
+                    put(sums, 0, sums[0] + a * b)
+    distance = 1
+    while distance < lanes:
+        emit(T.ptx.shfl_sync.bfly.b32(other[0], sums[0], T.uint32(distance), T.uint32(0x1F), T.uint32(0xFFFFFFFF)))
+        put(sums, 0, sums[0] + other[0])
+        distance *= 2
+    return sums[0]
+
+
+def _number(word: Expr, half: int, dtype: str) -> Expr:
+    """Return one of the two numbers in a register, in float32."""
+    if dtype == "bfloat16":
+        bits = T.bitwise_and(word, T.uint32(0xFFFF0000)) if half else T.shift_left(word, T.uint32(16))
+        return T.reinterpret("float32", bits)
+    bits = T.shift_right(word, T.uint32(16)) if half else T.bitwise_and(word, T.uint32(0xFFFF))
+    return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", bits)))
