@@ -7,13 +7,12 @@ import re
 import pytest
 import torch
 
-from na_compiler.cli import bench_hopper, main
+from na_compiler.cli import gpu_suites, main
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime.bundle import read_bundle
 from na_compiler.schedules.choose import candidates, choose
 from na_compiler.schedules.simt.config import Simt
-from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.target import Target
 
 _ARGUMENTS = ["plan", "--layout", "128x128", "--heads", "8", "--head-dim", "128", "--kernel-size", "31"]
@@ -67,8 +66,8 @@ def test_suite_needs_a_gpu(capsys):
 
 def test_suite_is_compiled_for_another_machine(monkeypatch, tmp_path):
     pytest.importorskip("tvm")
-    row = bench_hopper.Row("small", Problem((16, 16), 1, 64, 5, dtype="bfloat16"), 1, 2)
-    monkeypatch.setattr(bench_hopper, "SUITE", (row,))
+    row = gpu_suites.Row("small", Problem((16, 16), 1, 64, 5, dtype="bfloat16"))
+    monkeypatch.setitem(gpu_suites.SUITES, "hopper", (row,))
     try:
         assert main(["bench", "--suite", "hopper", "--save", str(tmp_path / "bundle")]) == 0
     except RuntimeError as error:  # pragma: no cover
@@ -78,7 +77,15 @@ def test_suite_is_compiled_for_another_machine(monkeypatch, tmp_path):
     assert entry.info.target == "cuda:sm_90a"
 
 
-def test_suite_is_all_for_tensor_cores():
-    for row in bench_hopper.SUITE:
-        assert isinstance(KernelSpec.make(row.problem, "cuda:sm_90a").config, Sm90), row.title
-        assert row.floor < row.goal
+@pytest.mark.parametrize("suite", gpu_suites.SUITES)
+def test_suites_are_all_for_tensor_cores(suite):
+    for row in gpu_suites.SUITES[suite]:
+        for direction in ("forward", "backward"):
+            config = KernelSpec.make(row.problem, "cuda:sm_90a", direction).config
+            assert config.family in ("sm90", "mma"), f"{row.title}, {direction}"
+        assert all(least < possible for least, possible in row.goals.values())
+
+
+def test_flags_of_gpus_go_with_their_suites(capsys):
+    assert main(["bench", "--suite", "cpu", "--backward"]) == 1
+    assert "--backward goes with" in capsys.readouterr().err

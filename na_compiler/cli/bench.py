@@ -60,7 +60,7 @@ CPU_SUITE = (
 def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser("bench", help="time this package against torch's attention")
-    suites = ["cpu", "hopper", "onnx", "aot"]
+    suites = ["cpu", "hopper", "small", "onnx", "aot"]
     parser.add_argument("--suite", choices=suites, default="cpu", help="which problems (default: cpu)")
     parser.add_argument("--threads", type=int, default=2, help="threads of everything that is timed (default: 2)")
     parser.add_argument(
@@ -71,21 +71,22 @@ def add_parser(commands: Commands) -> None:
         "--goals", action="store_true", help="beside the figures, what this project asks of itself on its own machines"
     )
     add_json(parser)
-    parser.add_argument("--save", metavar="BUNDLE", help="hopper: only compile, into a bundle; needs no GPU")
-    parser.add_argument("--bundle", metavar="BUNDLE", help="hopper: take kernels from what --save wrote")
+    parser.add_argument("--backward", action="store_true", help="hopper, small: time the gradients instead")
+    parser.add_argument("--save", metavar="BUNDLE", help="hopper, small: only compile, into a bundle; needs no GPU")
+    parser.add_argument("--bundle", metavar="BUNDLE", help="hopper, small: take kernels from what --save wrote")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    for flag in ("save", "bundle"):
-        if getattr(options, flag) and options.suite != "hopper":
-            raise ValueError(f"--{flag} goes with --suite hopper, and the suite is {options.suite}")
+    for flag in ("backward", "save", "bundle"):
+        if getattr(options, flag) and options.suite not in ("hopper", "small"):
+            raise ValueError(f"--{flag} goes with --suite hopper and --suite small, and the suite is {options.suite}")
     if options.suite == "onnx":
         from na_compiler.cli import bench_onnx  # noqa: PLC0415
 
         bench_onnx.run(options)
         return
-    if options.suite == "hopper":
+    if options.suite in ("hopper", "small"):
         from na_compiler.cli import bench_hopper  # noqa: PLC0415
 
         bench_hopper.run(options)
