@@ -31,7 +31,7 @@ from na_compiler.schedules.cpu.steps import (
     weighted_rows,
 )
 from na_compiler.schedules.cpu.tiling import TilingPlan
-from na_compiler.tensorir.arithmetic import LN2, LOG2_E, exp2
+from na_compiler.tensorir.arithmetic import LN2, LOG2_E, below, weight
 from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
 
@@ -216,8 +216,8 @@ class _Task:
         f = self.f
         at = keys.at(self.batch, self.strip, chunk, self.head)
         K, V = local((*keys.box, f.staged_dim)), local((*keys.box, f.staged_dim_v))
-        stage_keys(f"{keys.prefix}key", self.tensors[key], at, K, f.head_dim)
-        stage_keys(f"{keys.prefix}value", self.tensors[value], at, V, f.head_dim_v)
+        stage_keys(f"{keys.prefix}key", keys, chunk, self.tensors[key], at, K, f.head_dim)
+        stage_keys(f"{keys.prefix}value", keys, chunk, self.tensors[value], at, V, f.head_dim_v)
         return K, V
 
     def differentiate(
@@ -249,7 +249,7 @@ class _Task:
         P: Buffer,
         slope: Buffer,
     ) -> None:
-        """Recompute ``P`` from lse, and ``dS`` from it; both 0 where a query does not see the key."""
+        """Recompute ``P`` from lse, and ``dS`` from it; both 0 for what a query does not see."""
         f, at, prefix = self.f, self.at(member, tile), keys.prefix
         O = local((f.lanes, f.staged_dim_v))
         delta, exponent, dot = local((f.lanes,)), local((f.lanes,)), local((f.lanes,))
@@ -267,17 +267,16 @@ class _Task:
         with block(f"{prefix}delta", (f.lanes,)) as (lane,):
             T.buffer_store(delta, dot[lane] - self.tensors["grad_lse"][at(lane)], [lane])
         with block(f"{prefix}exponent", (f.lanes,)) as (lane,):
-            T.buffer_store(exponent, self.tensors["lse"][at(lane)] * T.float32(LOG2_E), [lane])
+            T.buffer_store(exponent, below(self.tensors["lse"][at(lane)] * T.float32(LOG2_E)), [lane])
         bias = Bias(f, keys, self.strip, tile, chunk, existing=True)
         offset = keys.offset(self.strip, tile)
 
         def weigh(score: Any, u: Place, lane: Any) -> Any:
-            return bias.hide(exp2(score - exponent[lane]), u, lane, hidden=0.0)
+            return bias.hide(weight(score, exponent[lane]), u, lane, hidden=0.0)
 
         def slopes(product: Any, u: Place, lane: Any) -> Any:
-            # Selected, not only multiplied by P = 0: a hidden value may be so large that its product overflows.
-            weight = P[[*u, lane]]
-            return T.Select(weight > T.float32(0), weight * (product - delta[lane]), T.float32(0))
+            # Hidden too, not only multiplied by P = 0: a hidden value may be so large that its product overflows.
+            return bias.hide(P[[*u, lane]] * (product - delta[lane]), u, lane, hidden=0.0)
 
         products("score", f, keys, K, offset, Q_lanes, f.head_dim, P, weigh)
         products("grad_weight", f, keys, V, offset, G_lanes, f.head_dim_v, slope, slopes)

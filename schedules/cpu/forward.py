@@ -28,7 +28,7 @@ from na_compiler.schedules.cpu.steps import (
     weighted_rows,
 )
 from na_compiler.schedules.cpu.tiling import TilingPlan
-from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST, exp2, log2
+from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST, exp2, log2_sum
 from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
 
 __all__ = ["forward"]
@@ -163,8 +163,8 @@ class _Task:
         f = self.f
         at = keys.at(self.batch, self.strip, chunk, self.head)
         K, V = local((*keys.box, f.staged_dim)), local((*keys.box, f.staged_dim_v))
-        stage_keys(f"{keys.prefix}key", key, at, K, f.head_dim)
-        stage_keys(f"{keys.prefix}value", value, at, V, f.head_dim_v)
+        stage_keys(f"{keys.prefix}key", keys, chunk, key, at, K, f.head_dim)
+        stage_keys(f"{keys.prefix}value", keys, chunk, value, at, V, f.head_dim_v)
         return K, V
 
     def attend(
@@ -206,12 +206,7 @@ class _Task:
             with block(f"{keys.prefix}raised", (lanes,)) as (lane,):
                 T.buffer_store(sums.highest, T.max(highest[lane], before(lane)), [lane])
         with block(f"{keys.prefix}weight", (*keys.visited, lanes)) as (*u, lane):
-            score = scores[[*u, lane]]
-            weight = exp2(score - sums.highest[lane])
-            if before:
-                # A query may see no key so far: the highest score is then a hidden one's, and the weight 1.
-                weight = T.Select(score > T.float32(LOWEST), weight, T.float32(0))
-            T.buffer_store(P, weight, [*u, lane])
+            T.buffer_store(P, exp2(scores[[*u, lane]] - sums.highest[lane]), [*u, lane])
         with reduction(f"{keys.prefix}total", (lanes,), keys.visited) as (lane, *u):
             with T.init():
                 T.buffer_store(sums.total, T.float32(0), [lane])
@@ -241,7 +236,7 @@ class _Task:
         with block("inverse", (f.lanes,)) as (lane,):
             T.buffer_store(inverse, T.float32(1) / sums.total[[*first, lane]], [lane])
         with block("natural", (f.lanes,)) as (lane,):
-            exponent = sums.highest[[*first, lane]] + log2(sums.total[[*first, lane]])
+            exponent = log2_sum(sums.highest[[*first, lane]], sums.total[[*first, lane]])
             T.buffer_store(natural, exponent * T.float32(LN2), [lane])
 
         def is_query(*loops: Any) -> Any:

@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
-from na_compiler.tensorir.arithmetic import LOWEST
+from na_compiler.tensorir.arithmetic import HIDDEN
 from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import block, local, reduction
 
@@ -41,11 +41,17 @@ Buffer = Any
 Keys = Window | Additional
 
 
-def stage_keys(name: str, source: Buffer, at: Callable[..., Any], staged: Buffer, width: int) -> None:
+def stage_keys(
+    name: str, keys: Keys, chunk: Place, source: Buffer, at: Callable[..., Any], staged: Buffer, width: int
+) -> None:
     """Copy a box of keys or values to float32, each padded with zeros to the staged width."""
     *extents, padded = map(int, staged.shape)
     with block(name, (*extents, width)) as (*position, d):
-        T.buffer_store(staged, T.Cast("float32", source[at(position, d)]), [*position, d])
+        row = T.Cast("float32", source[at(position, d)])
+        if isinstance(keys, Additional):
+            # Not the last value again, which if it is infinite, and the weight 0, would make a NaN of every output.
+            row = T.if_then_else(position[-1] < keys.left(chunk), row, T.float32(0))
+        T.buffer_store(staged, row, [*position, d])
     if padded > width:
         with block(f"{name}_padding", (*extents, padded - width)) as (*position, d):
             T.buffer_store(staged, T.float32(0), [*position, width + d])
@@ -151,7 +157,7 @@ class Bias:
                 value = T.if_then_else(along.seen_by_all(strip[axis], tile[axis], first + u), T.int32(0), value)
             T.buffer_store(bias, value, [u, lane])
 
-    def hide(self, score: Any, position: Place, lane: Any, hidden: float = LOWEST) -> Any:
+    def hide(self, score: Any, position: Place, lane: Any, hidden: float = HIDDEN) -> Any:
         """Return the score, or what stands for it where the query does not see the key."""
         lowest = None if self.of_lane is None else self.of_lane[lane]
         for bias, u in zip(self.of_axis, position, strict=True):
