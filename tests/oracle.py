@@ -123,20 +123,27 @@ def _magnitudes(problem: Problem, exact: list[torch.Tensor], grad_output: torch.
 
 
 def check(
-    name: str, result: torch.Tensor, reference: torch.Tensor, dtype: str, *, floor: float = 0.0, spreads: bool = False
+    name: str,
+    result: torch.Tensor,
+    reference: torch.Tensor,
+    dtype: str,
+    *,
+    floor: float = 0.0,
+    spreads: bool = False,
+    repeats: bool = False,
 ) -> float:
     """Assert that a result is as near to the reference as its dtype allows; returns the relative error.
 
     NaN and infinities are where they are in the reference, rounded to the result's dtype, and the rest is compared
-    without them. With ``spreads`` there may be NaN elsewhere too, which hidden numbers that are not finite may cause:
-    see ``docs/numerics.md``.
+    without them. With ``spreads`` there may be NaN elsewhere too, which hidden numbers that are not finite may cause,
+    and with ``repeats`` in place of infinities: see ``docs/numerics.md``.
     """
     assert result.shape == reference.shape, f"{name}: shape {tuple(result.shape)}, not {tuple(reference.shape)}"
     if reference.numel() == 0:
         return 0.0
     given, expected = result.double(), reference.to(result.dtype).double()
     finite = expected.isfinite()
-    excused = given.isnan() if spreads else torch.zeros_like(finite)
+    excused = given.isnan() & (torch.full_like(finite, spreads) | (expected.isinf() & repeats))
     finite &= ~excused
     for kind, found in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
         differ = found(given) & finite, found(expected) & ~found(given) & ~excused
@@ -154,14 +161,14 @@ def check(
 
 
 def check_forward(
-    example: Example, output: torch.Tensor, lse: torch.Tensor, *, spreads: bool = False
+    example: Example, output: torch.Tensor, lse: torch.Tensor, *, spreads: bool = False, repeats: bool = False
 ) -> dict[str, float]:
     """Check output and lse; returns their errors."""
     if example.tokens is not None:
         assert torch.isfinite(output).all(), "output: not finite: not written, or overflowed"
         assert torch.isfinite(lse).all(), "lse: not finite: not written, or overflowed"
         output, lse = output.flatten(1, -3)[:, example.tokens], lse.flatten(1, -2)[:, example.tokens]
-    error = check("output", output, example.output, example.problem.dtype, spreads=spreads)
+    error = check("output", output, example.output, example.problem.dtype, spreads=spreads, repeats=repeats)
     # lse is float32 whatever the inputs are; it may pass through 0, so its scale is at least 1 an element.
     return {
         "output": error,
@@ -169,12 +176,12 @@ def check_forward(
     }
 
 
-def check_backward(example: Example, grads, *, spreads: bool = False) -> dict[str, float]:
+def check_backward(example: Example, grads, *, spreads: bool = False, repeats: bool = False) -> dict[str, float]:
     """Check gradients; returns their errors."""
     names = ("grad_query", "grad_key", "grad_value", "grad_additional_keys", "grad_additional_values")
     each = zip(names, grads, example.grads, example.magnitudes, strict=False)
     return {
-        name: check(name, grad, reference, example.problem.dtype, floor=magnitude, spreads=spreads)
+        name: check(name, grad, reference, example.problem.dtype, floor=magnitude, spreads=spreads, repeats=repeats)
         for name, grad, reference, magnitude in each
     }
 

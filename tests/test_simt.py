@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 
 import pytest
 import torch
 from cuda_emulator import ORDERS, Emulator
-from oracle import check_backward, check_forward, draw, poisoned
+from oracle import NAMES, check_backward, check_forward, draw, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
@@ -33,18 +35,17 @@ def make(problem, direction):
     return KernelSpec(problem, direction, TARGET, config)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_forward(problem, seed):
-    batch = 2 if problem.rank == 1 else 1
-    example = draw(problem, batch=batch, additional=3)
+def forward(example):
+    """Emulate the forward."""
+    problem = example.problem
     output, lse = poisoned(torch.empty(example.output.shape, dtype=example.inputs[0].dtype), example.lse.float())
     Emulator.of(make(problem, "forward"))(*example.inputs, problem.head_dim**-0.5, output, lse, order=ORDERS[0])
-    check_forward(example, output, lse)
+    return output, lse
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_backward(problem, seed):
-    example = draw(problem, additional=3)
+def backward(example):
+    """Emulate the backward, of the reference's forward."""
+    problem = example.problem
     spec = make(problem, "backward")
     spaces = [torch.full(shape, float("nan")) for shape in spec.info.workspace.shapes(1, 3)]
     grads = poisoned(*example.inputs)
@@ -53,7 +54,52 @@ def test_backward(problem, seed):
         *example.inputs, output, example.grad_output, lse, example.grad_lse, problem.head_dim**-0.5, *grads, *spaces,
         order=ORDERS[0],
     )  # fmt: skip
-    check_backward(example, grads)
+    return grads
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_forward(problem, seed):
+    example = draw(problem, batch=2 if problem.rank == 1 else 1, additional=3)
+    check_forward(example, *forward(example))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_backward(problem, seed):
+    example = draw(problem, additional=3)
+    check_backward(example, backward(example))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem((7, 8), 2, 8, (3, 4), (1, 2), heads_kv=1, additional_kv=True),
+        *(pytest.param(problem, marks=pytest.mark.full) for problem in PROBLEMS),
+    ],
+    ids=str,
+)
+def test_not_finite_where_softmax_is(problem, seed):
+    """One number that is not finite: so are the results that depend on it, and no others, hidden ones neither."""
+    for name in [*(NAMES if problem.additional_kv else NAMES[:3]), "grad_output", "grad_lse"]:
+        example = draw(problem, additional=3, spoiled={name: random.choice([math.nan, math.inf, -math.inf])})
+        check_forward(example, *forward(example), repeats=True)
+        check_backward(example, backward(example), repeats=True)
+
+
+def test_scores_at_the_end_of_float32(seed):
+    """Hidden keys have no part in it, be the scores that are seen as low as they may."""
+    problem = Problem(9, 1, 1, 3)
+    for score in (-math.inf, -2.3e38):
+        example = draw(problem)
+        example.inputs[0].fill_(1.0)
+        example.inputs[1].fill_(score)
+        output, lse = forward(example)
+        if math.isinf(score):
+            assert output.isnan().all()
+            assert lse.isnan().all()
+        else:
+            mean = example.inputs[2].unfold(1, 3, 1).mean(-1)[:, [0, *range(7), 6]]
+            torch.testing.assert_close(output, mean)
+            torch.testing.assert_close(lse, torch.full_like(lse, score))
 
 
 def test_sees_a_fault(seed):

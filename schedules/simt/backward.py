@@ -26,7 +26,7 @@ from na_compiler.schedules.simt.frame import (
     scalar,
 )
 from na_compiler.schedules.simt.plan import DirectPlan
-from na_compiler.tensorir.arithmetic import LOG2_E
+from na_compiler.tensorir.arithmetic import LOG2_E, below, weight
 from na_compiler.tensorir.blocks import block, prim_func, reduction
 
 __all__ = ["direct_backward"]
@@ -111,7 +111,7 @@ class _Query:
         dot = f.dot("dot", p.head_dim_v, lambda d: self.G[d] * output[d])
         at = [self.batch, *self.token, self.head]
         self.delta = scalar("delta", dot[0] - tensors["grad_lse"][at])
-        self.exponent = scalar("exponent", tensors["lse"][at] * T.float32(LOG2_E))
+        self.exponent = scalar("exponent", below(tensors["lse"][at] * T.float32(LOG2_E)))
         with block("delta_store", (1,), where=lambda _: is_row) as (zero,):
             T.buffer_store(tensors["delta"], self.delta[zero], [self.batch, self.head, self.number])
         self.D = f.clear("start_query_grad", p.head_dim)
@@ -135,8 +135,8 @@ class _Query:
             S, dP = f.products(f"{prefix}score", self.Q, K), f.products(f"{prefix}grad_weight", self.G, V)
             slope = registers(chunks.size)
             with block(f"{prefix}slope", chunks.size) as place:
-                weight = T.exp2(S[list(place)] - self.exponent[0])
-                result = chunks.only(chunk, place, weight * (dP[list(place)] - self.delta[0]))
+                probability = weight(S[list(place)], self.exponent[0], T.exp2)
+                result = chunks.only(chunk, place, probability * (dP[list(place)] - self.delta[0]))
                 T.buffer_store(slope, result, list(place))
             f.accumulate(f"{prefix}query_part", slope, K, self.D)
 
@@ -212,8 +212,8 @@ class _Key:
             P, slope = registers(chunks.size), registers(chunks.size)
             with block(f"{prefix}weight", chunks.size) as place:
                 lse = tensors["lse"][[self.batch, *chunks.token(chunk, place), head]]
-                weight = T.exp2(S[list(place)] - lse * T.float32(LOG2_E))
-                T.buffer_store(P, chunks.only(chunk, place, weight), list(place))
+                probability = weight(S[list(place)], below(lse * T.float32(LOG2_E)), T.exp2)
+                T.buffer_store(P, chunks.only(chunk, place, probability), list(place))
             with block(f"{prefix}slope", chunks.size) as place:
                 delta = tensors["delta"][[self.batch, head, chunks.number(chunk, place)]]
                 result = P[list(place)] * (dP[list(place)] - delta)

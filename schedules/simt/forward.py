@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 
 from na_compiler.schedules.simt.frame import AdditionalChunks, Buffer, Chunks, DirectFrame, KeyChunks, registers, scalar
 from na_compiler.schedules.simt.plan import DirectPlan
-from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST
+from na_compiler.tensorir.arithmetic import HIDDEN, LN2, LOG2_E, LOWEST, log2_sum
 from na_compiler.tensorir.blocks import block, prim_func, reduction
 
 __all__ = ["direct_forward"]
@@ -73,7 +73,7 @@ class _Query:
         if f.problem.additional_kv:
             self.visit(AdditionalChunks(f), "additional_keys", "additional_values")
         inverse = scalar("inverse", T.float32(1) / self.total[0])
-        natural = scalar("natural", (self.highest[0] + T.log2(self.total[0])) * T.float32(LN2))
+        natural = scalar("natural", log2_sum(self.highest[0], self.total[0], T.log2) * T.float32(LN2))
         with block("output", (f.padded(width),), where=lambda d: tirx.all(is_row, d < width)) as (d,):
             T.buffer_store(self.tensors["output"], T.Cast(f.dtype, self.O[d] * inverse[0]), self.at(d))
         with block("lse", (1,), where=lambda _: is_row) as (zero,):
@@ -90,17 +90,17 @@ class _Query:
             keys = f.stage(f"{chunks.prefix}key", self.tensors[key], at, chunks.size, f.problem.head_dim)
             scores = self.scores(chunks, chunk, keys)
             values = f.stage(f"{chunks.prefix}value", self.tensors[value], at, chunks.size, f.problem.head_dim_v)
-            self.merge(chunks, chunk, scores, values)
+            self.merge(chunks, scores, values)
 
     def scores(self, chunks: Chunks, chunk: Any, keys: Buffer) -> Buffer:
-        """Return the scores of a chunk, the lowest where there is no key."""
+        """Return the scores of a chunk, minus infinity where there is no key."""
         S = self.f.products(f"{chunks.prefix}score", self.Q, keys)
         seen = registers(chunks.size)
         with block(f"{chunks.prefix}seen", chunks.size) as place:
-            T.buffer_store(seen, chunks.only(chunk, place, S[list(place)], LOWEST), list(place))
+            T.buffer_store(seen, chunks.only(chunk, place, S[list(place)], HIDDEN), list(place))
         return seen
 
-    def merge(self, chunks: Chunks, chunk: Any, scores: Buffer, values: Buffer) -> None:
+    def merge(self, chunks: Chunks, scores: Buffer, values: Buffer) -> None:
         """Add a chunk's weights and weighted values, all relative to the highest score so far."""
         f, prefix = self.f, chunks.prefix
         highest = registers((1,))
@@ -112,12 +112,7 @@ class _Query:
         factor = scalar(f"{prefix}factor", T.exp2(self.highest[0] - raised[0]))
         P = registers(chunks.size)
         with block(f"{prefix}weight", chunks.size) as place:
-            score = scores[list(place)]
-            weight = T.exp2(score - raised[0])
-            if chunks.exists(chunk, place) is not None:
-                # Where no key was seen so far the highest score is the lowest, and the weight would be 1.
-                weight = T.Select(score > T.float32(LOWEST), weight, T.float32(0))
-            T.buffer_store(P, weight, list(place))
+            T.buffer_store(P, T.exp2(scores[list(place)] - raised[0]), list(place))
         total = registers((1,))
         with reduction(f"{prefix}total", (1,), chunks.size) as (zero, *place):
             with T.init():

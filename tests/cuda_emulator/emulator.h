@@ -34,9 +34,11 @@
 typedef unsigned int uint;
 typedef unsigned char uchar;
 typedef unsigned short ushort;
-using std::max;
+using std::max;  // But for numbers: CUDA's return the other one beside a NaN.
+inline float max(float a, float b) { return std::fmax(a, b); }
 using std::ptrdiff_t;
 using std::min;
+inline float min(float a, float b) { return std::fmin(a, b); }
 
 [[noreturn]] inline void die(const char* format, ...) {
   va_list arguments;
