@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import time
 
+import imports
 import pytest
 import torch
 from processes import WITHOUT_TORCH, run_python
@@ -46,17 +47,25 @@ def test_everything_that_changes_the_code_changes_the_key(monkeypatch):
     assert len(set(keys)) == len(keys)
 
 
-def test_the_fingerprint_covers_descriptions_and_schedules(monkeypatch, tmp_path):
-    """A changed byte in any of them makes other keys."""
-    from na_compiler.schedules.cpu import tiling
-
+def test_the_fingerprint_covers_all_that_generates_code(monkeypatch, tmp_path):
+    """A changed byte in any of what families are made of, and of what they import, makes other keys."""
+    graph, paths = imports.graph(), imports.sources()
+    left = [module for module in graph if module.startswith("na_compiler.schedules.")]
+    made_of = {"na_compiler.compiler.build", "na_compiler.compiler.nvcc"}
+    while left:
+        module = left.pop()
+        if module not in made_of and module != "na_compiler":
+            made_of.add(module)
+            left += graph[module]
+    read_bytes, read = type(tmp_path).read_bytes, set()
+    monkeypatch.setattr(type(tmp_path), "read_bytes", lambda path: read.add(path.resolve()) or read_bytes(path))
     before = spec_module.source_fingerprint.__wrapped__()
-    read = type(tmp_path).read_bytes
-    for name in ("tiling.py", "transpose.py", "axes.py", "window.py", "build.py"):
+    assert {module for module in made_of if paths[module].resolve() not in read} == set()
+    for name in ("plan.py", "transpose.py", "axes.py", "window.py", "build.py"):
         with monkeypatch.context() as patch:
-            patch.setattr(type(tmp_path), "read_bytes", lambda p, n=name: read(p) + (b"#" if p.name == n else b""))
+            changed = lambda path, name=name: read_bytes(path) + (b"#" if path.name == name else b"")  # noqa: E731
+            patch.setattr(type(tmp_path), "read_bytes", changed)
             assert spec_module.source_fingerprint.__wrapped__() != before, name
-    assert tiling.__file__
 
 
 def test_a_key_needs_no_plan(monkeypatch):
