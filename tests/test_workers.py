@@ -71,14 +71,28 @@ def test_an_answer_to_another_question_is_refused(pool, monkeypatch):
     assert not pool._all
 
 
-def test_one_that_ended_for_want_of_work_is_replaced(pool):
+def test_one_that_ended_for_want_of_work_is_replaced(pool, monkeypatch):
+    """Also where it ends just as it is asked: before, it seemed to be there."""
     cuda.generate(FIRST)
     (idle,) = pool._idle
     # As it ends itself: nobody asks any more.
     idle._process.stdin.close()
     idle._process.wait(20)
     assert not idle._folder.exists()
+    seemed = iter([True])
+    monkeypatch.setattr(type(idle), "is_alive", property(lambda _: next(seemed)))
     assert "__global__" in cuda.generate(FIRST)
+    assert next(seemed, None) is None
+
+
+def test_one_that_was_killed_while_it_had_nothing_to_do_is_replaced(pool):
+    """By the system where memory is short, say. Only who is killed at work is told of."""
+    cuda.generate(FIRST)
+    (idle,) = pool._idle
+    idle._process.kill()
+    idle._process.wait(20)
+    assert "__global__" in cuda.generate(FIRST)
+    assert idle not in pool._all
 
 
 def test_a_pool_keeps_one_and_ends_all(pool):
@@ -103,16 +117,18 @@ def test_nothing_of_the_current_folder_is_run(tmp_path):
     for name in HOSTILE:
         (here / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
     code = """
-        import sys
+        import os, sys
         from na_compiler.compiler.spec import KernelSpec
         from na_compiler.compiler.workers import POOL
         from na_compiler.problem import Problem
         from pathlib import Path
-        sys.path[:0] = ["", ".", __import__("os").getcwd()]
+        sys.path[:0] = ["", ".", os.getcwd()]
+        del os.environ["PYTHONSAFEPATH"]
+        os.environ["PYTHONPATH"] = "."
         POOL.build(KernelSpec.make(Problem((5, 6), 1, 8, 3)), Path(sys.argv[1]))
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "kernel.so")]
-    # Python's own variable, for this process alone: a worker has to see to it by itself.
+    # Python's own variable, for this process alone, which deletes it: a worker has to see to it by itself.
     variables = {"PYTHONSAFEPATH": "1"}
     if sys.version_info < (3, 11):
         pytest.skip("this test starts Python 3.11")
@@ -128,10 +144,17 @@ def test_the_package_is_the_one_of_this_process(tmp_path):
     shutil.copytree(ROOT / "schedules", place / "na_compiler" / "schedules", ignore=shutil.ignore_patterns("*.pyc"))
     worker = place / "na_compiler" / "compiler" / "worker.py"
     worker.write_text(worker.read_text() + f"\nopen({str(tmp_path / 'ran')!r}, 'w').write(__file__)\n")
+    # On no path, as where an editable installation finds it.
     code = """
-        import sys
-        sys.path.insert(0, sys.argv[1])
-        sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+        import importlib.util, sys
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "na_compiler":
+                    folder = sys.argv[1] + "/na_compiler"
+                    return importlib.util.spec_from_file_location(
+                        name, folder + "/__init__.py", submodule_search_locations=[folder]
+                    )
+        sys.meta_path[:] = [Finder(), *(finder for finder in sys.meta_path if "editable" not in repr(finder))]
         from na_compiler.compiler.spec import KernelSpec
         from na_compiler.compiler.workers import POOL
         from na_compiler.problem import Problem
