@@ -2,9 +2,9 @@
 
 A family is a folder beside this file, whose name it has, and a line in `na_compiler.schedules.choose`. Its module
 ``family`` has ``FAMILY``, an instance of its subclass of `Family`; whatever else is in the folder is its own affair:
-nothing outside imports it but its tests, and `na_compiler.whole`, whose linear layers are the CPU's. What is done for a
-family is this: it is asked whether it takes a problem (`Family.refusal`), for its choices (`Family.choose`,
-`Family.candidates`), for what those need from the caller (`Config`), and for the code (`Family.lower`).
+nothing outside imports it but its tests. What is done for a family is this: it is asked whether it takes a problem
+(`Family.refusal`), for its choices (`Family.choose`, `Family.candidates`), how long they take (`Family.estimate`), for
+what they need from the caller (`Config`), and for the code (`Family.lower`).
 
 A family promises
 

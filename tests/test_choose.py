@@ -107,7 +107,7 @@ _TOY = """
 from dataclasses import dataclass
 
 from na_compiler.schedules.cpu.forward import forward
-from na_compiler.schedules.cpu.tiling import Tiling, TilingPlan
+from na_compiler.schedules.cpu.plan import Tiling, TilingPlan
 from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.shared.config import Config
 from na_compiler.workspace import Workspace

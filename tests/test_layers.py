@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import graphlib
-from pathlib import Path
 
+import imports
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from na_compiler.schedules.choose import FAMILIES
+
 # Each line may import from itself and from the lines above it. What is on one line is side by side: a folder or module
 # there imports nothing of its neighbours.
 LAYERS = """
@@ -35,42 +35,9 @@ LAYERS = """
 HEIGHT = {name: height for height, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}
 
 
-def sources():
-    """Every module by its name, with its path."""
-    found = {}
-    for folder, package in ((ROOT / "na_compiler", "na_compiler"), (ROOT / "schedules", "na_compiler.schedules")):
-        for path in folder.rglob("*.py"):
-            parts = [package, *path.relative_to(folder).with_suffix("").parts]
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-def running(node):
-    """A tree's nodes, without those that only type checkers read."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
-            yield from running(child)
-
-
-def imports(module, path, modules):
-    """The modules of the package that a module imports, anywhere in it."""
-    found = set()
-    for node in running(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names if name.name in modules}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} imports by a relative name"
-            if node.module in modules:
-                names = (f"{node.module}.{name.name}" for name in node.names)
-                found |= {name if name in modules else node.module for name in names}
-    return found - {module}
-
-
 @pytest.fixture(scope="module")
 def graph():
-    modules = sources()
-    return {module: imports(module, path, modules) for module, path in modules.items()}
+    return imports.graph()
 
 
 def layer(module):
@@ -91,19 +58,22 @@ def test_imports_point_down(graph):
 
 
 def test_nothing_imports_in_a_circle(graph):
-    # Parts of one operator, of one kernel: each pair is one thing in two files, until it is taken apart.
-    pairs = [
-        {"na_compiler.ops.func", "na_compiler.ops.operators"},
-        {"na_compiler.schedules.sm90.config", "na_compiler.schedules.sm90.plan"},
-    ]
-    left = {
-        module: {other for other in imported if other != "na_compiler" and {module, other} not in pairs}
-        for module, imported in graph.items()
-    }
+    # The package itself has the version, and what of it is imported when it is first asked for.
+    left = {module: imported - {"na_compiler"} for module, imported in graph.items()}
     try:
         tuple(graphlib.TopologicalSorter(left).static_order())
     except graphlib.CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_a_familys_modules_are_its_own(graph):
+    """Nothing else imports them, no other family either: without its folder and its line in `choose` all is well."""
+    for name in FAMILIES:
+        prefix = f"na_compiler.schedules.{name}"
+        inside = {module for module in graph if f"{module}.".startswith(f"{prefix}.")}
+        assert f"{prefix}.family" in inside
+        outside = {module: imported & inside for module, imported in graph.items() if module not in inside}
+        assert {module: found for module, found in outside.items() if found} == {}
 
 
 def test_the_list_names_every_part(graph):

@@ -20,7 +20,7 @@ from na_compiler.whole import compile_whole
 def test_linear_layers_of_any_size(target, seed):
     import tvm
 
-    from na_compiler.schedules.cpu.dense import dense, pack
+    from na_compiler.whole.dense import dense, pack
 
     parsed = Target.parse(target)
     if not parsed.runs_here:

@@ -9,8 +9,8 @@ import numpy as np
 from tvm import IRModule, relax, runtime, tirx
 from tvm.relax.dpl import is_const, is_op, rewrite_call, wildcard
 
-from na_compiler.schedules.cpu.dense import dense, pack
 from na_compiler.target import CpuTarget
+from na_compiler.whole.dense import dense, pack
 
 __all__ = ["schedule_linear"]
 

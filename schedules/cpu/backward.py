@@ -19,6 +19,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
+from na_compiler.schedules.cpu.plan import TilingPlan
 from na_compiler.schedules.cpu.steps import (
     Bias,
     Buffer,
@@ -30,7 +31,6 @@ from na_compiler.schedules.cpu.steps import (
     to_lanes,
     weighted_rows,
 )
-from na_compiler.schedules.cpu.tiling import TilingPlan
 from na_compiler.tensorir.arithmetic import LN2, LOG2_E, below, weight
 from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update

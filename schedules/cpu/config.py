@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.cpu.tiling import Tiling, TilingPlan
+from na_compiler.schedules.cpu.plan import Tiling, TilingPlan
 from na_compiler.schedules.shared.config import Config
 from na_compiler.workspace import ADDITIONAL, Workspace
 

@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
+from na_compiler.schedules.cpu.plan import TilingPlan
 from na_compiler.schedules.cpu.steps import (
     Bias,
     Buffer,
@@ -27,7 +28,6 @@ from na_compiler.schedules.cpu.steps import (
     to_lanes,
     weighted_rows,
 )
-from na_compiler.schedules.cpu.tiling import TilingPlan
 from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST, exp2, log2_sum
 from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
 

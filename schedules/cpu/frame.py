@@ -14,7 +14,7 @@ from typing import Any
 from tvm import ir, tirx
 
 from na_compiler.schedules.cpu.places import AxisPlaces, Expr
-from na_compiler.schedules.cpu.tiling import TilingPlan
+from na_compiler.schedules.cpu.plan import TilingPlan
 from na_compiler.tensorir.axes import AXES, Extents
 
 __all__ = ["Additional", "Frame", "Window"]

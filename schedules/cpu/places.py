@@ -10,7 +10,7 @@ from typing import Any
 
 from tvm import tirx
 
-from na_compiler.schedules.cpu.tiling import AxisTiling
+from na_compiler.schedules.cpu.plan import AxisTiling
 from na_compiler.window import group_length, window_end, window_start
 
 __all__ = ["AxisPlaces"]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.cpu.config import QueriesInLanes
-from na_compiler.schedules.cpu.tiling import Tiling, TilingPlan
+from na_compiler.schedules.cpu.plan import Tiling, TilingPlan
 from na_compiler.schedules.shared.candidate import Candidate as Base
 from na_compiler.tensorir.axes import AXES, Extents, round_up
 

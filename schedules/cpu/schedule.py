@@ -16,7 +16,7 @@ from tvm import s_tir, tirx
 from na_compiler.schedules.cpu.backward import backward
 from na_compiler.schedules.cpu.config import QueriesInLanes
 from na_compiler.schedules.cpu.forward import forward
-from na_compiler.schedules.cpu.tiling import TilingPlan
+from na_compiler.schedules.cpu.plan import TilingPlan
 from na_compiler.schedules.cpu.transpose import transpose_intrin
 from na_compiler.tensorir.blocks import steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from na_compiler.schedules.cpu.tiling import AxisTiling, TilingPlan
+from na_compiler.schedules.cpu.plan import AxisTiling, TilingPlan
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.window import group_length, window_end, window_start
 

@@ -1,4 +1,4 @@
-"""CPU schedule of a linear layer, ``output = input @ weight^T + bias``, for whole models without torch.
+"""Schedule of a linear layer, ``output = input @ weight^T + bias``, for whole models without torch.
 
 The weights are constants, packed when the model is compiled: panels of output columns that lie together for each input
 column. A task keeps a block of output rows and one panel in registers, and runs once over the input columns. How many
