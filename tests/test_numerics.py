@@ -14,7 +14,7 @@ from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import make_kernel
 from na_compiler.schedules.cpu.config import QueriesInLanes
-from na_compiler.schedules.cpu.tiling import Tiling
+from na_compiler.schedules.cpu.plan import Tiling
 from na_compiler.target import Target
 
 NUMBERS = (math.nan, math.inf, -math.inf)
