@@ -103,7 +103,9 @@ def _attention(
     tuning: dict[str, Any],
 ) -> Any:
     others = _others(rank, tuning) if tuning else ()
-    _check_tensors(rank, query=query, key=key, value=value)
+    is_usual = type(query) is type(key) is type(value) is Tensor
+    if not is_usual or query.is_nested or key.is_nested or value.is_nested:
+        _check_tensors(rank, query=query, key=key, value=value)
     if additional_keys is not None or additional_values is not None:
         given = {"additional_keys": additional_keys, "additional_values": additional_values}
         _check_tensors(rank, **{name: tensor for name, tensor in given.items() if tensor is not None})

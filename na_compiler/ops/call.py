@@ -49,28 +49,32 @@ def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
     return OPERATORS[rank](*arguments)  # type: ignore[no-any-return]
 
 
+# torch's state that says so, looked up once: half of what asking costs.
+_dispatch_keys = torch._C._dispatch_keys
+_asked = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._is_any_autocast_enabled,
+    torch._C._autograd._profiler_enabled,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._get_tracing_state,
+)
+_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+
 def _is_plain(signature: Signature, arguments: tuple[Any, ...]) -> bool:
     """Return whether the dispatcher would do nothing but differentiate, and call the implementation."""
-    torch_c = torch._C
-    keys = torch_c._dispatch_keys
     for argument in arguments[: signature.parameters]:
-        if type(argument) not in _TYPES or keys(argument).raw_repr() not in PLAIN:
+        if type(argument) not in _TYPES or _dispatch_keys(argument).raw_repr() not in PLAIN:
             return False
     for argument in arguments[signature.later :]:
-        if isinstance(argument, Tensor) and (type(argument) not in _TYPES or keys(argument).raw_repr() not in PLAIN):
+        is_tensor = argument is not None and isinstance(argument, Tensor)
+        if is_tensor and (type(argument) not in _TYPES or _dispatch_keys(argument).raw_repr() not in PLAIN):
             return False
-    return (
-        not torch_c._len_torch_dispatch_stack()
-        and not torch_c._len_torch_function_stack()
-        and not torch_c._is_any_autocast_enabled()
-        and not torch_c._autograd._profiler_enabled()
-        and forward_ad._current_level < 0
-        and torch_c._functorch.peek_interpreter_stack() is None
-        and torch_c._get_tracing_state() is None
-    )
-
-
-_TYPES = (Tensor, torch.nn.Parameter)
+    for ask in _asked:
+        if ask():
+            return False
+    return forward_ad._current_level < 0
 
 
 def _is_wanted(arguments: tuple[Any, ...]) -> bool:

@@ -67,44 +67,65 @@ class _Found:
 
 
 # By all that decides which kernel it is. A look-up takes a microsecond, and making a Problem thirty.
-_kernels: dict[tuple[Any, ...], _Found] = {}
+_kernels: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Tensor, ...]]] = {}
 
 
 def forward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute output and lse; arguments are those of the operators."""
-    return run(FORWARD, rank, arguments)
+    return run(FORWARD, rank, _with_tuples(FORWARD, arguments))
 
 
 def backward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute the gradients of the inputs; empty ones where there is no input. Arguments are the operators'."""
-    return run(BACKWARD, rank, arguments)
+    return run(BACKWARD, rank, _with_tuples(BACKWARD, arguments))
+
+
+def _with_tuples(signature: Signature, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return arguments as `run` takes them: the dispatcher gives lists for the parameters."""
+    first = signature.parameters
+    return (*arguments[:first], *map(tuple, arguments[first : first + 4]), *arguments[first + 4 :])
 
 
 def run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Compute what an operator returns. Every line of it counts where the kernel is small."""
+    """Compute what an operator returns; the parameters are tuples."""
     found = _find(signature, rank, arguments)
     if len(arguments) < len(signature.names):
         arguments = signature.complete(arguments)
-    read = found.pick(arguments)
-    new_empty = read[0].new_empty
-    made = [
-        new_empty(shape, dtype=dtype) if like is None else _empty_like(read[like], memory_format=_CONTIGUOUS)
-        for like, shape, dtype in found.made
-    ]
-    for tensor, free in zip(read, found.free):  # noqa: B905 - numbers follow the tensors
-        if tensor.stride(-1) != 1 or not (free or tensor.is_contiguous()):
-            read = _readable(found, read)
-            break
-    if found.is_empty:
-        read, made = _readable(found, read), list(map(compact_if_empty, made))
-    try:
-        found.function(*read, *made)
-    except MisplacedError as error:
-        _say_once(error)
-        found.function(*(_copied(one) if i < found.tensors else one for i, one in enumerate(read)), *made)
-    if len(found.results) == found.outputs:
-        return tuple(made[: found.outputs])
-    return tuple(new_empty(0) if place is None else made[place] for place in found.results)
+    return found(arguments)
+
+
+def _caller(found: _Found) -> Callable[[tuple[Any, ...]], tuple[Tensor, ...]]:
+    """Return what computes the results for complete arguments of an operator.
+
+    Every line of it counts where the kernel is small: what it needs is at hand without asking an object for it.
+    """
+    function, pick, free, ways, outputs = found.function, found.pick, found.free, found.made, found.outputs
+    results = None if len(found.results) == outputs else found.results
+    is_empty = found.is_empty
+
+    def run(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        read = pick(arguments)
+        new_empty = read[0].new_empty
+        made = [
+            new_empty(shape, dtype=dtype) if like is None else _empty_like(read[like], memory_format=_CONTIGUOUS)
+            for like, shape, dtype in ways
+        ]
+        for tensor, is_free in zip(read, free):  # noqa: B905 - numbers follow the tensors
+            if tensor.stride()[-1] != 1 or not (is_free or tensor.is_contiguous()):
+                read = _readable(found, read)
+                break
+        if is_empty:
+            read, made = _readable(found, read), list(map(compact_if_empty, made))
+        try:
+            function(*read, *made)
+        except MisplacedError as error:
+            _say_once(error)
+            function(*(_copied(one) if i < found.tensors else one for i, one in enumerate(read)), *made)
+        if results is None:
+            return tuple(made[:outputs])
+        return tuple(new_empty(0) if place is None else made[place] for place in results)
+
+    return run
 
 
 def _readable(found: _Found, read: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -167,19 +188,22 @@ def check_rank(rank: int, query: Tensor) -> None:
         )
 
 
-def _find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found:
-    """Return the kernel for some arguments; checks them when such ones are first seen."""
+def _find(
+    signature: Signature, rank: int, arguments: tuple[Any, ...]
+) -> Callable[[tuple[Any, ...]], tuple[Tensor, ...]]:
+    """Return what calls the kernel for some arguments; checks them when such ones are first seen."""
     first, at = signature.parameters, [signature.direction, rank]
     for tensor in arguments[:first]:
-        at += (tensor.shape, tensor.dtype, tensor.device)
-    at += map(tuple, arguments[first : first + 4])
+        # Of the CPU or of CUDA, by which implementation this is: the number tells which.
+        at += (tensor.shape, tensor.dtype, tensor.get_device())
+    at.append(arguments[first : first + 4])
     for place, one in enumerate(arguments[signature.later :]):
         if one is not None:  # What is left out is the same as what is said to be.
             at += (place, _kind(one))
     key = tuple(at)
     found = _kernels.get(key)
     if found is None:
-        found = _look(signature, rank, arguments)
+        found = _caller(_look(signature, rank, arguments))
         if len(_kernels) >= _KERNELS:
             _kernels.clear()
         _kernels[key] = found
