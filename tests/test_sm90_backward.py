@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,15 @@ from na_compiler.target import Target
 TARGET = Target.parse("cuda:sm_90a")
 # Those that load are the last warps here: in the second order it is they who run right after products were issued.
 _ORDERS = (ORDERS[0], Order(late_loads=False, late_products=True, descending=False))
+
+
+@pytest.fixture(autouse=True)
+def _drawn(request, session_seed):
+    """About half of the planted faults in a run, other ones in each: it is compiling them that takes long."""
+    name = request.node.name
+    is_one_of_many = name.startswith(("test_finds", "test_numbers")) and not request.config.getoption("--full")
+    if is_one_of_many and zlib.crc32(f"{session_seed} {name}".encode()) % 2:
+        pytest.skip("not drawn in this run: --full runs all")
 
 
 def _config(own, queries, keys, **options):
