@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from na_compiler.ops.kernels import on_cuda, run
+from na_compiler.ops.kernels import run, run_on_cuda
 from na_compiler.ops.operators import OPERATORS, differentiate, save_for_backward
 from na_compiler.ops.schema import BACKWARD, FORWARD, Signature
 
@@ -82,9 +82,7 @@ def _is_wanted(arguments: tuple[Any, ...]) -> bool:
 
 
 def _run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Any:
-    if arguments[0].is_cpu:
-        return run(signature, rank, arguments)
-    return on_cuda(lambda *given: run(signature, rank, given), *arguments)
+    return (run if arguments[0].is_cpu else run_on_cuda)(signature, rank, arguments)
 
 
 class _Attention(torch.autograd.Function):

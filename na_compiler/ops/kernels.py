@@ -23,7 +23,7 @@ from na_compiler.ops.schema import BACKWARD, FORWARD, Signature, problem_of
 from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty
 from na_compiler.target import target_of
 
-__all__ = ["backward", "check_rank", "forward", "on_cuda", "reading", "run"]
+__all__ = ["backward", "check_rank", "forward", "on_cuda", "reading", "run", "run_on_cuda"]
 
 _LOG = logging.getLogger("na_compiler")
 _KERNELS = 4096
@@ -137,13 +137,26 @@ def _readable(found: _Found, read: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*tensors, *read[found.tensors :])
 
 
+# torch.cuda.current_device without asking whether CUDA is initialised, which it is where there is a tensor.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 def on_cuda(implementation: Callable[..., Any], query: Tensor, *arguments: Any) -> Any:
     """Call an implementation with the tensors' device as the current one, which launching a kernel makes it."""
     device = query.get_device()
-    if device == torch.cuda.current_device():
+    if device == _current_device():
         return implementation(query, *arguments)
     with CUDA.guard(device):
         return implementation(query, *arguments)
+
+
+def run_on_cuda(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Compute what an operator returns, on the GPU of its first tensor; otherwise as `run`."""
+    device = arguments[0].get_device()
+    if device == _current_device():
+        return run(signature, rank, arguments)
+    with CUDA.guard(device):
+        return run(signature, rank, arguments)
 
 
 def reading(run: Callable[..., Any], tensors: Iterable[Tensor | None]) -> Any:
