@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from na_compiler import after_torch
@@ -68,3 +69,5 @@ def __dir__() -> list[str]:
 
 
 after_torch.register()
+if os.environ.get("NA_COMPILER_NATTEN"):
+    importlib.import_module("na_compiler.compat.natten").install_from_environment()

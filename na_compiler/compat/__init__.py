@@ -1,0 +1,1 @@
+"""Names of other libraries that mean ours: `na_compiler.compat.natten`."""
