@@ -163,6 +163,7 @@ def test_environment_variable_of_no_version():
 
 SCRIPT = """
 import multiprocessing, sys
+from concurrent.futures import ProcessPoolExecutor
 from natten import __version__
 import helper
 
@@ -170,8 +171,8 @@ def work(number):
     return f"{number} {__version__}"
 
 if __name__ == "__main__":
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        print(sys.argv[1:], __version__, pool.map(work, [5]))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        print(sys.argv[1:], __version__, list(pool.map(work, [5])))
 """
 
 
@@ -188,7 +189,7 @@ def test_script_and_its_workers(tmp_path):
         "-x",
         "1",
     ]
-    done = subprocess.run(command, env=environment(**CLEAN), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(**CLEAN), capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['-x', '1'] 0.17.5 ['5 0.17.5']\n"
 

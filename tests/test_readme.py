@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from na_compiler.compat.natten import uninstall
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,7 +49,10 @@ def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_of_the_docs(page, tmp_path, monkeypatch, capsys):
-    run(page, tmp_path, monkeypatch)
+    try:
+        run(page, tmp_path, monkeypatch)
+    finally:
+        uninstall()  # A page makes `import natten` mean ours.
     printed = capsys.readouterr().out
     if page.name == "semantics.md":
         message = re.search(r"^# (kernel_size \* dilation .*)\n# (.*)$", page.read_text(), re.MULTILINE)
