@@ -39,7 +39,7 @@ def _tiles(problem: Problem, target: Target, direction: str, family: str) -> lis
     for candidate in found:
         config: Any = candidate.config
         if config.family != family:
-            return []
+            continue
         if family == "sm90":
             pair = config.query_tile, config.key_tile
             shared = KernelSchedule.NonPersistent
