@@ -222,6 +222,9 @@ def test_configs_of_hopper(natten, monkeypatch):
     config = candidates(problem, target, "forward")[0].config
     assert first == (tuple(config.query_tile[-2:]), tuple(config.key_tile[-2:]))
     assert isinstance(schedule, KernelSchedule)
+    first, *_ = configs._tiles(problem, target, "backward", "sm90")
+    keys = candidates(problem, target, "backward")[0].config.keys
+    assert first == (tuple(keys.stream_tile[-2:]), tuple(keys.own_tile[-2:]))
     assert configs._tiles(problem.replace(head_dim=20, head_dim_v=20), target, "forward", "sm90") == []
 
 

@@ -2,7 +2,7 @@
 
 Each function lists what our planner has for tensors, the best first, in NATTEN's types: tiles of queries and of keys.
 NATTEN's kernels are of other kinds than ours; the one nearest in kind answers: those for Hopper list ours for Hopper,
-those of Flex ours for CPUs. There are none for Blackwell, none of Cutlass (our other CUDA kernels leave no tiles open),
+those of Flex ours for CPUs. There are none for Blackwell, none of Cutlass (our other CUDA kernels have other choices),
 and none for dense attention, which is torch's. Nothing needs to be chosen: ``na1d``, ``na2d``, ``na3d`` take the best.
 """
 
@@ -40,14 +40,16 @@ def _tiles(problem: Problem, target: Target, direction: str, family: str) -> lis
         config: Any = candidate.config
         if config.family != family:
             continue
-        if family == "sm90":
-            pair = config.query_tile, config.key_tile
+        if family == "sm90" and direction == "backward":
+            # Of its two kernels the one that NATTEN's is like: a block owns keys, and queries stream by.
+            tiles.append(_short(problem, (config.keys.stream_tile, config.keys.own_tile)))
+        elif family == "sm90":
             shared = KernelSchedule.NonPersistent
             if config.persistent:
                 shared = KernelSchedule.WarpSpecializedCooperative
             if config.pingpong:
                 shared = KernelSchedule.WarpSpecializedPingpong
-            tiles.append((_short(problem, pair), shared) if direction == "forward" else _short(problem, pair))
+            tiles.append((_short(problem, (config.query_tile, config.key_tile)), shared))
         else:
             box = tuple(axis.tile_box for axis in config.plan(problem))
             tiles.append(_short(problem, (config.tiling.tile, box)))
