@@ -146,6 +146,9 @@ def test_an_unknown_generation_is_refused():
     told = r"capability 13\.0 is not known to this version of na_compiler, which knows 7\.5 to 12\.1, and"
     with pytest.raises(ValueError, match=told):
         CudaTarget.of_capability((13, 0))
+    # Of its generation there is Tegra's code only.
+    with pytest.raises(ValueError, match=r"capability 11\.1 is not known"):
+        CudaTarget.of_capability((11, 1))
     with pytest.raises(ValueError, match="cuda:sm_70 is too old"):
         CudaTarget.of_capability((7, 0))
 

@@ -48,6 +48,12 @@ def test_what_runs_where():
         ("cuda:sm_90a", "cuda:sm_90"): True,  # The machine is the same: only the code differs.
         ("cuda:sm_100a", "cuda:sm_103"): False,
         ("cuda:sm_100", "cuda:sm_103"): True,
+        # Tegra's and a desktop's code do not run on one another.
+        ("cuda:sm_80", "cuda:sm_87"): False,
+        ("cuda:sm_86", "cuda:sm_87"): False,
+        ("cuda:sm_87", "cuda:sm_87"): True,
+        ("cuda:sm_87", "cuda:sm_89"): False,
+        ("cuda:sm_110", "cuda:sm_110"): True,
     }
     for (code, machine), expected in runs.items():
         assert Target.parse(code).runs_on(Target.parse(machine)) is expected, (code, machine)

@@ -44,6 +44,9 @@ _SHARED_MEMORY = {
     120: 99 << 10,
     121: 99 << 10,
 }
+# Of Tegra, such as Jetson's Orin and Thor: machine code for a desktop's GPU does not run on these, nor the other way,
+# nor that of one on another (CUDA C++ Programming Guide, binary compatibility).
+_TEGRA = {87, 88, 110}
 _OLDEST, _LATEST = min(_SHARED_MEMORY), max(_SHARED_MEMORY)
 _ARCHITECTURE = re.compile(r"sm_(\d+)([af]?)")
 # CUDA's runtime library that TVM's was linked with.
@@ -152,7 +155,7 @@ class CudaTarget(Target):
         number = 10 * major + minor
         if number in _SHARED_MEMORY or number < _OLDEST:
             return CUDA.target(f"sm_{number}" + ("a" if capability == (9, 0) else ""))
-        same = [known for known in _SHARED_MEMORY if known // 10 == major and known < number]
+        same = [known for known in _SHARED_MEMORY if known // 10 == major and known < number and known not in _TEGRA]
         if not same:
             raise ValueError(
                 f"a GPU of compute capability {major}.{minor} is not known to this version of na_compiler, which knows "
@@ -204,9 +207,9 @@ class CudaTarget(Target):
         return isinstance(machine, CudaTarget) and self._runs_on(machine.capability)
 
     def _runs_on(self, capability: tuple[int, int]) -> bool:
-        """Machine code runs on its own generation, from its own capability on; specific code on its own alone."""
+        """Machine code runs on its generation, from its own capability on; specific and Tegra's on its own alone."""
         major, minor = self.capability
-        if self.is_specific:
+        if self.is_specific or not _TEGRA.isdisjoint({10 * major + minor, 10 * capability[0] + capability[1]}):
             return capability == (major, minor)
         return capability[0] == major and capability[1] >= minor
 

@@ -77,14 +77,16 @@ std::string best_cpu_target() {
 }
 
 // Machine code runs on its own generation, from its own capability on; code with instructions of one architecture
-// (sm_90a) on that alone.
+// (sm_90a) on that alone, and so does Tegra's: see na_compiler/devices/cuda.py.
 int cuda_order(const std::string& target, int capability) {
   static const std::string kPrefix = "cuda:sm_";
   if (target.compare(0, kPrefix.size(), kPrefix) != 0) return -1;
   char* after = nullptr;
   int built = static_cast<int>(std::strtol(target.c_str() + kPrefix.size(), &after, 10));
   bool is_specific = *after != '\0';
-  bool runs = is_specific ? built == capability : built / 10 == capability / 10 && built <= capability;
+  auto is_tegra = [](int number) { return number == 87 || number == 88 || number == 110; };
+  bool is_alone = is_specific || is_tegra(built) || is_tegra(capability);
+  bool runs = is_alone ? built == capability : built / 10 == capability / 10 && built <= capability;
   return runs ? 2 * built + is_specific : -1;
 }
 
