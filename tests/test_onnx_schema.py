@@ -8,6 +8,7 @@ from onnx.shape_inference import InferenceError, infer_shapes
 from onnx_models import PARTS, PROBLEMS, cases, one_node
 
 from na_compiler.onnx import DOMAIN, OPERATORS, add_bodies, inline_bodies, problems, register_schemas, schema
+from na_compiler.onnx.signature import Signature
 from na_compiler.problem import Problem
 
 
@@ -209,3 +210,11 @@ def test_what_the_operators_have_not_is_refused(kind):
     for read in (problems, passes.collect, add_bodies, inline_bodies):
         with pytest.raises(ValueError, match=said):
             read(loaded)
+
+
+def test_shapes_that_nobody_knows_pose_no_problem():
+    """Not one of the smallest sizes that fit."""
+    unknown = Signature("NA1D", (None, None, None), (None, None, None), {"kernel_size": [3]})
+    assert unknown.problem() is None
+    assert Signature("NA1D", (None, (1, 8, 2, 4), None), (None,) * 3, {"kernel_size": [3]}).problem() is None
+    assert Signature("NA1D", ((None, 8, 2, 4),) * 3, (None,) * 3, {"kernel_size": [3]}).problem() is not None

@@ -106,7 +106,8 @@ class Signature:
         """
         self._check_inputs()
         shapes = dict(zip(self.names, self.shapes, strict=True))
-        known = all(None not in (shapes[name] or (None,))[1:] for name in INPUTS[:_REQUIRED])
+        required = [shapes[name] for name in INPUTS[:_REQUIRED]]
+        known = all(shape is not None and None not in shape[1:] for shape in required)
         parameters = self._parameters()
         stand_ins = _complete(self.rank, shapes, parameters)
         dtype = next((dtype for dtype in self.dtypes if dtype is not None), "float32")
