@@ -326,6 +326,12 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def _is_flag(value: Any) -> bool:
+    # NumPy's are no bools, and this module does without NumPy.
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in {"bool", "bool_"})
+
+
 def _positive(name: str, value: Any) -> int:
     if not _is_int(value):
         raise ValueError(f"{name} must be an int, got {shown(value)}")
@@ -392,10 +398,10 @@ def flags_per_axis(name: str, value: Any, rank: int) -> tuple[bool, ...]:
     ValueError
         If it is neither.
     """
-    if isinstance(value, bool):
-        return (value,) * rank
-    if isinstance(value, Sequence) and len(value) == rank and all(isinstance(flag, bool) for flag in value):
-        return tuple(value)
+    if _is_flag(value):
+        return (bool(value),) * rank
+    if isinstance(value, Sequence) and len(value) == rank and all(map(_is_flag, value)):
+        return tuple(map(bool, value))
     raise ValueError(f"{name} must be a bool or {rank} bools (one per axis of the layout), got {shown(value)}; "
                      f"e.g. {(True,) * rank}")  # fmt: skip
 

@@ -306,6 +306,34 @@ def test_compiling_is_switched_off_in_all_threads(monkeypatch, tmp_path):
         other.join()
 
 
+def test_a_forked_child_is_in_no_block_of_a_thread_that_it_has_not():
+    code = """
+        import os, threading, na_compiler
+        from na_compiler.runtime.jit import is_compiling_allowed
+
+        inside, leave = threading.Event(), threading.Event()
+        def forbid():
+            with na_compiler.compiling(False):
+                inside.set()
+                leave.wait()
+        other = threading.Thread(target=forbid)
+        other.start()
+        inside.wait()
+        assert not is_compiling_allowed()
+        if os.fork() == 0:
+            os._exit(0 if is_compiling_allowed() else 3)
+        print(os.waitstatus_to_exitcode(os.wait()[1]))
+        with na_compiler.compiling(False):
+            if os.fork() == 0:
+                os._exit(3 if is_compiling_allowed() else 0)
+            print(os.waitstatus_to_exitcode(os.wait()[1]))
+        leave.set()
+        other.join()
+        assert is_compiling_allowed()
+    """
+    assert run_python(code, NA_COMPILER_JIT=None).split() == ["0", "0"]
+
+
 def test_brings_tvms_runtime(tmp_path, seed):
     """A machine has apache-tvm-ffi and nothing else of TVM."""
     folder = tmp_path / "kernels"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_nvcc_is_taken_from_cuda_home(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("version", "told"), [("12.4.131", "is version 12.4.131"), (None, "is of no version that it tells")]
 )
-def test_another_nvcc_is_refused_and_a_later_one_is_looked_for(monkeypatch, tmp_path, version, told):
+def test_another_nvcc_is_refused_and_a_later_one_is_looked_for(monkeypatch, tmp_path, version, told, caplog):
     old, new = compiler(tmp_path / "old" / "bin", version), compiler(tmp_path / "new", "14.0.1")
     monkeypatch.setattr(toolkit, "packaged", lambda path: iter(()))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
@@ -107,7 +108,10 @@ def test_another_nvcc_is_refused_and_a_later_one_is_looked_for(monkeypatch, tmp_
     with pytest.raises(RuntimeError, match=rf"needs nvcc 13 or later, and {old} {told}; install .*-nvcc==13"):
         toolkit.find_toolkit()
     monkeypatch.setenv("PATH", f"{new.parent}:/bin:/usr/bin")
-    assert toolkit.find_toolkit().nvcc == new
+    caplog.clear()
+    assert [toolkit.find_toolkit().nvcc for _ in range(2)] == [new, new]
+    (message,) = caplog.messages
+    assert "is version 14.0.1, which is later than this version of na_compiler knows" in message
 
 
 def test_keys_change_with_nvcc(monkeypatch, tmp_path):
@@ -128,6 +132,15 @@ def test_keys_change_with_nvcc(monkeypatch, tmp_path):
     assert second[1] == first[1], "a CPU's kernels have nothing to do with it"
     nvcc.unlink()
     assert keys() == first
+    # Anything else in the place of what was written down is nothing.
+    remembered = tmp_path / "cache" / "nvcc-version"
+    remembered.unlink()
+    nothing = keys()
+    os.mkfifo(remembered)
+    assert keys() == nothing
+    compiler(tmp_path, "13.1.6")
+    toolkit.remember_version()
+    assert remembered.read_text() == "13.1.6"
 
 
 def compiler(folder, version, what=""):

@@ -59,6 +59,12 @@ def test_scale_is_taken_as_it_is(scale, seed):
     check_forward(example, output, lse)
 
 
+@pytest.mark.parametrize("causal", [np.bool_(True), (np.bool_(True),)])
+def test_flags_of_numpys(causal, seed):
+    query = torch.randn(1, 9, 2, 8)
+    assert torch.equal(na1d(query, query, query, 3, is_causal=causal), na1d(query, query, query, 3, is_causal=True))
+
+
 @pytest.mark.parametrize("scale", [np.float32(0.25), np.float64(0.25), np.int64(2), fractions.Fraction(1, 4)])
 def test_numbers_of_other_libraries(scale, seed):
     query = torch.randn(1, 5, 6, 1, 8)

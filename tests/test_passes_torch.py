@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import os
 
 import natten_stub
 import numpy as np
@@ -533,6 +534,60 @@ def test_nodes_of_one_name_in_different_graphs_are_different_ones(seed, tmp_path
     file.write_text("any")
     assert remembered(str(file), None, lambda: sites) == sites
     assert remembered(str(file), None, lambda: None) == sites
+
+
+class TestRemembered:
+    """Which sites a file has is kept beside the kernels; whatever else may be in that place is no more than missing."""
+
+    @pytest.fixture
+    def find(self, monkeypatch, tmp_path):
+        from na_compiler.passes import remember
+
+        monkeypatch.setenv("NA_COMPILER_CACHE", str(tmp_path / "cache"))
+
+        def find(text, sites=passes.Sites()):  # noqa: B008
+            file = tmp_path / "program"
+            file.write_text(text)
+            return remember.remembered(str(file), None, lambda: sites)
+
+        return find
+
+    @pytest.mark.parametrize("what", ["deep", "list", "pipe", "large"])
+    def test_what_is_no_such_file(self, find, tmp_path, what):
+        find("any")
+        (entry,) = (tmp_path / "cache" / "models").iterdir()
+        entry.unlink()
+        if what == "pipe":
+            os.mkfifo(entry)
+        else:
+            text = {"deep": "[" * 100_000, "list": '{"sites": [[]]}', "large": " " * (9 << 20) + '{"sites": []}'}
+            entry.write_text(text[what])
+        known = passes.Sites([passes.Site("node", "layer", "na_compiler::na1d", "forward", None)])
+        assert find("any", known) == known
+        assert find("any") == known
+
+    def test_there_is_a_bound(self, find, tmp_path, monkeypatch):
+        from na_compiler.compiler import cache
+        from na_compiler.passes import remember
+
+        monkeypatch.setattr(remember, "_LIMIT", 3)
+        for count in range(5):
+            find(str(count))
+        folder = tmp_path / "cache" / "models"
+        assert len(list(folder.iterdir())) == 3
+        cache.clear()
+        assert not list(folder.iterdir())
+
+
+def test_a_mask_that_was_taken_as_constant_is_kept_on_the_host():
+    """What is allocated on a device during a user's call may belong to a CUDA graph."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from na_compiler.passes.backend import _Constant
+
+    with FakeTensorMode():
+        kept = _Constant(0, torch.empty(4, 4, dtype=torch.bool, device="cuda"))
+    assert kept.value.device.type == "cpu"
 
 
 def test_one_problem_twice_in_two_graphs_is_two_sites(seed):

@@ -196,7 +196,7 @@ def clear() -> int:
     """Delete all entries, and what lies beside them; returns how many entries there were."""
     count = len(list(_entry_folders()))
     # With what is hidden there, of processes that were killed while they compiled, and what else this package keeps.
-    for folder in (_folder(), cache_folder() / "locks", cache_folder() / "host"):
+    for folder in (_folder(), cache_folder() / "locks", cache_folder() / "host", cache_folder() / "models"):
         for path in folder.iterdir() if folder.is_dir() else ():
             _remove(path)
     return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import re
 import shutil
@@ -13,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from na_compiler.devices.cuda import packaged
+from na_compiler.runtime import manifest
 from na_compiler.runtime.folders import cache_folder
 from na_compiler.runtime.host import HostLibrary
+from na_compiler.runtime.temporary import temporary_folder
 
 __all__ = ["OLDEST", "Toolkit", "find_toolkit", "nvcc_version", "remember_version", "stand_ins"]
 
+_LOG = logging.getLogger("na_compiler")
 # The first version of nvcc that knows the architectures of `na_compiler.devices.cuda`.
 OLDEST = 13
 _HERE = Path(__file__).parent
+_VERSION = re.compile(r"\d+(\.\d+){0,5}")
 _RELEASE = re.compile(r"release (\d+)\.(\d+), V([\d.]+)")
 
 
@@ -53,6 +58,7 @@ def find_toolkit() -> Toolkit:
         if nvcc.is_file():
             version = _version_of(nvcc, nvcc.stat().st_mtime)
             if version is not None and int(version.partition(".")[0]) >= OLDEST:
+                _say_later(nvcc, version)
                 return Toolkit(nvcc, version)
             refused.append(f"{nvcc} is {f'version {version}' if version else 'of no version that it tells'}")
     found = f"{', and '.join(refused)}" if refused else "it is not in CUDA_HOME, CUDA_PATH, on the path or in a package"
@@ -75,6 +81,16 @@ def _compilers() -> Iterator[Path]:
 
 
 @functools.cache
+def _say_later(nvcc: Path, version: str) -> None:
+    if int(version.partition(".")[0]) > OLDEST:
+        _LOG.warning(
+            "%s is version %s, which is later than this version of na_compiler knows: should a GPU's driver refuse its "
+            "kernels, set CUDA_HOME to NVIDIA's toolkit %d",
+            nvcc, version, OLDEST,
+        )  # fmt: skip
+
+
+@functools.cache
 def _version_of(nvcc: Path, changed: float) -> str | None:  # noqa: ARG001 - a file that changed is asked again
     try:
         done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False, timeout=60)  # noqa: S603
@@ -92,18 +108,27 @@ def nvcc_version() -> str:
     try:
         return find_toolkit().version
     except RuntimeError:
-        try:
-            return _remembered().read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError):
-            return "none"
+        return _read_version() or "none"
 
 
 def remember_version() -> None:
     """Write down the version of nvcc beside the cached kernels, where they can be written; see `nvcc_version`."""
     version, path = nvcc_version(), _remembered()
     with contextlib.suppress(OSError):
-        if not path.is_file() or path.read_text(encoding="ascii", errors="replace") != version:
-            path.write_text(version, encoding="ascii")
+        if _read_version() != version:
+            # In one step: others may be reading it, and anything may be in its place.
+            with temporary_folder(path.parent, ".nvcc-version-") as folder:
+                made = folder / path.name
+                made.write_text(version, encoding="ascii")
+                made.replace(path)
+
+
+def _read_version() -> str | None:
+    try:
+        text = manifest.contents(_remembered()).decode("ascii")
+    except ValueError:
+        return None
+    return text if _VERSION.fullmatch(text) else None
 
 
 def _remembered() -> Path:

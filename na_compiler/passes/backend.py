@@ -77,14 +77,15 @@ class _Constant:
     def __init__(self, place: int, tensor: torch.Tensor) -> None:
         # Kept, so that no other tensor gets its memory.
         self.place, self.tensor, self.version = place, tensor, tensor._version  # noqa: SLF001
-        self.value = tensor.clone()
+        # On the host: what is allocated on a device during a user's call may belong to a CUDA graph.
+        self.value = tensor.detach().cpu().clone()
 
     def holds(self, inputs: Sequence[Any]) -> bool:
         """Return whether the buffer is still what it was; takes half a microsecond where nobody wrote to it."""
         tensor = inputs[self.place]
         if tensor.data_ptr() == self.tensor.data_ptr() and tensor._version == self.version:  # noqa: SLF001
             return True
-        if tensor.shape != self.value.shape or not torch.equal(tensor, self.value):
+        if tensor.shape != self.value.shape or not torch.equal(tensor.cpu(), self.value):
             return False
         self.tensor, self.version = tensor, tensor._version  # noqa: SLF001
         return True

@@ -14,9 +14,13 @@ from pathlib import Path
 
 from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import Problem
+from na_compiler.runtime import manifest
 from na_compiler.runtime.folders import cache_folder
 
 __all__ = ["remembered"]
+
+# Files that are remembered; those that were written or asked for longest ago go first.
+_LIMIT = 256
 
 
 def remembered(path: str, shapes: Sequence[Mapping[str, Sequence[int]]] | None, find: Callable[[], Sites]) -> Sites:
@@ -40,8 +44,12 @@ def remembered(path: str, shapes: Sequence[Mapping[str, Sequence[int]]] | None, 
         )
     key = hashlib.sha256(f"{content.hexdigest()} {asked} {shapes is None} {_fingerprint()}".encode()).hexdigest()[:32]
     entry = cache_folder() / "models" / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return Sites(_site(data) for data in json.loads(entry.read_text(encoding="utf-8"))["sites"])
+    # Whatever else is in its place costs time, and is written anew.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+        sites = Sites(_site(data) for data in json.loads(manifest.contents(entry))["sites"])
+        with contextlib.suppress(OSError):
+            os.utime(entry)
+        return sites
     sites = find()
     # A cache that cannot be written costs time, nothing else.
     with contextlib.suppress(OSError):
@@ -63,6 +71,15 @@ def _write(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     Path(temporary).replace(path)
+    # With what processes left that were killed while they wrote.
+    for old in sorted(path.parent.iterdir(), key=_written)[:-_LIMIT]:
+        old.unlink(missing_ok=True)
+
+
+def _written(path: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return path.lstat().st_mtime
+    return 0.0
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -17,12 +18,19 @@ class _Block:
 
     def __init__(self, allowed: bool) -> None:
         self.allowed = allowed
+        self.thread = threading.get_ident()
 
 
 # The innermost one of this thread, or of this task; and those of the process. A task that outlives the block in which
 # it was started still has it as its own, though it is open no more.
 _own: ContextVar[_Block | None] = ContextVar("na_compiler_compiling", default=None)
 _open: list[_Block] = []
+# In a forked child there is only the thread that forked: nobody would ever leave the blocks of the others.
+os.register_at_fork(
+    after_in_child=lambda: _open.__setitem__(
+        slice(None), [block for block in _open if block.thread == threading.get_ident()]
+    )
+)
 _VALUES = {"0": False, "false": False, "off": False, "1": True, "true": True, "on": True, "": True}
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "MAX_BYTES",
     "ManifestError",
     "check_file",
+    "contents",
     "digest_of",
     "parse",
     "plain",
@@ -76,10 +77,7 @@ def read(path: Path, check: Check, format: int) -> dict[str, Any]:  # noqa: A002
     ManifestError
         If it cannot be read, or is not what it should be.
     """
-    with _opened(path) as (file, size):
-        if size > MAX_BYTES:
-            raise ManifestError(f"{path.name} has {size} bytes, and a manifest has {MAX_BYTES} at most")
-        data = file.read(MAX_BYTES + 1)
+    data = contents(path)
     try:
         value = parse(data)
         if not isinstance(value, dict) or "format" not in value:
@@ -94,6 +92,20 @@ def read(path: Path, check: Check, format: int) -> dict[str, Any]:  # noqa: A002
     except ManifestError as error:
         raise ManifestError(f"{path.name}: {error}") from None
     return value
+
+
+def contents(path: Path) -> bytes:
+    """Return what is in a file, if it is a regular one and as short as a manifest.
+
+    Raises
+    ------
+    ManifestError
+        If it is not, or cannot be read.
+    """
+    with _opened(path) as (file, size):
+        if size > MAX_BYTES:
+            raise ManifestError(f"{path.name} has {size} bytes, and a manifest has {MAX_BYTES} at most")
+        return file.read(MAX_BYTES + 1)
 
 
 def check_file(path: Path, size: int, sha256: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from na_compiler.runtime.folders import loadable
 from na_compiler.runtime.library import load_runtime
 
 __all__ = ["Whole", "load_whole"]
@@ -51,10 +52,12 @@ def load_whole(path: str | Path) -> Whole:
     ------
     FileNotFoundError
         If there is no such file, or no runtime library of TVM's.
+    OSError
+        If its file system and that for temporary files both forbid to run what is on them.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     import tvm_ffi  # noqa: PLC0415
 
     load_runtime()
-    return Whole(tvm_ffi.load_module(str(path)))
+    return Whole(tvm_ffi.load_module(str(loadable(Path(path)))))
