@@ -1,13 +1,19 @@
 """The portable bodies, in ONNX Runtime without our library and in onnx's own evaluator."""
 
+import itertools
+import math
+import random
+
 import onnx
 import onnx.inliner
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from onnx_models import PARTS, PROBLEMS, Forward, cases, cost, feeds, one_node, session
 from onnx_models import run as run_session
+from oracle import NAMES, check_forward, draw
 
 from na_compiler.onnx import DOMAIN, add_bodies, reference_ops
 from na_compiler.problem import Problem
@@ -60,6 +66,19 @@ def test_half_precision(dtype, run, body, seed):
     problem = Problem((6, 7, 8), 2, 20, 3, additional_kv=True, dtype=dtype)
     example = Forward(problem)
     example.check(*run(one_node(problem, body=body, dynamic_layout=False), feeds(example.inputs)))
+
+
+@pytest.mark.parametrize("body", ["generic", "blocked"])
+@pytest.mark.parametrize("run", [run_ort, run_evaluator])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_not_finite_where_softmax_is(run, body, seed):
+    """One number that is not finite: so are results that depend on it, and beside hidden values there may be NaN."""
+    for problem in (Problem((6, 7), 2, 8, 3, additional_kv=True), Problem(19, 2, 4, 7, 2, 2, is_causal=True)):
+        model = one_node(problem, body=body, dynamic_layout=False)
+        for name, number in itertools.product(NAMES[: 5 if problem.additional_kv else 3], (math.nan, math.inf)):
+            example = draw(problem, spoiled={name: random.choice([1, -1]) * number})
+            output, lse = map(torch.as_tensor, run(model, feeds(example.inputs)))
+            check_forward(example, output, lse, spreads=name in {"value", "additional_values"})
 
 
 def run_cases(problems):

@@ -1,5 +1,6 @@
 """`na_compiler.whole`: linear layers, activations and norms by our schedules, and what cannot be compiled whole."""
 
+import math
 import random
 
 import numpy as np
@@ -64,6 +65,32 @@ def test_activations_and_norms(tmp_path, seed):
             x = torch.randn(batch, 9, 32)
             for result, expected in zip(map(torch.from_dlpack, whole(x)), model(x), strict=True):
                 assert ((result - expected).norm() / expected.norm()).item() < 1e-5
+
+
+class Limits(nn.Module):
+    """What must not make a number of NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = NeighborhoodAttention1D(16, 2, 3)
+
+    def forward(self, x):
+        y = x + 0 * self.attn(torch.ones_like(x))
+        functions = (torch.relu, torch.tanh, torch.sigmoid, torch.erf, functional.relu6, functional.silu)
+        first = [*(function(y) for function in functions), functional.gelu(y, approximate="tanh"), y.clamp(-1, 2)]
+        pairs = [torch.maximum(y, y.roll(1, -1)), torch.minimum(y, y.roll(1, -1))]
+        return torch.stack([*first, *pairs]), y.softmax(-1), functional.layer_norm(y, (16,))
+
+
+def test_not_finite_where_pytorch_is(tmp_path, seed):
+    model, x = Limits().eval(), 3 * torch.randn(4, 9, 16)
+    x[0, 3, 5], x[1, 4, 2], x[2, 0, 7] = math.nan, math.inf, -math.inf
+    with torch.no_grad():
+        compile_whole(torch.export.export(model, (x,)), tmp_path / "model.so")
+        for result, expected in zip(
+            map(torch.from_dlpack, load_whole(tmp_path / "model.so")(x)), model(x), strict=True
+        ):
+            torch.testing.assert_close(result, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_is_the_scheduled_function_and_linear_layers_are_ours(seed):

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tvm import IRModule, relax, s_tir, te, tirx
+from tvm import IRModule, relax, s_tir, te, tirx, topi
 from tvm.tirx import IterVar
 
 from na_compiler.target import CpuTarget
@@ -76,12 +76,22 @@ def _gelu_tanh(x: Expr) -> Expr:
     return x * _sigmoid(_float(2) * inner)
 
 
+# Limits are selections, whose comparisons NaN fails: TensorIR's maximum may return either operand beside NaN.
+def _relu(x: Expr) -> Expr:
+    return tirx.Select(x < _float(0), _float(0), x)
+
+
+def _clip(low: float, high: float) -> Callable[[Expr], Expr]:
+    return lambda x: tirx.Select(x < _float(low), _float(low), tirx.Select(x > _float(high), _float(high), x))
+
+
 _ELEMENTWISE: dict[str, Callable[[Expr], Expr]] = {
     "relax.sigmoid": _sigmoid,
     "relax.tanh": _tanh,
     "relax.erf": _erf,
     "relax.nn.gelu": _gelu,
     "relax.nn.gelu_tanh": _gelu_tanh,
+    "relax.nn.relu": _relu,
     "relax.nn.silu": lambda x: x * _sigmoid(x),
 }
 
@@ -95,6 +105,28 @@ def _elementwise(name: str, function: Callable[[Expr], Expr]) -> Any:
             return te.compute(x.shape, lambda *index: function(x[index]), name=name.rpartition(".")[2])
 
         return builder.call_te(compute, call.args[0], primfunc_name_hint=name.rpartition(".")[2])
+
+    return legalized
+
+
+def _clipped(builder: relax.BlockBuilder, call: relax.Call) -> Any:
+    low, high = (limit.value for limit in call.args[1:])
+    if not all(isinstance(limit, tirx.IntImm | tirx.FloatImm) for limit in (low, high)):
+        return _default("relax.clip")(builder, call)
+    return _elementwise("relax.clip", _clip(float(low), float(high)))(builder, call)
+
+
+def _of_two(name: str, wins: Callable[[Any, Any], Any]) -> Any:
+    """Lower a maximum or minimum; TensorIR's own may return either operand where one is NaN."""
+
+    def legalized(builder: relax.BlockBuilder, call: relax.Call) -> Any:
+        if str(call.ty.dtype) != "float32":
+            return _default(name)(builder, call)
+
+        def compute(a: te.Tensor, b: te.Tensor) -> te.Tensor:
+            return topi.where(topi.logical_or(wins(b, a), topi.isnan(b)), b, a)
+
+        return builder.call_te(compute, *call.args, primfunc_name_hint=name.rpartition(".")[2])
 
     return legalized
 
@@ -151,6 +183,9 @@ def _layer_norm(builder: relax.BlockBuilder, call: relax.Call) -> Any:
 def legalize(module: IRModule) -> IRModule:
     """Lower all operators to functions, and fuse what is elementwise."""
     custom = {name: _elementwise(name, function) for name, function in _ELEMENTWISE.items()}
+    custom["relax.clip"] = _clipped
+    custom["relax.maximum"] = _of_two("relax.maximum", topi.greater)
+    custom["relax.minimum"] = _of_two("relax.minimum", topi.less)
     custom["relax.nn.layer_norm"] = _layer_norm
     module = relax.transform.LegalizeOps(custom)(module)
     for transform in (

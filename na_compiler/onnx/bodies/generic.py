@@ -112,8 +112,8 @@ class Heads:
 
 
 def masked(write: Writer, scores: Expression, visible: Expression) -> Expression:
-    """Return scores that are minus infinity where a key is not visible."""
-    return scores + write("Where", visible, np.float32(0), np.float32(-np.inf))
+    """Return scores that are minus infinity where a key is not visible, whatever they were."""
+    return write("Where", visible, scores, np.float32(-np.inf))
 
 
 def attend(
@@ -141,7 +141,7 @@ def attend(
         What the function returns.
     """
     if not additional:
-        lse = write("ReduceLogSumExp", scores, [-1], keepdims=0) if interface.lse else None
+        lse = _logarithm(write, scores) if interface.lse else None
         return write("MatMul", write("Softmax", scores, axis=-1), values), lse
     count = write("Slice", write("Shape", additional[0]), [1], [2])
     # A dimension for the blocks of queries, all of which see the same keys. Padded with one key that nobody sees:
@@ -155,11 +155,17 @@ def attend(
     more_scores = masked(write, more_scores, write("Less", places, count))
     window = write("Slice", write("Shape", scores), [4], [5])
     together = write("Concat", scores, more_scores, axis=-1)
-    lse = write("ReduceLogSumExp", together, [-1], keepdims=0) if interface.lse else None
+    lse = _logarithm(write, together) if interface.lse else None
     weights = write("Softmax", together, axis=-1)
     seen = write("MatMul", write("Slice", weights, [0], window, [4]), values)
     rest = write("Slice", weights, window, write("Shape", weights, start=4), [4])
     return seen + write("MatMul", rest, more[1]), lse
+
+
+def _logarithm(write: Writer, scores: Expression) -> Expression:
+    """Return the logarithm of the softmax's denominator: NaN where an infinite score, or only hidden ones, undo it."""
+    lse = write("ReduceLogSumExp", scores, [-1], keepdims=0)
+    return write("Where", write("IsInf", lse), np.float32(np.nan), lse)
 
 
 def _window_tables(write: Writer, layout: Expression, rank: int) -> tuple[Expression, Expression]:
