@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 
@@ -63,7 +64,7 @@ _ARGUMENTS = {
 }
 
 
-def emulate(problem, config, *, edit=None, orders=ORDERS, **arguments):
+def emulate(problem, config, *, edit=None, orders=ORDERS, spreads=False, **arguments):
     """Emulate a problem's kernel in both orders, and compare with the reference."""
     emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, config), edit)
     example = draw(problem, **arguments)
@@ -72,7 +73,7 @@ def emulate(problem, config, *, edit=None, orders=ORDERS, **arguments):
         empty = torch.empty(example.output.shape, dtype=example.inputs[0].dtype), torch.empty(example.lse.shape)
         output, lse = poisoned(*empty)
         emulator(*example.inputs, scale, output, lse, order=order)
-        check_forward(example, output, lse)
+        check_forward(example, output, lse, spreads=spreads)
 
 
 @pytest.mark.parametrize("name", some(CASES, 8, "mma"))
@@ -90,6 +91,46 @@ def test_any_scale(scale, key_tile, seed):
 def test_few_additional_keys(additional, key_tile, seed):
     problem = Problem((9, 20), 1, 64, 3, additional_kv=True, dtype="bfloat16")
     emulate(problem, Mma((4, 4), (1, 1), key_tile), orders=ORDERS[:1], additional=additional)
+
+
+@pytest.mark.parametrize("key_tile", some([((16,),), None], 1, "finite"))
+@pytest.mark.parametrize("name", some(["query", "key", "value", "additional_keys", "additional_values"], 2, "finite"))
+def test_not_finite_where_softmax_is(name, key_tile, seed):
+    """One number that is not finite: so are results that depend on it, and beside hidden values there may be NaN."""
+    problem = Problem(90, 1, 16, 9, additional_kv=True, dtype="bfloat16")
+    for number in (math.nan, random.choice([math.inf, -math.inf])):
+        spreads = name in {"value", "additional_values"}
+        emulate(problem, Mma((16,), (2,), key_tile), orders=ORDERS[:1], spreads=spreads, spoiled={name: number})
+
+
+@pytest.mark.parametrize("key_tile", some([((16,),), None], 1, "finite"))
+@pytest.mark.parametrize("score", some([-math.inf, -3e38, 1e30], 1, "score"))
+def test_scores_at_the_end_of_float32(key_tile, score, seed):
+    """Hidden keys have no part in it, be the scores that are seen as low as they may, and their scale large."""
+    problem = Problem(70, 1, 8, 9, dtype="bfloat16")
+    emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, Mma((16,), (2,), key_tile)))
+    for scale in (2.0**-2, 1.0, 2.0**10):
+        query, key, value = draw(problem).inputs
+        query.fill_(0.0)[..., 0] = 1.0
+        key.fill_(0.0)[..., 0] = score
+        output, lse = poisoned(value, torch.empty(1, 70, 1))
+        emulator(query, key, value, scale, output, lse, order=ORDERS[0])
+        scaled = torch.tensor(key[0, 0, 0, 0].item() * scale * math.log2(math.e), dtype=torch.float32)
+        if scaled.isinf():
+            assert output.isnan().all()
+            assert lse.isnan().all()
+            continue
+        mean = value.float().unfold(1, 9, 1).mean(-1)[:, [0] * 4 + list(range(62)) + [61] * 4]
+        torch.testing.assert_close(output.float(), mean, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(lse, torch.full_like(lse, key[0, 0, 0, 0].item() * scale))
+
+
+@pytest.mark.parametrize("key_tile", some([((16,),), None], 1, "finite"))
+@pytest.mark.parametrize("size", some([1e8, 1e30], 1, "size"))
+def test_large_scores(key_tile, size, seed):
+    """One key wins each query."""
+    problem = Problem(90, 1, 16, 9, dtype="bfloat16")
+    emulate(problem, Mma((16,), (2,), key_tile), orders=ORDERS[:1], scale=size * random.choice([1.0, -1.0]))
 
 
 def test_views_of_one_projection(seed):

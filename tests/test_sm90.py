@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
 
 import pytest
 import torch
 from cuda_emulator import ORDERS, Emulator, EmulatorError
+from draws import some
 from oracle import check_forward, draw, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
@@ -49,7 +52,7 @@ CASES = {
 _ARGUMENTS = {"additional": {"additional": 150}, "persistent": {"batch": 9}, "2d": {"batch": 2}, "3d": {"scale": -0.2}}
 
 
-def emulate(problem, config, *, edit=None, orders=ORDERS, **arguments):
+def emulate(problem, config, *, edit=None, orders=ORDERS, spreads=False, **arguments):
     """Emulate a problem's kernel in both orders, and compare with the reference."""
     spec = KernelSpec(problem, "forward", TARGET, config)
     emulator = Emulator.of(spec, edit)
@@ -59,7 +62,7 @@ def emulate(problem, config, *, edit=None, orders=ORDERS, **arguments):
         empty = torch.empty(example.output.shape, dtype=example.inputs[0].dtype), torch.empty(example.lse.shape)
         output, lse = poisoned(*empty)
         emulator(*example.inputs, scale, output, lse, order=order)
-        check_forward(example, output, lse)
+        check_forward(example, output, lse, spreads=spreads)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -77,6 +80,43 @@ def test_no_additional_keys(seed):
     """There is nothing to encode a tensor map of then."""
     problem = Problem(70, 1, 64, 9, additional_kv=True, dtype="bfloat16")
     emulate(problem, Sm90((64,), (64,)), orders=ORDERS[:1], additional=0)
+
+
+@pytest.mark.parametrize("name", some(["query", "key", "value", "additional_keys", "additional_values"], 2, "finite"))
+def test_not_finite_where_softmax_is(name, seed):
+    """One number that is not finite: so are results that depend on it, and beside hidden values there may be NaN."""
+    problem = Problem(90, 1, 16, 9, additional_kv=True, dtype="bfloat16")
+    for number in (math.nan, random.choice([math.inf, -math.inf])):
+        spreads = name in {"value", "additional_values"}
+        emulate(problem, Sm90((64,), (64,)), orders=ORDERS[:1], spreads=spreads, spoiled={name: number})
+
+
+@pytest.mark.parametrize("score", some([-math.inf, -3e38, 1e30], 1, "score"))
+def test_scores_at_the_end_of_float32(score, seed):
+    """Hidden keys have no part in it, be the scores that are seen as low as they may, and their scale large."""
+    problem = Problem(70, 1, 8, 9, dtype="bfloat16")
+    emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, Sm90((64,), (64,))))
+    for scale in (2.0**-2, 1.0, 2.0**10):
+        query, key, value = draw(problem).inputs
+        query.fill_(0.0)[..., 0] = 1.0
+        key.fill_(0.0)[..., 0] = score
+        output, lse = poisoned(value, torch.empty(1, 70, 1))
+        emulator(query, key, value, scale, output, lse, order=ORDERS[0])
+        scaled = torch.tensor(key[0, 0, 0, 0].item() * scale * math.log2(math.e), dtype=torch.float32)
+        if scaled.isinf():
+            assert output.isnan().all()
+            assert lse.isnan().all()
+            continue
+        mean = value.float().unfold(1, 9, 1).mean(-1)[:, [0] * 4 + list(range(62)) + [61] * 4]
+        torch.testing.assert_close(output.float(), mean, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(lse, torch.full_like(lse, key[0, 0, 0, 0].item() * scale))
+
+
+@pytest.mark.parametrize("size", some([1e8, 1e30], 1, "size"))
+def test_large_scores(size, seed):
+    """One key wins each query."""
+    problem = Problem(90, 1, 16, 9, dtype="bfloat16")
+    emulate(problem, Sm90((64,), (64,)), orders=ORDERS[:1], scale=size * random.choice([1.0, -1.0]))
 
 
 def test_views_of_one_projection(seed):
@@ -231,9 +271,9 @@ def test_finds_a_missing_rescale(monkeypatch, seed):
 
 
 def test_finds_a_factor_that_rounding_makes_infinite(monkeypatch, seed):
-    """Rows that have met no key yet: with the scale multiplied in first, contraction leaves 2^72 instead of 0.
+    """Rows that have met no key yet: the factor must be of the products as they were rounded, and so be 1.
 
-    The order of the two is what an H100 showed to matter, at head_dim 256.
+    An H100 showed that it matters, at head_dim 256, where contraction left 2^72.
     """
 
     def factor(self):

@@ -540,6 +540,7 @@ inline void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() 
 inline void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() {}
 inline void tvm_builtin_ptx_ex2_approx_ftz_f32(float& target, float value) { target = exp2f(value); }
 inline void tvm_builtin_ptx_min_NaN_f32(float& target, float a, float b) { target = a != a ? a : b != b ? b : min(a, b); }
+inline void tvm_builtin_ptx_sub_rn_ftz_f32(float& target, float a, float b) { target = a - b; }
 inline void tvm_builtin_ptx_rcp_approx_ftz_f32(float& target, float value) { target = 1.f / value; }
 inline void tvm_builtin_ptx_lg2_approx_ftz_f32(float& target, float value) { target = log2f(value); }
 inline void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& target, float high, float low) {

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import math
 import sys
@@ -250,6 +251,28 @@ class Checks:
                 runs.append([output, lse, *self.differentiate(example, output, lse)])
             for run in runs[1:]:
                 assert all(map(torch.equal, run, runs[0]))
+
+    def check_not_finite(self) -> None:
+        """One number that is not finite in each tensor in turn, and scores as low as float32 has them."""
+        for problem in (PLAIN, MORE, HALF):
+            names = [*oracle.NAMES[: 5 if problem.additional_kv else 3], "grad_output", "grad_lse"]
+            for name, number in zip(names, itertools.cycle((math.nan, math.inf, -math.inf)), strict=False):
+                example = self.example(problem, spoiled={name: number})
+                output, lse = self.attend(example)
+                oracle.check_forward(example, output, lse, spreads=name == "value", repeats=True)
+                grads = self.differentiate(example, example.output.to(output.dtype).contiguous(), example.lse.float())
+                spreads = name in {"query", "key", "grad_output"}
+                oracle.check_backward(example, grads, spreads=spreads, repeats=True)
+            for score in (-math.inf, -1e38):
+                example = self.example(problem)
+                for number, tensor in enumerate(example.inputs):
+                    if number in {0, 1, 3}:
+                        tensor.zero_()[..., 0] = 1.0 if number == 0 else max(score, torch.finfo(tensor.dtype).min / 2)
+                        if number and math.isinf(score):
+                            tensor[..., 0] = score
+                output, lse = self.attend(example)
+                assert output.isnan().all() if math.isinf(score) else output.isfinite().all()
+                assert lse.isnan().all() if math.isinf(score) else lse.isfinite().all()
 
     def check_training(self) -> str:
         """A layer learns, and as it does on the CPU in float64 by the reference."""
