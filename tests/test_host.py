@@ -2,6 +2,8 @@
 
 import ctypes
 import logging
+import os
+import time
 
 import pytest
 
@@ -96,3 +98,15 @@ def test_a_failure_has_the_compilers_words(tmp_path, cache):
     with pytest.raises(HostCompileError, match=r"(?s)could not build the library: .*one.cc.*NONE"):
         library(tmp_path / "sources", options=("-DN=NONE",)).build()
     assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_what_a_killed_process_left_beside_a_library_goes(tmp_path):
+    place = library(tmp_path / "sources").build().parent
+    (place / "libone.so").unlink()
+    old, new = place / ".building-old", place / ".building-new"
+    for left in (old, new):
+        left.mkdir()
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert library(tmp_path / "sources").build().is_file()
+    assert not old.exists()
+    assert new.exists(), "somebody may be about to use it"
