@@ -147,7 +147,7 @@ def check_operands(problem: Problem, given: Mapping[str, Any], query: Any) -> No
         _check_kind(operand, value, query)
 
 
-def check_scalar(operand: Operand, value: Any) -> None:
+def check_scalar(operand: Operand, value: object) -> None:
     """Check a number.
 
     Raises
@@ -202,5 +202,5 @@ def _learn(argument: Argument, tensor: Any, known: dict[str, int]) -> None:
             known[extent] = tensor.shape[axis] if axis < len(tensor.shape) else 0
 
 
-def _word(dtype: Any) -> str:
+def _word(dtype: object) -> str:
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]

@@ -100,7 +100,7 @@ class Problem:
             heads_kv: int | None = None,
             head_dim_v: int | None = None,
             additional_kv: bool = False,
-            dtype: Any = "float32",
+            dtype: object = "float32",
             operands: Sequence[str] = (),
         ) -> None: ...
 
@@ -299,7 +299,7 @@ class Problem:
         return " ".join(words)
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: object) -> str:
     """Return the name of a dtype given as a string, a ``torch.dtype`` or a ``numpy.dtype``.
 
     Raises
@@ -317,12 +317,12 @@ def _times(values: Sequence[int]) -> str:
     return "x".join(map(str, values))
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return a value as messages show it: short, whatever was given."""
     return reprlib.repr(value)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -342,20 +342,20 @@ def _positive(name: str, value: Any) -> int:
     return int(value)
 
 
-def _flag(name: str, value: Any) -> bool:
+def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {shown(value)}")
     return value
 
 
-def _operands(value: Any) -> tuple[str, ...]:
+def _operands(value: object) -> tuple[str, ...]:
     known = [option for option in operands.options() if option != operands.ADDITIONAL_KV]
     if isinstance(value, str) or not isinstance(value, Sequence) or not set(value) <= set(known):
         raise ValueError(f"operands must be names among {', '.join(known) or 'none'}, got {value!r}")
     return tuple(name for name in known if name in value)
 
 
-def _layout(value: Any) -> tuple[int, ...]:
+def _layout(value: object) -> tuple[int, ...]:
     axes = (value,) if _is_int(value) else value
     if not isinstance(axes, Sequence) or isinstance(axes, str) or not 1 <= len(axes) <= MAX_RANK:
         raise ValueError(f"layout must have 1, 2 or 3 axes, got {shown(value)}; e.g. (56, 56)")
@@ -366,7 +366,7 @@ def _layout(value: Any) -> tuple[int, ...]:
     return tuple(map(int, axes))
 
 
-def ints_per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
+def ints_per_axis(name: str, value: object, rank: int) -> tuple[int, ...]:
     """Return a parameter that is an int, or a sequence of one an axis, as a tuple.
 
     Raises
@@ -390,7 +390,7 @@ def ints_per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
     return tuple(map(int, axes))
 
 
-def flags_per_axis(name: str, value: Any, rank: int) -> tuple[bool, ...]:
+def flags_per_axis(name: str, value: object, rank: int) -> tuple[bool, ...]:
     """Return a parameter that is a bool, or a sequence of one an axis, as a tuple.
 
     Raises

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from na_compiler.compiler import cache
 from na_compiler.compiler.locks import KeyLocks
@@ -127,7 +126,7 @@ def _in_this_process(function: Callable[..., None]) -> Callable[..., None]:
     """Refuse to run in a forked child what runs on TVM's threads there, and would wait for them for ever."""
     process = os.getpid()
 
-    def run(*arguments: Any) -> None:
+    def run(*arguments: object) -> None:
         if os.getpid() != process:
             raise RuntimeError(
                 "kernels that were built in memory do not run in forked children; set CC to a C compiler"

@@ -82,7 +82,7 @@ class Answer:
     result: Build | Failure
 
 
-def send(descriptor: int, message: Any) -> None:
+def send(descriptor: int, message: object) -> None:
     """Write a message to a pipe."""
     data = pickle.dumps(message)
     left = memoryview(struct.pack("<Q", len(data)) + data)

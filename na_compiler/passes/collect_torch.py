@@ -154,7 +154,7 @@ def _value(size: Any, symbols: dict[Any, int], *, hints: bool) -> int | None:
     return None if hint is None else int(hint)
 
 
-def _solve(module: fx.GraphModule, program: Any, shapes: Shapes) -> dict[Any, int]:
+def _solve(module: fx.GraphModule, program: object, shapes: Shapes) -> dict[Any, int]:
     """Return the values that the symbols of a graph have for some shapes of its inputs."""
     inputs = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
     symbols: dict[Any, int] = {}

@@ -102,7 +102,7 @@ def _is_small(tensor: torch.Tensor) -> bool:
     return all(isinstance(size, int) for size in tensor.shape) and tensor.numel() <= LARGEST
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Return whether it is a tensor with a value that training does not change."""
     return (
         isinstance(value, torch.Tensor)

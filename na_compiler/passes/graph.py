@@ -228,7 +228,7 @@ def _compute(node: fx.Node, name: str) -> None:
             node.meta[name] = getattr(args[0], target)(*args[1:], **kwargs)
 
 
-def _fake_mode(arguments: Any) -> Any:
+def _fake_mode(arguments: object) -> Any:
     leaves = torch.utils._pytree.tree_leaves(arguments)  # noqa: SLF001
     return next((leaf.fake_mode for leaf in leaves if hasattr(leaf, "fake_mode")), None)
 
@@ -291,7 +291,7 @@ _IN_PLACE = {
 _BUILTINS = {"abs", "len", "max", "min", "pow", "round", "sum"}
 
 
-def is_pure(target: Any) -> bool:
+def is_pure(target: object) -> bool:
     """Return whether an operator computes the same from the same, with no effect besides; False where unknown."""
     if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
         name = target._schema.name.partition("::")[2]  # noqa: SLF001

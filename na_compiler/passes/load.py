@@ -149,7 +149,7 @@ def export_all(model: str) -> list[Any]:
     return programs
 
 
-def _positional(example: Any) -> tuple[Any, ...]:
+def _positional(example: object) -> tuple[Any, ...]:
     return example if isinstance(example, tuple) else (example,)
 
 

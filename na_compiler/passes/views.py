@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
@@ -110,7 +109,7 @@ def copies(module: fx.GraphModule) -> list[fx.Node]:
     return list(found)
 
 
-def _chain(node: Any) -> Iterator[fx.Node]:
+def _chain(node: object) -> Iterator[fx.Node]:
     """Yield the nodes that only look at a tensor otherwise, or copy it."""
     while isinstance(node, fx.Node) and _name(node) in _VIEWS:
         yield node

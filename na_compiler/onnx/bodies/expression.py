@@ -50,35 +50,35 @@ class Expression:
         self.writer = writer
         self.value = value
 
-    def __add__(self, other: Any) -> Expression:
+    def __add__(self, other: object) -> Expression:
         return self.writer("Add", self, other)
 
-    def __sub__(self, other: Any) -> Expression:
+    def __sub__(self, other: object) -> Expression:
         return self.writer("Sub", self, other)
 
-    def __mul__(self, other: Any) -> Expression:
+    def __mul__(self, other: object) -> Expression:
         return self.writer("Mul", self, other)
 
-    def __floordiv__(self, other: Any) -> Expression:
+    def __floordiv__(self, other: object) -> Expression:
         return self.writer("Div", self, other)
 
-    def __mod__(self, other: Any) -> Expression:
+    def __mod__(self, other: object) -> Expression:
         return self.writer("Mod", self, other)
 
-    def __le__(self, other: Any) -> Expression:
+    def __le__(self, other: object) -> Expression:
         return self.writer("LessOrEqual", self, other)
 
-    def __and__(self, other: Any) -> Expression:
+    def __and__(self, other: object) -> Expression:
         return self.writer("And", self, other)
 
-    def __or__(self, other: Any) -> Expression:
+    def __or__(self, other: object) -> Expression:
         return self.writer("Or", self, other)
 
-    def minimum(self, other: Any) -> Expression:
+    def minimum(self, other: object) -> Expression:
         """Return the smaller one."""
         return self.writer("Min", self, other)
 
-    def maximum(self, other: Any) -> Expression:
+    def maximum(self, other: object) -> Expression:
         """Return the larger one."""
         return self.writer("Max", self, other)
 
@@ -105,7 +105,7 @@ class Writer:
         values = [self.constant(operand).value for operand in operands]
         return Expression(self, self._tape.op(operator, values, attributes or None))
 
-    def constant(self, value: Any) -> Expression:
+    def constant(self, value: object) -> Expression:
         """Return a constant: integers are int64, other numbers float32. The same one is written once."""
         if isinstance(value, Expression):
             return value
@@ -123,7 +123,7 @@ class Writer:
         field = {ir.AttributeType.INTS: "value_ints", ir.AttributeType.FLOAT: "value_float"}[kind]
         return Expression(self, self._tape.op("Constant", [], {field: ir.RefAttr(field, name, kind)}))
 
-    def shape(self, *parts: Any) -> Expression:
+    def shape(self, *parts: object) -> Expression:
         """Return a shape, for Reshape, of numbers and of tensors with one or more sizes; 0 keeps a size."""
         return self("Concat", *([part] if isinstance(part, int) else part for part in parts), axis=0)
 
