@@ -110,10 +110,11 @@ def _elementwise(name: str, function: Callable[[Expr], Expr]) -> Any:
 
 
 def _clipped(builder: relax.BlockBuilder, call: relax.Call) -> Any:
-    low, high = (limit.value for limit in call.args[1:])
-    if not all(isinstance(limit, tirx.IntImm | tirx.FloatImm) for limit in (low, high)):
+    try:
+        low, high = (float(limit.value) for limit in call.args[1:])
+    except TypeError:  # A symbol.
         return _default("relax.clip")(builder, call)
-    return _elementwise("relax.clip", _clip(float(low), float(high)))(builder, call)
+    return _elementwise("relax.clip", _clip(low, high))(builder, call)
 
 
 def _of_two(name: str, wins: Callable[[Any, Any], Any]) -> Any:
