@@ -289,6 +289,19 @@ class TestFunctionalTransforms:
         samples = torch.stack([x, 2 * x])
         assert error(each(samples), torch.stack([self.gradient(x), self.gradient(2 * x)])) < 1e-6
 
+    def test_gradient_of_the_value_beside_a_gradient(self, seed):
+        """The outer level has its graph although torch switches graphs off where the inner one calls the operator."""
+        x = torch.randn(1, 6, 9, 2, 8)
+        grad = torch.func.grad(lambda x: torch.func.grad_and_value(self.loss)(x)[1])(x)
+        assert error(grad, self.gradient(x)) < 1e-6
+
+    def test_tangents_of_a_compiled_program_are_refused(self):
+        """Where Dynamo entered the level, forward_ad says that there is none."""
+        x = torch.randn(1, 6, 2, 8)
+        compiled = torch.compile(lambda x: torch.func.jvp(lambda y: na1d(y, y, y, 3), (x,), (x,)), backend="eager")
+        with pytest.raises(Exception, match="no forward-mode derivative"):
+            compiled(x)
+
     def test_second_derivatives_are_refused(self, seed):
         x = torch.randn(1, 4, 1, 2)
         with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):

@@ -43,6 +43,9 @@ _library = torch.library.Library("na_compiler", "DEF")
 _TENSORS = tuple(place for place, o in enumerate(FORWARD.operands) if isinstance(o, Operand) and o.role == INPUT)
 _DIFFERENTIABLE = {FORWARD.names.index(operand.name): operand for operand in differentiable()}
 _OUTPUTS = len(outputs())
+# The only level of forward mode that torch has. It is named, since forward_ad itself does not know that there is one
+# where a program that Dynamo made has entered it.
+_LEVEL = 0
 
 
 def _unsupported(rank: int, *arguments: Any) -> Any:
@@ -164,30 +167,37 @@ class _Differentiable(torch.autograd.function._SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, operator: Any, setup: Any, derivative: Any, *arguments: Any) -> Any:
+    def forward(ctx: Any, modes: Any, keyset: Any, operator: Any, setup: Any, derivative: Any, *arguments: Any) -> Any:
         ctx.derivative = derivative
-        with torch._C._AutoDispatchBelowAutograd():
+        # The modes that torch switches off in here are those of the levels further out as well.
+        with_grad, with_tangents = modes
+        with (
+            torch.set_grad_enabled(with_grad),
+            forward_ad._set_fwd_grad_enabled(with_tangents),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
             results = operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
         setup(ctx, arguments, results)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (None, None, None, None, *ctx.derivative(ctx, *grads))
+        return (None, None, None, None, None, *ctx.derivative(ctx, *grads))
 
 
 def _autograd(operator: Any, setup: Any, derivative: Any, keyset: Any, *arguments: Any) -> Any:
     """Call an operator, and note how it is differentiated; torch would drop tangents in silence, which are refused."""
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if forward_ad._current_level >= 0:
+    if torch._C._is_fwd_grad_enabled():
         for tensor in tensors:
-            if forward_ad.unpack_dual(tensor).tangent is not None:
+            if forward_ad.unpack_dual(tensor, level=_LEVEL).tangent is not None:
                 refuse_tangents()
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    modes = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
     with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
         return _Differentiable.apply(  # type: ignore[attr-defined]
-            keyset, operator, setup, derivative, *arguments
+            modes, keyset, operator, setup, derivative, *arguments
         )
 
 

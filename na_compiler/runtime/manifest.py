@@ -83,9 +83,8 @@ def read(path: Path, check: Check, format: int) -> dict[str, Any]:  # noqa: A002
         if not isinstance(value, dict) or "format" not in value:
             raise ManifestError("it has no format")
         if value["format"] != format or isinstance(value["format"], bool):
-            raise OtherFormatError(
-                f"its format is {_shown(value['format'])}, and this version of na_compiler reads {format}", value
-            )
+            number = value["format"] if type(value["format"]) is int else "no number"
+            raise OtherFormatError(f"its format is {number}, and this version of na_compiler reads {format}", value)
         check(value, "")
     except OtherFormatError as error:
         raise OtherFormatError(f"{path.name}: {error}", error.said) from None

@@ -273,8 +273,9 @@ Manifest Manifest::parse(const std::string& text) {
   const Json* format = json.find("format");
   if (format == nullptr) throw Error("it has no format");
   if (format->as<int64_t>() == nullptr || *format->as<int64_t>() != NA_BUNDLE_FORMAT) {
-    throw Error("its format is " + format->canonical().substr(0, 40) + ", and this library reads " +
-                std::to_string(NA_BUNDLE_FORMAT));
+    const int64_t* number = format->as<int64_t>();
+    throw Error("its format is " + (number == nullptr ? "no number" : std::to_string(*number)) +
+                ", and this version of na_compiler reads " + std::to_string(NA_BUNDLE_FORMAT));
   }
   Said said(json);
   said.has_exactly({"format", "versions", "kernels", "files", "digest"});
