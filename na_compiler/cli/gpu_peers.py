@@ -168,6 +168,8 @@ def flex(inputs: Inputs) -> Callable[[], object]:
         return seen
 
     blocks = create_block_mask(sees, None, None, problem.tokens, problem.tokens, device="cuda", _compile=True)
+    # Dynamo gives a function up after some shapes, and each row brings its own.
+    torch.compiler.reset()
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     tensors = inputs.heads_first()
     return inputs.call(functools.partial(compiled, *tensors, block_mask=blocks), heads_first=True)

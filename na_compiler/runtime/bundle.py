@@ -259,7 +259,7 @@ def _again(said: Mapping[str, Any] | None, folder: Path) -> str:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return "make it again with na-compile"
     others = f" (and {len(kernels) - 1} kernels more: na-compile MODEL finds those of a model)" if kernels[1:] else ""
-    return f"make it again with:  {command}{others}"
+    return f"make it again with {command}{others}"
 
 
 def _check_versions(versions: Mapping[str, str]) -> None:
