@@ -84,10 +84,13 @@ def test_what_nvcc_says_is_passed_on(tmp_path, monkeypatch):
 
 
 def test_generates_without_nvcc():
-    source = cuda.generate(KernelSpec.make(PROBLEM, "cuda:sm_90a"))
+    problem = Problem((128, 128), 2, 128, 31, dtype="bfloat16")
+    source = cuda.generate(KernelSpec.make(problem, "cuda:sm_90a"))
     assert "__global__" in source
-    assert "wgmma" in source, "half precision on sm_90a has the schedule for Hopper"
-    assert "wgmma" not in cuda.generate(KernelSpec.make(PROBLEM, "cuda:sm_80"))
+    assert "wgmma" in source, "long windows in half precision on sm_90a have the schedule for Hopper"
+    elsewhere = cuda.generate(KernelSpec.make(problem, "cuda:sm_80"))
+    assert "wgmma" not in elsewhere
+    assert "mma_sync" in elsewhere, "from sm_80 on there is the one for single warps"
 
 
 def test_nvcc_is_taken_from_cuda_home(monkeypatch, tmp_path):

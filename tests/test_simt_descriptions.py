@@ -10,7 +10,9 @@ from oracle import check_backward, check_forward, draw, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
+from na_compiler.schedules.simt.family import FAMILY
 from na_compiler.schedules.simt.plan import DirectPlan
+from na_compiler.target import Target
 from na_compiler.window import query_bounds, window_bounds
 
 PROBLEMS = [
@@ -68,8 +70,9 @@ def test_query_bounds_are_the_window_rule_the_other_way_round():
 @pytest.mark.parametrize("head_dim", [1, 7, 8, 20, 64, 128, 256, 1000])
 def test_plans_divide_rows_evenly(head_dim, dtype):
     for direction in ("forward", "backward"):
-        spec = KernelSpec.make(Problem((30, 30), 2, head_dim, 5, dtype=dtype), "cuda:sm_80", direction)
-        config = spec.config
+        problem, target = Problem((30, 30), 2, head_dim, 5, dtype=dtype), Target.parse("cuda:sm_80")
+        config = FAMILY.choose(problem, target, direction)
+        spec = KernelSpec(problem, direction, target, config)
         assert head_dim % config.vector == 0
         assert config.lanes * config.rows <= 1024
         assert spec.plan.head_dim % (config.lanes * config.vector) == 0

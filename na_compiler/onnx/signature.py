@@ -7,6 +7,7 @@ and whoever reads a model agree.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -171,7 +172,8 @@ class Signature:
             raise ValueError(f"is_causal must be {self.rank} ints that are 0 or 1, got {shown(list(flags))}")
         parameters["is_causal"] = tuple(map(bool, flags))
         scale = self.attributes.get("scale")
-        if scale is not None and not isinstance(scale, (int, float)):
+        # NumPy's float32, which the evaluator of onnx gives, is a number and no float.
+        if scale is not None and not isinstance(scale, numbers.Real):
             raise ValueError(f"scale must be a float, got {shown(scale)}")
         if scale is not None and not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")

@@ -190,7 +190,9 @@ def _autograd(operator: Any, setup: Any, derivative: Any, keyset: Any, *argument
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if torch._C._is_fwd_grad_enabled():
         for tensor in tensors:
-            if forward_ad.unpack_dual(tensor, level=_LEVEL).tangent is not None:
+            # Others have no tangents, and are refused by the operator.
+            is_dense = tensor.layout == torch.strided and not tensor.is_nested
+            if is_dense and forward_ad.unpack_dual(tensor, level=_LEVEL).tangent is not None:
                 refuse_tangents()
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
