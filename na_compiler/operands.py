@@ -1,8 +1,9 @@
 """The operands of kernels, each said once: its name, shape, dtype and strides, and whether it has a gradient.
 
 What follows from `TABLE`: torch's operators (`na_compiler.ops`: schemas, fakes, autograd, autocast, vmap), ONNX's
-(`na_compiler.onnx`: schemas, signatures), the checks of tensors (`na_compiler.checks`), what a kernel is called with
-and where that may lie (`arguments`), and the operands in a bundle's manifest, by which the C++ operators call kernels.
+(`na_compiler.onnx`: schemas, signatures, the exporter), the nodes that passes read and write, the checks of tensors
+(`na_compiler.checks`), what a kernel is called with and where that may lie (`arguments`), and the operands in a
+bundle's manifest, by which the C++ operators call kernels.
 
 A new operand goes to the end of the table and has an option, or a default: whatever was made before it was there, a
 program, a model, a call, goes on meaning the same.
@@ -42,6 +43,7 @@ __all__ = [
     "options",
     "outputs",
     "scalars",
+    "together",
 ]
 
 # Roles.
@@ -182,6 +184,11 @@ def differentiable() -> tuple[Operand, ...]:
 def options() -> tuple[str, ...]:
     """Return what a problem may have beside query, key and value."""
     return tuple(dict.fromkeys(operand.option for operand in TABLE if operand.option is not None))
+
+
+def together(option: str) -> tuple[str, ...]:
+    """Return the names of the tensors of an option, which come together."""
+    return tuple(operand.name for operand in inputs() if operand.option == option)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from onnx import helper  # noqa: E402
 import na_compiler.onnx  # noqa: E402
 from na_compiler import Problem, na2d  # noqa: E402
 from na_compiler.compiler import kernels  # noqa: E402
+from na_compiler.passes.bind_torch import unbind  # noqa: E402
 from na_compiler.reference import neighborhood_attention, neighborhood_mask  # noqa: E402
 from na_compiler.runtime.kernel import KernelInfo, make_kernel  # noqa: E402
 from na_compiler.schedules.choose import choose  # noqa: E402
@@ -227,6 +228,44 @@ def manifest():
             choose(problem, Target.parse(target), "forward")
 
 
-for part in (schemas, nodes, checks, forward, gradients, manifest):
+def exported():
+    """The program of `Module`, with a number besides."""
+
+    class Capped(Module):
+        def forward(self, query, key, value, gain):
+            return na2d(query, key, value, 3, gain=gain, cap=1.5, first=2)
+
+    return torch.export.export(Capped(), (query, key, value, gain))
+
+
+def exporter():
+    """ONNX's node has it by its place and its name; bodies, which would leave it out, are refused."""
+    table = na_compiler.onnx.translation_table()
+    made = torch.onnx.export(exported(), (), dynamo=True, custom_translation_table=table, verbose=False)
+    (node,) = (node for node in made.model.graph if node.domain == "na_compiler")
+    names = [None if value is None else value.name for value in node.inputs]
+    assert names == ["query", "key", "value", None, None, "gain"]
+    assert (node.attributes["cap"].value, node.attributes["first"].value) == (1.5, 2)
+    problem = Problem((6, 9), 2, 8, 3, operands=("gain", "cap"))
+    assert na_compiler.onnx.problems(made.model) == {problem: 1}
+    for body in ("generic", "blocked"):
+        with pytest.raises(ValueError, match=r"bodies do not compute gain and .*first.*: leave bodies out"):
+            na_compiler.onnx.export(exported(), body=body)
+
+
+def passes():
+    """Sites pose the problem with it, and bound nodes, and those that are bound no more, have it still."""
+    program = exported()
+    problem = Problem((6, 9), 2, 8, 3, operands=("gain", "cap"))
+    assert [site.problem for site in na_compiler.passes.collect(program)] == [problem]
+    assert na_compiler.passes.bind(program) == 1
+    (node,) = program.graph.find_nodes(op="call_function", target=OPS.bound.default)
+    assert [getattr(value, "name", value) for value in node.args[-7:]] == [None, None, "gain", None, None, 1.5, 2]
+    assert unbind(program) == 1
+    (node,) = program.graph.find_nodes(op="call_function", target=OPS.na2d.default)
+    assert [getattr(value, "name", value) for value in node.args[-7:]] == [None, None, "gain", None, None, 1.5, 2]
+
+
+for part in (schemas, nodes, checks, forward, gradients, manifest, exporter, passes):
     part()
 print("ok")

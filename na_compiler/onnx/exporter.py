@@ -15,13 +15,17 @@ import torch
 
 from na_compiler.onnx.bodies import BODIES, add_bodies, inline_bodies
 from na_compiler.onnx.nodes import attention_nodes, node_signature
-from na_compiler.onnx.signature import DOMAIN, OPERATORS, VERSION
+from na_compiler.onnx.signature import DOMAIN, INPUTS, OPERATORS, VERSION
+from na_compiler.operands import PARAMETERS, scalars
 from na_compiler.ops.operators import OPERATORS as TORCH_OPERATORS
+from na_compiler.ops.schema import FORWARD
 
 __all__ = ["export", "translation_table"]
 
 _LOG = logging.getLogger("na_compiler")
 _OPSET = 21
+# Attributes of numbers, by their dtype.
+_NUMBERS: Mapping[str, Callable[[Any], float | int]] = {"float32": float, "int64": int}
 # A file of ONNX holds at most 2 GiB. Weights go beside it long before: who only looks at the graph need not read them.
 _EXTERNAL_BYTES = 100 << 20
 
@@ -76,7 +80,7 @@ def export(
     Raises
     ------
     ValueError
-        For another body, or an opset under 18.
+        For another body, an opset under 18, or an operand that bodies do not compute.
 
     Examples
     --------
@@ -146,31 +150,15 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 def _translation(operator: str) -> Callable[..., Any]:
     operators = onnxscript.values.Opset(DOMAIN, VERSION)
 
-    def translate(
-        query: Any,
-        key: Any,
-        value: Any,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        dilation: Sequence[int],
-        is_causal: Sequence[bool],
-        scale: float,
-        additional_keys: Any = None,
-        additional_values: Any = None,
-    ) -> Any:
-        extra = () if additional_keys is None else (additional_keys, additional_values)
-        return getattr(operators, operator)(
-            query,
-            key,
-            value,
-            *extra,
-            kernel_size=list(kernel_size),
-            stride=list(stride),
-            dilation=list(dilation),
-            is_causal=[int(flag) for flag in is_causal],
-            scale=float(scale),
-            _outputs=2,
-        )
+    def translate(*arguments: Any, **named: Any) -> Any:
+        """Make a node of what torch's operator is called with."""
+        given = FORWARD.by_name(arguments) | named
+        inputs = [given[name] for name in INPUTS]
+        while inputs[-1] is None:  # Absent ones between others are there without a name.
+            inputs.pop()
+        attributes = {name: list(map(int, given[name])) for name in PARAMETERS}
+        numbers = {o.name: _NUMBERS[o.dtype](given[o.name]) for o in scalars() if given[o.name] is not None}
+        return getattr(operators, operator)(*inputs, **attributes, **numbers, _outputs=len(FORWARD.results))
 
     return translate
 

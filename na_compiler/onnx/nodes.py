@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
+from na_compiler import operands
 from na_compiler.onnx import schema  # noqa: F401  (shape inference needs the schemas)
 from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, INPUTS, OPERATORS, OUTPUTS, VERSION, Signature
 from na_compiler.operands import PARAMETERS
@@ -28,6 +29,11 @@ __all__ = [
 ]
 
 Source = str | os.PathLike[str] | ir.Model | onnx.ModelProto
+# Of attributes that are numbers.
+_KINDS = {
+    operand.name: ir.AttributeType.INT if operand.dtype == "int64" else ir.AttributeType.FLOAT
+    for operand in operands.scalars()
+}
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 
@@ -136,13 +142,15 @@ def node_signature(node: ir.Node) -> Signature:
     inputs = list(node.inputs)
     if any(value is not None for value in inputs[len(INPUTS) :]):
         raise ValueError(f"{node.op_type} takes {len(INPUTS)} inputs, got {len(inputs)}")
-    absent = [name for name, value in zip(INPUTS[:3], [*inputs, None, None, None], strict=False) if value is None]
+    given = {name: value for name, value in zip(INPUTS, inputs, strict=False) if value is not None}
+    absent = [operand.name for operand in operands.inputs() if not operand.is_later and operand.name not in given]
     if absent:
         raise ValueError(f"{node.op_type} needs {', '.join(absent)}, and the node has none")
-    given = {name: value for name, value in zip(INPUTS, inputs, strict=False) if value is not None}
-    pair = ("additional_keys", "additional_values")
-    if len(missing := [name for name in pair if name not in given]) == 1:
-        raise ValueError(f"{' and '.join(pair)} come together, {missing[0]} is missing")
+    for option in operands.options():
+        names = operands.together(option)
+        missing = [name for name in names if name not in given]
+        if missing and len(missing) < len(names):
+            raise ValueError(f"{' and '.join(names)} come together, {missing[0]} is missing")
     if len(node.outputs) > len(OUTPUTS):
         raise ValueError(f"{node.op_type} has the outputs {' and '.join(OUTPUTS)}, got {len(node.outputs)} outputs")
     attributes = {name: _value(node.op_type, name, attribute) for name, attribute in node.attributes.items()}
@@ -203,7 +211,7 @@ def _value(operator: str, name: str, attribute: ir.Attr) -> Any:
         raise ValueError(f"{operator} has no attribute {name}; its attributes are {', '.join(ATTRIBUTES)}")
     if attribute.is_ref():
         raise ValueError(f"{name} is an attribute of the function around the node, and not known")
-    kind = ir.AttributeType.INTS if name in PARAMETERS else ir.AttributeType.FLOAT
+    kind = ir.AttributeType.INTS if name in PARAMETERS else _KINDS[name]
     if attribute.type != kind:
         raise ValueError(f"{name} must be of type {kind.name}, got {attribute.type.name}")
     return list(attribute.value) if isinstance(attribute.value, tuple) else attribute.value

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from onnx.reference.op_run import OpRun
 
-from na_compiler.onnx.signature import DOMAIN, OPERATORS, Signature
+from na_compiler import operands
+from na_compiler.onnx.signature import DOMAIN, INPUTS, OPERATORS, Signature
+from na_compiler.operands import PARAMETERS
 from na_compiler.reference import neighborhood_attention
 
 __all__ = ["reference_ops"]
@@ -30,40 +33,27 @@ class _NeighborhoodAttention(OpRun):
 
     def _run(
         self,
-        *inputs: np.ndarray[Any, Any] | None,
-        kernel_size: list[int] | None = None,
-        stride: list[int] | None = None,
-        dilation: list[int] | None = None,
-        is_causal: list[int] | None = None,
-        scale: float | None = None,
-    ) -> tuple[np.ndarray[Any, Any], ...]:
-        given = [tensor for tensor in inputs if tensor is not None]
-        attributes = {
-            "kernel_size": kernel_size,
-            "stride": stride,
-            "dilation": dilation,
-            "is_causal": is_causal,
-            "scale": scale,
-        }
+        *inputs: NDArray[np.generic] | None,
+        **attributes: list[int] | float | None,
+    ) -> tuple[NDArray[np.generic], ...]:
+        given = {name: tensor for name, tensor in zip(INPUTS, inputs, strict=False) if tensor is not None}
         signature = Signature(
             type(self).__name__,
-            tuple(tensor.shape for tensor in given),
-            tuple(tensor.dtype.name for tensor in given),
+            tuple(tensor.shape for tensor in given.values()),
+            tuple(tensor.dtype.name for tensor in given.values()),
             attributes,
+            tuple(given),
         )
         problem = signature.problem()
         assert problem is not None
-        query, key, value, *additional = (torch.from_numpy(tensor.astype(np.float64)) for tensor in given)
-        output, lse = neighborhood_attention(
-            query,
-            key,
-            value,
-            problem.kernel_size,
-            problem.stride,
-            problem.dilation,
-            problem.is_causal,
-            signature.scale(),
-            *additional,
-        )
-        results = (output.numpy().astype(given[0].dtype), lse.numpy().astype(np.float32))
+        named: dict[str, Any] = {name: torch.from_numpy(_exact(tensor)) for name, tensor in given.items()}
+        named |= {name: getattr(problem, name) for name in PARAMETERS}
+        named |= {o.name: attributes[o.name] for o in operands.scalars() if attributes.get(o.name) is not None}
+        output, lse = neighborhood_attention(**{**named, "scale": signature.scale()})
+        results = (output.numpy().astype(given["query"].dtype), lse.numpy().astype(np.float32))
         return results[: len(self.onnx_node.output)]
+
+
+def _exact(tensor: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Return numbers in float64; flags as they are."""
+    return tensor if tensor.dtype == np.bool_ else tensor.astype(np.float64)

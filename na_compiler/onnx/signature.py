@@ -122,6 +122,7 @@ class Signature:
         }
         numbers = {name: self.attributes.get(name) for name in ATTRIBUTES if _is_later_number(name)}
         problem = Problem.of_tensors(**tensors, **parameters, **numbers)
+        # An input of additional keys without a single one.
         if problem.additional_kv and stand_ins["additional_keys"][1] == 0:
             problem = problem.replace(additional_kv=False)
         return problem if known else None
@@ -136,10 +137,12 @@ class Signature:
 
     def _check_inputs(self) -> None:
         count = len(self.names)
-        pair = {"additional_keys", "additional_values"}
-        if len(self.shapes) != count or len(self.dtypes) != count or len(pair & set(self.names)) == 1:
+        groups = [group for group in map(operands.together, operands.options()) if group]
+        is_partial = any(0 < len(set(group) & set(self.names)) < len(group) for group in groups)
+        if len(self.shapes) != count or len(self.dtypes) != count or is_partial:
+            more = (f" or {INPUTS.index(group[-1]) + 1} (and {', '.join(group)})" for group in groups)
             raise ValueError(
-                f"{self.operator} takes 3 inputs (query, key, value) or 5 (and additional_keys, additional_values), "
+                f"{self.operator} takes {_REQUIRED} inputs ({', '.join(INPUTS[:_REQUIRED])}){','.join(more)}, "
                 f"got {len(self.shapes)}"
             )
         for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True):

@@ -15,7 +15,7 @@ from na_compiler import operands
 from na_compiler.operands import PARAMETERS, SCALAR, Operand
 from na_compiler.problem import Problem
 
-__all__ = ["BACKWARD", "FORWARD", "Signature", "bound_schema", "flags", "problem_of"]
+__all__ = ["BACKWARD", "BOUND", "FORWARD", "Signature", "flags", "problem_of"]
 
 # As torch writes the types of parameters: a kernel size may come from a size that is a symbol while torch traces; and
 # flags are ints, since torch.jit.trace, and all that is made with it, cannot record a list of bools.
@@ -89,7 +89,8 @@ class Signature:
 
 
 def _declared(operand: Operand | str) -> str:
-    assert isinstance(operand, Operand)
+    if isinstance(operand, str):
+        return f"str {operand}"
     kind = _NUMBERS[operand.dtype] if operand.role == SCALAR else "Tensor"
     if operand.option is not None:
         return f"{kind}? {operand.name}=None"
@@ -108,14 +109,10 @@ BACKWARD = Signature(
     (*(output.gradient() for output in _OUTPUTS), *_INPUTS, *_OUTPUTS, *_REST),
     tuple(operand.gradient() for operand in operands.differentiable()),
 )
-
-
-def bound_schema() -> str:
-    """Return the schema of ``torch.ops.na_compiler.bound``, without its name: a kernel's key comes before the scale."""
-    tensors = ", ".join(map(_declared, _INPUTS))
-    later = ", ".join(map(_declared, operands.later()))
-    scalars = ", ".join(map(_declared, _given(operands.scalars())))
-    return f"({tensors}, str kernel, {scalars}, {_PARAMETERS}, {later}) -> (Tensor output, Tensor lse)"
+# Of ``torch.ops.na_compiler.bound``: the key of a kernel comes before the scale.
+BOUND = Signature(
+    "forward", (*_INPUTS, "kernel", *_given(operands.scalars()), *PARAMETERS, *operands.later()), _OUTPUTS
+)
 
 
 def flags(is_causal: Iterable[Any]) -> tuple[bool, ...]:

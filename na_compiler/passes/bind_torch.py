@@ -6,14 +6,13 @@ bound node never does: it is for programs that have to be deployed with exactly 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
 import na_compiler.bound  # noqa: F401 - registers the operator
 from na_compiler.compiler.spec import KernelSpec
+from na_compiler.ops.schema import BOUND
 from na_compiler.passes.collect_torch import site_of
 from na_compiler.passes.graph import (
     attentions,
@@ -23,6 +22,7 @@ from na_compiler.passes.graph import (
     operator_node,
     propagate,
     replace_node,
+    without_defaults,
 )
 from na_compiler.target import Target
 
@@ -62,13 +62,9 @@ def bind(program: ExportedProgram | fx.GraphModule, target: str | Target = "llvm
         assert problem is not None
         node, arguments = found.node, found.arguments
         key = KernelSpec.make(problem, target).key
-        values: list[Any] = [arguments["query"], arguments["key"], arguments["value"], key, arguments["scale"]]
-        parameters = [arguments[name] for name in ("kernel_size", "stride", "dilation", "is_causal")]
+        values = without_defaults(BOUND.names, {**arguments, "kernel": key})
         with node.graph.inserting_before(node):
-            made = node.graph.call_function(
-                torch.ops.na_compiler.bound.default,
-                (*values, *parameters, arguments["additional_keys"], arguments["additional_values"]),
-            )
+            made = node.graph.call_function(torch.ops.na_compiler.bound.default, values)
             propagate(made, node)
         replace_node(node, made)
         count += 1
@@ -85,12 +81,9 @@ def unbind(program: ExportedProgram | fx.GraphModule) -> int:
         for node in submodule.graph.find_nodes(op="call_function", target=torch.ops.na_compiler.bound.default)
     ]
     for node in nodes:
-        query, key, value, _, scale, *rest = node.args
-        names = ("kernel_size", "stride", "dilation", "is_causal", "additional_keys", "additional_values")
-        arguments = dict.fromkeys(names) | dict(zip(names, rest, strict=False))
-        arguments |= {"query": query, "key": key, "value": value, "scale": scale}
+        arguments = BOUND.by_name(node.args)
         with node.graph.inserting_before(node):
-            made = operator_node(node.graph, len(arguments["kernel_size"] or ()), arguments)
+            made = operator_node(node.graph, len(arguments["kernel_size"]), arguments)
             propagate(made, node)
         replace_node(node, made)
     finish(program)

@@ -9,6 +9,8 @@ from typing import Any
 from torch import fx
 from torch.export import ExportedProgram
 
+from na_compiler import operands
+from na_compiler.checks import given_options
 from na_compiler.passes.graph import Attention, attentions, graph_module, layer_of, tensor_of
 from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import Problem
@@ -85,7 +87,7 @@ def site_of(found: Attention, symbols: dict[Any, int] | None = None) -> Site:
     known = [_value(size, symbols, hints=hints) for size in sizes]
     problem, parameters = None, _parameters(found, symbols, hints=hints)
     if None not in known[1:] and parameters is not None:
-        problem = _problem(found, parameters, layer, known[1:], query, key, value, additional=extra is not None)
+        problem = _problem(found, parameters, layer, known[1:], query, key, value)
     device = getattr(tensor_of(found.arguments["query"]), "device", None)
     kind = "cpu" if device is None else device.type
     where = (tuple(dynamic), known[0], kind, found.graph)
@@ -95,7 +97,7 @@ def site_of(found: Attention, symbols: dict[Any, int] | None = None) -> Site:
 def _parameters(found: Attention, symbols: dict[Any, int], *, hints: bool) -> dict[str, Any] | None:
     """Return kernel_size, stride, dilation and is_causal; ``None`` if one depends on a size that is not known."""
     parameters: dict[str, Any] = {}
-    for name in ("kernel_size", "stride", "dilation", "is_causal"):
+    for name in operands.PARAMETERS:
         given = found.arguments[name]
         if isinstance(given, (list, tuple)):
             given = [
@@ -115,17 +117,17 @@ def _problem(
     query: Any,
     key: Any,
     value: Any,
-    *,
-    additional: bool,
 ) -> Problem:
     try:
+        options = given_options({operand.name: found.arguments.get(operand.name) for operand in operands.later()})
         return Problem(
             layout=tuple(layout),
             heads=query[-2],
             head_dim=query[-1],
             heads_kv=key[-2],
             head_dim_v=value[-1],
-            additional_kv=additional,
+            additional_kv=operands.ADDITIONAL_KV in options,
+            operands=tuple(option for option in options if option != operands.ADDITIONAL_KV),
             dtype=tensor_of(found.arguments["query"]).dtype,
             **parameters,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from na_compiler import operands
 from na_compiler.ops.operators import OPERATORS
+from na_compiler.ops.schema import FORWARD
 from na_compiler.passes.decline import DeclinedError
 
 __all__ = [
@@ -31,27 +33,23 @@ __all__ = [
     "replace_node",
     "same_size",
     "tensor_of",
+    "without_defaults",
     "writes",
 ]
 
 # NATTEN's functions and operators are known by their names and signatures, as it may be loaded under any name.
 _FUNCTION = re.compile(r"na([123])d")
-_FUNCTION_ARGUMENTS = (
-    "query", "key", "value", "kernel_size", "stride", "dilation", "is_causal", "scale",
-    "additional_keys", "additional_values",
-)  # fmt: skip
 # Operators that take tensors as they are. Those of its other backends take tokens permuted into tiles.
 _NATTEN = re.compile(r"(?:reference_)?na([123])d_forward")
-# What they take, in this order.
-_SIGNATURE = _FUNCTION_ARGUMENTS[:8]
+# What all of these take, in this order: what ours take that has to be given.
+_SIGNATURE = FORWARD.names[: FORWARD.later]
 _OURS = re.compile(r"na([123])d(_backward)?")
 _DEFAULTS: dict[str, Any] = {
     "stride": 1,
     "dilation": 1,
     "is_causal": False,
     "scale": None,
-    "additional_keys": None,
-    "additional_values": None,
+    **{operand.name: operand.default for operand in operands.later()},
 }
 
 
@@ -273,12 +271,17 @@ def finish(program: ExportedProgram | fx.GraphModule) -> None:
 
 
 def operator_node(graph: fx.Graph, rank: int, arguments: dict[str, Any]) -> fx.Node:
-    """Make a node of our operator."""
-    operator = OPERATORS[rank]
-    values = [arguments[argument.name] for argument in operator._schema.arguments]  # noqa: SLF001
-    while values and values[-1] is None:
+    """Make a node of our operator; what may be left out is, where it is not there or its default."""
+    return graph.call_function(OPERATORS[rank], without_defaults(FORWARD.names, arguments))
+
+
+def without_defaults(names: Sequence[str], arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return arguments in the order of names, without the last ones that may be left out and are their default."""
+    later = {operand.name: operand.default for operand in operands.later()}
+    values = [arguments.get(name, later[name]) if name in later else arguments[name] for name in names]
+    while names[len(values) - 1] in later and values[-1] == later[names[len(values) - 1]]:
         values.pop()
-    return graph.call_function(operator, tuple(values))
+    return tuple(values)
 
 
 # What these return is whatever the memory held.

@@ -186,8 +186,6 @@ def _replace(node: fx.Node, arguments: dict[str, Any], neighborhood: Neighborhoo
             "dilation": list(neighborhood.dilation),
             "is_causal": list(neighborhood.is_causal),
             "scale": scale,
-            "additional_keys": None,
-            "additional_values": None,
         }
         attended = operator_node(graph, rank, {**tensors, **parameters})
         propagate(attended, node)

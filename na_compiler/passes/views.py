@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from na_compiler import operands
 from na_compiler.ops.operators import OPERATORS
 from na_compiler.passes.graph import attentions, refresh, tensor_of, writes
 
@@ -28,7 +29,7 @@ _ANY_STRIDES = {
     "split_with_sizes", "squeeze", "swapaxes", "t", "transpose", "unbind", "unflatten", "unsqueeze",
 }  # fmt: skip
 _COPIES = {"contiguous", "clone"}
-_INPUTS = ("query", "key", "value", "additional_keys", "additional_values")
+_INPUTS = tuple(operand.name for operand in operands.inputs())
 
 
 def drop_copies(module: fx.GraphModule) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm import relax, tirx
 
+from na_compiler import operands
+from na_compiler.checks import given_options
 from na_compiler.compiler.build import lowered
 from na_compiler.compiler.spec import KernelSpec
+from na_compiler.operands import PARAMETERS
 from na_compiler.problem import Problem
 from na_compiler.target import Target
 
@@ -24,22 +28,24 @@ class Attention:
         self.problems: dict[Problem, int] = {}
         self._functions: dict[tuple[Problem, float], Any] = {}
 
-    def emit(
-        self,
-        builder: relax.BlockBuilder,
-        tensors: list[Any],
-        parameters: dict[str, Any],
-        scale: float | None,
-    ) -> Any:
+    def emit(self, builder: relax.BlockBuilder, given: Mapping[str, Any]) -> Any:
         """Emit a call; returns the tuple of output and lse.
+
+        Parameters
+        ----------
+        builder
+            Of the function.
+        given
+            By the names that the operators' arguments have: expressions of Relax, numbers, values for each axis.
 
         Raises
         ------
         ValueError
             If a layout is dynamic.
         """
-        query, key, value = tensors[:3]
-        problem = _problem(query, key, value, parameters, additional=len(tensors) > 3)
+        query, scale = given["query"], given.get("scale")
+        tensors = [given[one.name] for one in operands.inputs() if given.get(one.name) is not None]
+        problem = _problem(given)
         self.problems[problem] = self.problems.get(problem, 0) + 1
         scale = problem.head_dim**-0.5 if scale is None else float(scale)
         at = problem, scale
@@ -62,7 +68,10 @@ class Attention:
         return function.without_attr("global_symbol").with_attr({"op_pattern": _OPAQUE, "tirx.is_scheduled": True})
 
 
-def _problem(query: Any, key: Any, value: Any, parameters: dict[str, Any], *, additional: bool) -> Problem:
+def _problem(given: Mapping[str, Any]) -> Problem:
+    query = given["query"]
+    options = given_options({operand.name: given.get(operand.name) for operand in operands.later()})
+    parameters: dict[str, Any] = {name: tuple(map(int, given[name])) for name in PARAMETERS}
     sizes = list(query.ty.shape)
     try:
         layout = tuple(int(size) for size in sizes[1:-2])
@@ -72,9 +81,10 @@ def _problem(query: Any, key: Any, value: Any, parameters: dict[str, Any], *, ad
         layout,
         int(sizes[-2]),
         int(sizes[-1]),
-        heads_kv=int(key.ty.shape[-2]),
-        head_dim_v=int(value.ty.shape[-1]),
-        additional_kv=additional,
+        heads_kv=int(given["key"].ty.shape[-2]),
+        head_dim_v=int(given["value"].ty.shape[-1]),
+        additional_kv=operands.ADDITIONAL_KV in options,
+        operands=tuple(option for option in options if option != operands.ADDITIONAL_KV),
         dtype=str(query.ty.dtype),
         # Operators take flags as ints.
         **{**parameters, "is_causal": tuple(map(bool, parameters["is_causal"]))},

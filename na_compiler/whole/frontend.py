@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from na_compiler import operands
+from na_compiler.operands import PARAMETERS
+from na_compiler.ops.schema import FORWARD
 from na_compiler.passes import canonicalise
 from na_compiler.whole.attention import Attention
 
 __all__ = ["from_onnx", "from_program"]
-
-_NAMES = ("kernel_size", "stride", "dilation", "is_causal")
 
 
 def from_program(program: Any, attention: Attention) -> Any:
@@ -21,12 +22,10 @@ def from_program(program: Any, attention: Attention) -> Any:
     canonicalise(program)
 
     def convert(node: Any, importer: Any) -> Any:
-        arguments = [argument.name for argument in node.target._schema.arguments]  # noqa: SLF001
-        given = dict(zip(arguments, node.args, strict=False)) | dict(node.kwargs)
-        inputs = ("query", "key", "value", "additional_keys", "additional_values")
-        tensors = [importer.env[given[name]] for name in inputs if given.get(name) is not None]
-        parameters = {name: tuple(given[name]) for name in _NAMES}
-        return attention.emit(importer.block_builder, tensors, parameters, given["scale"])
+        given = FORWARD.by_name(node.args) | dict(node.kwargs)
+        nodes = {operand.name: given[operand.name] for operand in operands.inputs()}
+        tensors = {name: None if one is None else importer.env[one] for name, one in nodes.items()}
+        return attention.emit(importer.block_builder, given | tensors)
 
     converters = {f"na{rank}d.default": convert for rank in (1, 2, 3)}
     return from_exported_program(program, custom_convert_map=converters, unwrap_unit_return_tuple=True)
@@ -52,10 +51,10 @@ def _converters(attention: Attention) -> Iterator[None]:
 
     def make(rank: int) -> Any:
         def convert(cls: Any, builder: Any, inputs: Any, attributes: Any, parameters: Any) -> Any:  # noqa: ARG001
-            given = {name: tuple(map(int, attributes.get(name, [name != "is_causal"] * rank))) for name in _NAMES}
-            given["is_causal"] = tuple(map(bool, given["is_causal"]))
-            tensors = [tensor for tensor in inputs if tensor is not None]
-            return attention.emit(builder, tensors, given, attributes.get("scale"))
+            given = {name: attributes.get(name, [name != "is_causal"] * rank) for name in PARAMETERS}
+            given |= {operand.name: attributes.get(operand.name) for operand in operands.scalars()}
+            names = [operand.name for operand in operands.inputs()]
+            return attention.emit(builder, given | dict(zip(names, inputs, strict=False)))
 
         return type(f"NA{rank}D", (onnx_frontend.OnnxOpConverter,), {"_impl_v1": classmethod(convert)})
 

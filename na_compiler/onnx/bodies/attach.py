@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 from onnx_ir.tape import Tape
 
+from na_compiler import operands
 from na_compiler.onnx.bodies.blocked import blocked_body
 from na_compiler.onnx.bodies.expression import Interface
-from na_compiler.onnx.bodies.generic import generic_body
+from na_compiler.onnx.bodies.generic import COMPUTED, generic_body
 from na_compiler.onnx.names import FreshNames
 from na_compiler.onnx.nodes import attention_nodes, check_version, name_of, node_signature
-from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, VERSION, default_attribute
+from na_compiler.onnx.signature import DOMAIN, INPUTS, VERSION, Signature, default_attribute
+from na_compiler.operands import PARAMETERS
 from na_compiler.problem import Problem
 
 __all__ = ["BODIES", "MINIMUM_OPSET", "add_bodies"]
@@ -39,7 +42,8 @@ def add_bodies(model: ir.Model, body: str = "generic") -> None:
     Raises
     ------
     ValueError
-        For another body, a model of an opset under 18, or a node whose inputs do not fit its attributes.
+        For another body, a model of an opset under 18, a node whose inputs do not fit its attributes, or one with an
+        operand that bodies do not compute.
     """
     if body not in BODIES:
         raise ValueError(f"body must be one of {', '.join(BODIES)}, got {body!r}")
@@ -54,7 +58,7 @@ def add_bodies(model: ir.Model, body: str = "generic") -> None:
     _prepare(model, nodes)
     for operator in dict.fromkeys(node.op_type for node in nodes):
         own = [node for node in nodes if node.op_type == operator]
-        interface = Interface(_agree_on_additional(own, names), _agree_on_lse(own, names))
+        interface = Interface(_agree_on_options(own, names), _agree_on_lse(own, names))
         if body == "blocked":
             _specialise(model, own, opset, interface)
         # After the specialised ones: onnx's evaluator, which ignores overloads, takes the last of a name.
@@ -98,9 +102,10 @@ def _complete(node: ir.Node) -> None:
         signature = node_signature(node)
         signature.problem()
         scale = signature.scale()
+        _check_computed(signature)
     except ValueError as error:
         raise ValueError(f"node {name_of(node)!r}: {error}") from error
-    for name in ATTRIBUTES[1:4]:
+    for name in PARAMETERS:
         if name not in node.attributes:
             node.attributes.add(ir.AttrInt64s(name, default_attribute(name, signature.rank)))
     if "scale" not in node.attributes:
@@ -109,6 +114,18 @@ def _complete(node: ir.Node) -> None:
                 f"node {name_of(node)!r} needs the attribute scale: head_dim, which it would follow from, is not known"
             )
         node.attributes.add(ir.AttrFloat32("scale", scale))
+
+
+def _check_computed(signature: Signature) -> None:
+    """Refuse what bodies would leave out. A number that is its default may be left out."""
+    numbers = {name: value for name, value in signature.attributes.items() if name not in PARAMETERS}
+    given = [*signature.names, *(name for name, value in numbers.items() if value != operands.defaults().get(name))]
+    unknown = [name for name in given if name not in COMPUTED]
+    if unknown:
+        raise ValueError(
+            f"bodies do not compute {' and '.join(unknown)}: leave bodies out (torch.onnx.export with "
+            "translation_table()), and run the model with the operator library"
+        )
 
 
 def _agree_on_lse(nodes: list[ir.Node], names: FreshNames) -> bool:
@@ -125,16 +142,18 @@ def _agree_on_lse(nodes: list[ir.Node], names: FreshNames) -> bool:
     return any(reads)
 
 
-def _agree_on_additional(nodes: list[ir.Node], names: FreshNames) -> bool:
-    """Return whether an operator's function takes additional keys; if so, all of its nodes have them from now on."""
-    takes = [len(node.inputs) > 3 and node.inputs[3] is not None for node in nodes]
-    if any(takes):
-        for node in (node for node, already in zip(nodes, takes, strict=True) if not already):
-            _add_empty_inputs(node, names)
-    return any(takes)
+def _agree_on_options(nodes: list[ir.Node], names: FreshNames) -> frozenset[str]:
+    """Return what an operator's function takes beside query, key and value; all its nodes have that from now on."""
+    owners = {operand.name: operand.option for operand in operands.inputs() if operand.option is not None}
+    takes = [{owners[name] for name in node_signature(node).names if name in owners} for node in nodes]
+    options = frozenset[str]().union(*takes)
+    for option in sorted(options):
+        for node in (node for node, own in zip(nodes, takes, strict=True) if option not in own):
+            _STAND_INS[option](node, names)
+    return options
 
 
-def _add_empty_inputs(node: ir.Node, names: FreshNames) -> None:
+def _add_additional(node: ir.Node, names: FreshNames) -> None:
     """Give a node without additional keys some: none of them. A function has one number of inputs for all its nodes."""
     rank = node_signature(node).rank
     tape = Tape()
@@ -159,6 +178,11 @@ def _add_empty_inputs(node: ir.Node, names: FreshNames) -> None:
         for output in made.outputs:
             output.name = names(f"{made.name}_output")
     graph.insert_before(node, tape.nodes)
-    node.resize_inputs(5)
-    for i, value in enumerate(empty):
-        node.replace_input_with(3 + i, value)
+    places = [INPUTS.index(name) for name in ("additional_keys", "additional_values")]
+    node.resize_inputs(max(len(node.inputs), places[-1] + 1))
+    for place, value in zip(places, empty, strict=True):
+        node.replace_input_with(place, value)
+
+
+# What nodes without an option get where others of their operator have it: inputs that change nothing.
+_STAND_INS: Mapping[str, Callable[[ir.Node, FreshNames], None]] = {operands.ADDITIONAL_KV: _add_additional}

@@ -115,8 +115,8 @@ def blocked_body(operator: str, opset: int, problem: Problem, overload: str, int
     interface
         What the function takes and returns.
     """
-    write = Writer(opset, interface.inputs)
-    query, key, value, *additional = write.inputs
+    write = Writer(opset, interface)
+    query, key, value = write.inputs("query", "key", "value")
     axes = [
         _Axis.cut(*axis)
         for axis in zip(
@@ -145,7 +145,7 @@ def blocked_body(operator: str, opset: int, problem: Problem, overload: str, int
     scores = write("MatMul", queries, write("Transpose", keys, perm=[0, 1, 2, 4, 3]))
     if not all(axis.sees_all for axis in axes):
         scores = masked(write, scores, _visible(write, axes, problem.group_size))
-    output, lse = attend(write, heads, queries, scores, values, additional, interface)
+    output, lse = attend(write, heads, queries, scores, values, interface)
     back = _places(write, axes)
     results = []
     for result, last in ((output, [problem.head_dim_v]), (lse, [])):

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from na_compiler import operands
 from na_compiler.onnx.signature import ATTRIBUTES, DOMAIN, INPUTS, OUTPUTS
 
 __all__ = ["Expression", "Interface", "Writer"]
@@ -20,19 +21,24 @@ class Interface:
 
     Parameters
     ----------
-    additional
-        Whether there are additional keys and values, be it none of them.
+    options
+        What there is beside query, key and value, of `na_compiler.operands.options`.
     lse
         Whether lse is returned.
     """
 
-    additional: bool = False
+    options: frozenset[str] = frozenset()
     lse: bool = True
 
     @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the inputs that there are."""
+        return tuple(one.name for one in operands.inputs() if one.option is None or one.option in self.options)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs."""
-        return INPUTS if self.additional else INPUTS[:3]
+        """Names of the inputs up to the last one that there is: nodes have them by their places."""
+        return INPUTS[: INPUTS.index(self.given[-1]) + 1]
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -90,20 +96,25 @@ class Writer:
     ----------
     opset
         Version of ONNX's own operators.
-    inputs
-        Names of the function's inputs.
+    interface
+        What the function takes and returns.
     """
 
-    def __init__(self, opset: int, inputs: tuple[str, ...]) -> None:
+    def __init__(self, opset: int, interface: Interface) -> None:
         self._tape = Tape()
         self._opset = opset
-        self.inputs = [Expression(self, ir.Value(name=name)) for name in inputs]
+        self._given = interface.given
+        self._inputs = {name: Expression(self, ir.Value(name=name)) for name in interface.inputs}
         self._constants: dict[Any, Expression] = {}
 
     def __call__(self, operator: str, *operands: Any, **attributes: Any) -> Expression:
         """Write a node; operands that are numbers or arrays become constants."""
         values = [self.constant(operand).value for operand in operands]
         return Expression(self, self._tape.op(operator, values, attributes or None))
+
+    def inputs(self, *names: str) -> list[Expression]:
+        """Return those of the function's inputs that there are, by their names."""
+        return [self._inputs[name] for name in names if name in self._given]
 
     def constant(self, value: object) -> Expression:
         """Return a constant: integers are int64, other numbers float32. The same one is written once."""
@@ -132,7 +143,7 @@ class Writer:
         for name, expression in zip(OUTPUTS, outputs, strict=False):
             expression.value.name = name
         graph = ir.Graph(
-            [expression.value for expression in self.inputs],
+            [expression.value for expression in self._inputs.values()],
             [expression.value for expression in outputs],
             nodes=self._tape.nodes,
             opset_imports={"": self._opset},

@@ -13,10 +13,14 @@ import numpy as np
 import onnx_ir as ir
 
 from na_compiler.onnx.bodies.expression import Expression, Interface, Writer
-from na_compiler.onnx.signature import ATTRIBUTES, OPERATORS
+from na_compiler.onnx.signature import OPERATORS
+from na_compiler.operands import PARAMETERS
 from na_compiler.window import group_length, window_start
 
-__all__ = ["Heads", "attend", "generic_body", "masked"]
+__all__ = ["COMPUTED", "Heads", "attend", "generic_body", "masked"]
+
+# What bodies compute, by the names of inputs and attributes. What `na_compiler.operands` has beside is refused.
+COMPUTED = frozenset({"query", "key", "value", "additional_keys", "additional_values", "scale"})
 
 
 def generic_body(operator: str, opset: int, interface: Interface) -> ir.Function:
@@ -32,8 +36,8 @@ def generic_body(operator: str, opset: int, interface: Interface) -> ir.Function
         What the function takes and returns.
     """
     rank = OPERATORS[operator]
-    write = Writer(opset, interface.inputs)
-    query, key, value, *additional = write.inputs
+    write = Writer(opset, interface)
+    query, key, value = write.inputs("query", "key", "value")
     sizes = write("Shape", query)
     layout = write("Slice", sizes, [1], [1 + rank])
     tokens = write("ReduceProd", layout, keepdims=1)
@@ -44,7 +48,7 @@ def generic_body(operator: str, opset: int, interface: Interface) -> ir.Function
     values = write("Gather", heads.values(value, tokens), indices, axis=2)
     scores = write("MatMul", queries, write("Transpose", keys, perm=[0, 1, 2, 4, 3]))
     scores = masked(write, scores, write("Unsqueeze", visible, [1]))
-    output, lse = attend(write, heads, queries, scores, values, additional, interface)
+    output, lse = attend(write, heads, queries, scores, values, interface)
     # [batch, heads_kv, tokens, group, ...] back to [batch, *layout, heads, ...]
     output = write("Transpose", output, perm=[0, 2, 1, 3, 4])
     tokens_and_heads = write.shape([0], write("Slice", sizes, [1], [2 + rank]))
@@ -122,7 +126,6 @@ def attend(
     queries: Expression,
     scores: Expression,
     values: Expression,
-    additional: list[Expression],
     interface: Interface,
 ) -> tuple[Expression, Expression | None]:
     """Return softmax(scores) @ values and, if it is returned, the logarithm of the softmax's denominator.
@@ -135,11 +138,10 @@ def attend(
         Sizes.
     queries, scores, values
         ``[batch, heads_kv, blocks, rows, head_dim]``, ``[..., rows, keys]`` and ``[..., keys, head_dim_v]``.
-    additional
-        The inputs additional_keys and additional_values, if there are any: more columns of scores.
     interface
-        What the function returns.
+        What the function takes and returns. Additional keys, if there are any, are more columns of scores.
     """
+    additional = write.inputs("additional_keys", "additional_values")
     if not additional:
         lse = _logarithm(write, scores) if interface.lse else None
         return write("MatMul", write("Softmax", scores, axis=-1), values), lse
@@ -171,7 +173,7 @@ def _logarithm(write: Writer, scores: Expression) -> Expression:
 def _window_tables(write: Writer, layout: Expression, rank: int) -> tuple[Expression, Expression]:
     """Return for every query the numbers of the keys in its window, and which of them it sees, ``[tokens, window]``."""
     ints = ir.AttributeType.INTS
-    kernel_size, stride, dilation, is_causal = (write.attribute(name, ints) for name in ATTRIBUTES[:4])
+    kernel_size, stride, dilation, is_causal = (write.attribute(name, ints) for name in PARAMETERS)
     indices = visible = None
     for axis in range(rank):
         extent = write("Gather", layout, axis)
