@@ -322,12 +322,11 @@ class _Task:
 def _gather(f: Frame, name: str, space: Buffer, gradient: Buffer, width: int, factor: float) -> None:
     """Add up what the strips left for each token, in order."""
     padded = int(space.shape[-1])
-    layout = f.plan.extents("layout")
-    with block(f"gather_{name}", (f.batch, *layout, f.heads_kv)) as (batch, *token, head):
+    with block(f"gather_{name}", (f.batch, *(axis.extent for axis in f.axes), f.heads_kv)) as (batch, *token, head):
         T.reads(f.whole(space))
         T.writes(f.whole(gradient))
         total = local((padded,))
-        strips = f.plan.extents("strips")
+        strips = tuple(axis.strips_of_group for axis in f.axes)
         with reduction(f"{name}_total", (padded,), strips) as (d, *numbers):
             with T.init():
                 T.buffer_store(total, T.float32(0), [d])

@@ -54,7 +54,8 @@ class Frame:
     def tokens(self, *last: int) -> Index:
         """Return the shape of a tensor with one entry a token: ``[batch, *layout, *last]``."""
         # Every extent is int64: TVM's packed ABI trips over a shape of mixed widths.
-        return self.batch, *(tirx.IntImm("int64", extent) for extent in (*self.problem.layout, *last))
+        extents = self.layout(axis.extent for axis in self.axes)
+        return self.batch, *(tirx.IntImm("int64", extent) for extent in (*extents, *last))
 
     def extra(self, *last: int) -> Index:
         """Return the shape of additional keys or values: ``[batch, additional, *last]``."""

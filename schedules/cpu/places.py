@@ -1,7 +1,8 @@
 """Where queries and keys lie, as TensorIR expressions: the window rule applied to strips, tiles and patches.
 
-The strips of an axis are numbered dilation group by dilation group; that number is what the parallel loop runs over.
-A *position* counts keys from the first one of the strip's box.
+All that depends on the layout's extents, or on where windows are, is asked of an axis' `AxisPlaces`. The strips of an
+axis are numbered dilation group by dilation group; that number is what the parallel loop runs over. A *position* counts
+keys from the first one of the strip's box.
 """
 
 from __future__ import annotations
@@ -29,26 +30,36 @@ class AxisPlaces:
         self.axis = axis
 
     @property
+    def extent(self) -> int:
+        """Tokens of the layout along the axis."""
+        return self.axis.layout
+
+    @property
     def strips(self) -> int:
         """Strips of all dilation groups: iterations of the parallel loop along the axis."""
         return self.axis.strips * self.axis.dilation
 
+    @property
+    def strips_of_group(self) -> int:
+        """Strips of one dilation group, the longest."""
+        return self.axis.strips
+
     def group(self, strip: Expr) -> Expr:
         """Return the dilation group of a strip."""
-        return 0 if self.axis.dilation == 1 else strip // self.axis.strips
+        return 0 if self.axis.dilation == 1 else strip // self.strips_of_group
 
     def length(self, strip: Expr) -> Expr:
         """Return the tokens of the strip's dilation group."""
         if self.axis.longest == self.axis.shortest:
             return self.axis.longest
-        return group_length(self.axis.layout, self.axis.dilation, self.group(strip))
+        return group_length(self.extent, self.axis.dilation, self.group(strip))
 
     def token(self, strip: Expr, index: Expr) -> Expr:
         """Return the place in the layout of a token, given its index in the dilation group."""
         return index if self.axis.dilation == 1 else index * self.axis.dilation + self.group(strip)
 
     def _first(self, strip: Expr, tile: Expr = 0) -> Expr:
-        number = strip if self.axis.dilation == 1 else strip % self.axis.strips
+        number = strip if self.axis.dilation == 1 else strip % self.strips_of_group
         return number * self.axis.strip + tile * self.axis.tile
 
     def _clamp(self, strip: Expr, index: Expr) -> Expr:
@@ -141,6 +152,6 @@ class AxisPlaces:
         """Return the ``number``-th strip of a token's group, the token's position there, and if it is in the box."""
         axis = self.axis
         group, index = (0, token) if axis.dilation == 1 else (token % axis.dilation, token // axis.dilation)
-        strip = group * axis.strips + number
+        strip = group * self.strips_of_group + number
         position = index - self.box(strip)
         return strip, position, tirx.all(position >= 0, position < axis.strip_box)

@@ -10,7 +10,7 @@ from na_compiler.schedules.mma.plan import CHUNK, ROWS
 from na_compiler.schedules.mma.products import Products
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared.mask import Mask
-from na_compiler.schedules.shared.trace import I, T, both, index64, let, local, put, when
+from na_compiler.schedules.shared.trace import I, T, both, let, local, put, when
 from na_compiler.schedules.shared.work import Work
 
 __all__ = ["Epilogue"]
@@ -33,13 +33,9 @@ class Epilogue:
     def _store_lse(self, work: Work, mask: Mask, logarithm: Any) -> None:
         buffer = self.block.arguments.lse
         flat = I.decl_buffer([2**62], "float32", data=buffer.data, scope="global")
-        problem = self.plan.problem
         for row in range(2):
             with when(both(T.bitwise_and(self.rows.lane, 3) == 0, mask.exist[row])):
-                offset = index64(work.batch)
-                for token, extent in zip(work.tokens(mask.queries[row]), problem.layout, strict=True):
-                    offset = offset * extent + index64(token)
-                I.buffer_store(flat, logarithm[row], [offset * problem.heads + index64(work.head)])
+                I.buffer_store(flat, logarithm[row], [work.address(mask.queries[row], 1)])
 
     def _gather(self, inverse: Any) -> None:
         """Divide by the total, round, and put the warp's rows where its queries were."""

@@ -52,7 +52,7 @@ def _trace(plan: Plan) -> None:
     I.device_entry()
     if plan.config.blocks:
         hold(I.attr({"tirx.launch_bounds_min_blocks_per_sm": plan.config.blocks}))
-    item = I.cta_id([T.Cast("int32", arguments.batch * (plan.problem.heads * plan.items))])
+    item = I.cta_id([Work.count(plan, arguments.batch, plan.problem.heads)])
     block = Block(plan, arguments)
     work = Work(plan, item)
     with when(work.exists):

@@ -24,6 +24,8 @@ class TilePlan(Protocol):
         What to compute, and its axes.
     tiles
         Tiles that are owned, along each axis, for the longest dilation group.
+    items
+        Such tiles of one head of one batch entry.
     own_tile, own_box
         Tokens of the tile that a block owns, and of the box of it that those threads own that do products together.
     stream_tile, streamed
@@ -33,6 +35,7 @@ class TilePlan(Protocol):
     problem: Problem
     rank: int
     tiles: tuple[int, ...]
+    items: int
 
     @property
     def own_tile(self) -> tuple[int, ...]:

@@ -1,4 +1,8 @@
-"""`Work`: one tile of queries of one head, and the keys that its windows need; and where all of them are."""
+"""`Work`: one tile of queries of one head, and the keys that its windows need; and where all of them are.
+
+Kernels on tensor cores ask it for all that depends on a layout's extents or on where windows are, in numbers of tokens:
+how many tiles there are, which of them a block has, where its tokens lie, what they see, and where that is in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.shared.tiles import TilePlan
-from na_compiler.schedules.shared.trace import both, index64, let, local, maximum, minimum, put, when
+from na_compiler.schedules.shared.trace import T, both, index64, let, local, maximum, minimum, put, when
 from na_compiler.window import window_bounds
 
 __all__ = ["StreamCursor", "Work"]
@@ -51,6 +55,11 @@ class Work:
         for axis, extent in enumerate(plan.stream_tile):
             total = total * ((self.high[axis] - self.low[axis] + (extent - 1)) // extent)
         self.tiles = let(total)
+
+    @staticmethod
+    def count(plan: TilePlan, batch: Expr, heads: int) -> Expr:
+        """Return how many tiles there are to own, of all heads and batch entries: a launch's blocks."""
+        return T.Cast("int32", batch * (heads * plan.items))
 
     def turn(self, axis: int, number: Expr) -> Expr:  # noqa: ARG002
         """Return which tile along an axis is the ``number``'th."""

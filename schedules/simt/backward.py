@@ -63,7 +63,7 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
     if p.additional_kv:
         parameters["grad_additional_keys"] = f.tensor(f.extra(p.heads_kv, p.head_dim))
         parameters["grad_additional_values"] = f.tensor(f.extra(p.heads_kv, p.head_dim_v))
-    parameters["delta"] = f.tensor(f.shape(f.batch, p.heads, p.tokens), "float32")
+    parameters["delta"] = f.tensor(f.shape(f.batch, p.heads, f.places.count), "float32")
     if p.additional_kv:
         parts = (f.batch, p.heads_kv, plan.strips, f.additional)
         for name, width in (("additional_key_space", plan.head_dim), ("additional_value_space", plan.head_dim_v)):

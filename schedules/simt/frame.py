@@ -14,7 +14,7 @@ from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from na_compiler.schedules.simt.places import AxisPlaces
+from na_compiler.schedules.simt.places import Places
 from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.tensorir.axes import AXES, Extents
 from na_compiler.tensorir.blocks import block, reduction
@@ -49,13 +49,14 @@ class DirectFrame:
     def __init__(self, plan: DirectPlan) -> None:
         problem = plan.problem
         self.plan, self.problem = plan, problem
+        self.places = Places(plan)
         self.dtype = problem.dtype
         self.batch = tirx.Var("batch", "int64")
         self.additional = tirx.Var("additional", "int64")
 
     def tokens(self, *last: int) -> tuple[Expr, ...]:
         """Return the shape of a tensor with one entry a token: ``[batch, *layout, *last]``."""
-        return self.shape(self.batch, *self.problem.layout, *last)
+        return self.shape(self.batch, *self.places.extents, *last)
 
     def extra(self, *last: int) -> tuple[Expr, ...]:
         """Return the shape of additional keys or values: ``[batch, additional, *last]``."""
@@ -90,34 +91,23 @@ class DirectFrame:
 
     def token(self, number: Expr) -> list[Expr]:
         """Return the place in the layout of a token, given its number."""
-        places: list[Expr] = []
-        for extent in reversed(self.problem.layout[1:]):
-            places.insert(0, number % extent)
-            number = number // extent
-        return [number, *places]
-
-    def along_axes(self, token: list[Expr]) -> list[Expr]:
-        """Add the axes that the problem does not have."""
-        return [0] * (AXES - len(token)) + token
+        return self.places.token(number)
 
     @contextlib.contextmanager
     def rows(self, name: str, heads: int) -> Iterator[tuple[Expr, ...]]:
         """Open a block for each token of each head; yields batch, head, number of the block of tokens, place in it."""
         # A launch of no blocks is an error, so that an empty batch has one that does nothing.
-        extents = (_at_least_one(self.batch), heads, self.plan.blocks, self.plan.rows)
+        extents = (_at_least_one(self.batch), heads, self.places.blocks, self.plan.rows)
         with block(name, extents, where=lambda batch, *_: batch < self.batch) as places:
             yield places
 
     def row(self, part: Expr, place: Expr) -> Expr:
         """Return the number of a block's token; beyond the end, of the last one again."""
-        number = part * self.plan.rows + place
-        return tirx.min(number, self.problem.tokens - 1) if self.problem.tokens % self.plan.rows else number
+        return self.places.row(part, place)
 
     def is_row(self, part: Expr, place: Expr) -> Expr:
         """Return whether a block has a token at a place."""
-        if self.problem.tokens % self.plan.rows == 0:
-            return tirx.const(True, "bool")
-        return part * self.plan.rows + place < self.problem.tokens
+        return self.places.is_row(part, place)
 
     @contextlib.contextmanager
     def additional_rows(self, name: str, *extents: int) -> Iterator[tuple[Expr, ...]]:
@@ -326,10 +316,7 @@ class _Interval(Chunks):
 
     def number(self, chunk: Place, place: Place) -> Expr:
         """Return the number of the token that a row of a chunk is."""
-        number: Expr = 0
-        for x, extent in zip(self.token(chunk, place), self.f.problem.layout, strict=True):
-            number = number * extent + x
-        return number
+        return self.f.places.number(self.token(chunk, place))
 
     def exists(self, chunk: Place, place: Place) -> Expr | None:
         """Return whether a row of a chunk is to be visited; ``None`` if all are."""
@@ -352,10 +339,10 @@ class KeyChunks(_Interval):
         first, second, third = (axis.key_chunks for axis in f.plan.axes)
         self.counts = (first, second, third)
         base, count = [], []
-        for number, (axis, x) in enumerate(zip(f.plan.axes, f.along_axes(token), strict=True)):
-            first, keys = AxisPlaces(axis, x).keys()
+        for number, along in enumerate(f.places.along_axes(token)):
+            first, keys = along.keys()
             base.append(scalar(f"first_key{number}", first, "int32"))
-            count.append(scalar(f"keys{number}", keys, "int32") if axis.masks_keys else None)
+            count.append(scalar(f"keys{number}", keys, "int32") if along.axis.masks_keys else None)
         super().__init__(f, base, count)
 
 
@@ -370,8 +357,8 @@ class QueryChunks(_Interval):
         first, second, third = (axis.query_chunks for axis in f.plan.axes)
         self.counts = (first, second, third)
         base, count = [], []
-        for number, (axis, x) in enumerate(zip(f.plan.axes, f.along_axes(token), strict=True)):
-            first, queries = AxisPlaces(axis, x).queries()
+        for number, along in enumerate(f.places.along_axes(token)):
+            first, queries = along.queries()
             base.append(scalar(f"first_query{number}", first, "int32"))
             count.append(scalar(f"queries{number}", queries, "int32"))
         super().__init__(f, base, count)
@@ -412,10 +399,10 @@ class StripChunks(Chunks):
 
     def number(self, chunk: Place, place: Place) -> Expr:
         """Return the number of the token that a row of a chunk is."""
-        return tirx.min(self._number(chunk, place), self.f.problem.tokens - 1)
+        return self.f.places.clamp(self._number(chunk, place))
 
     def _number(self, chunk: Place, place: Place) -> Expr:
-        return self.strip * self.f.plan.strip + chunk[-1] * self.size[-1] + place[-1]
+        return self.f.places.of_strip(self.strip, chunk[-1] * self.size[-1]) + place[-1]
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
         """Return where in its tensor a row of a chunk is, between the batch and the head."""
@@ -423,7 +410,7 @@ class StripChunks(Chunks):
 
     def exists(self, chunk: Place, place: Place) -> Expr | None:
         """Return whether a row of a chunk is to be visited; ``None`` if all are."""
-        inside = self._number(chunk, place) < self.f.problem.tokens
+        inside = self.f.places.exists(self._number(chunk, place))
         if self.f.plan.strip % self.size[-1] == 0:
             return inside
         return tirx.all(inside, chunk[-1] * self.size[-1] + place[-1] < self.f.plan.strip)

@@ -59,7 +59,7 @@ class _Kernel:
     def _launch(self, arguments: Arguments) -> None:
         plan = self.plan
         maps = arguments.encode(plan)
-        self.count = T.Cast("int32", arguments.batch * (plan.problem.heads * plan.items))
+        self.count = Work.count(plan, arguments.batch, plan.problem.heads)
         blocks = T.min(self.count, _PROCESSORS) if self.persistent else self.count
         I.device_entry()
         # The second bound of the launch: without it, setmaxnreg is ignored.

@@ -86,7 +86,7 @@ def _sweep(plan: SweepPlan, arguments: BackwardArguments, maps: Maps) -> None:
         owned = T.Cast("int32", (arguments.additional + (plan.own_tile[0] - 1)) // plan.own_tile[0])
         items = T.Cast("int32", arguments.batch * (plan.heads * plan.strips)) * owned
     else:
-        items = T.Cast("int32", arguments.batch * (plan.heads * plan.items))
+        items = KeyWork.count(plan, arguments.batch, plan.heads)
     number = I.cta_id([items])
     block = SweepBlock(plan, arguments, maps)
     block.initialise()
