@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # What `__getattr__` finds; type checkers do not call it.
     from na_compiler.compiler.kernels import compile  # noqa: A004
     from na_compiler.compiler.spec import KernelSpec
     from na_compiler.functional import na1d, na2d, na3d
+    from na_compiler.integrations import convert
     from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
-    from na_compiler.passes import convert
     from na_compiler.runtime.bundle import load_bundle
     from na_compiler.runtime.jit import MissingKernelError, compiling
 
@@ -46,7 +46,7 @@ _LAZY = {
     "NeighborhoodAttention3D": "na_compiler.modules",
     "compile": "na_compiler.compiler.kernels",
     "compiling": "na_compiler.runtime.jit",
-    "convert": "na_compiler.passes",
+    "convert": "na_compiler.integrations",
     "load_bundle": "na_compiler.runtime.bundle",
     "na1d": "na_compiler.functional",
     "na2d": "na_compiler.functional",

@@ -31,6 +31,17 @@ def check(printed, folder):
     return noisy, ours
 
 
+def test_transformers_prefill(capsys):
+    """The two ways agree, which it checks; a machine that runs tests tells nothing of their times."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'na-compiler[transformers]'")
+    import transformers_prefill
+
+    transformers_prefill.main(
+        ["--tokens", "64", "--window", "16", "--layers", "1", "--hidden", "64", "--heads", "2", "--repeats", "1"]
+    )
+    assert re.match(r"window 16 of 64 tokens: sdpa [\d.]+ ms, na_compiler [\d.]+ ms", capsys.readouterr().out)
+
+
 def test_denoise(tmp_path):
     """On a part of the photograph."""
     folder = tmp_path / "new" / "folder"

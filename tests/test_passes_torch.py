@@ -692,7 +692,7 @@ def test_convert_says_what_it_left_alone(caplog):
     caplog.clear()
     with caplog.at_level("WARNING", "na_compiler"):
         na_compiler.convert(nn.Linear(3, 3))
-    assert "no module in Linear looks like one of NATTEN's" in caplog.text
+    assert "no layer of Linear is one that is known here" in caplog.text
 
 
 def test_layers_that_ours_cannot_do_do_not_keep_a_model_from_being_compiled(monkeypatch, caplog):

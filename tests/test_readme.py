@@ -51,6 +51,10 @@ def test_python_of_the_readme(tmp_path, monkeypatch, capsys):
 def test_python_of_the_docs(page, tmp_path, monkeypatch, capsys):
     try:
         run(page, tmp_path, monkeypatch)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"transformers", "diffusers"}:
+            raise
+        pytest.skip(f"needs what is not installed here: {error.name}")
     finally:
         uninstall()  # A page makes `import natten` mean ours.
     printed = capsys.readouterr().out
