@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 __all__ = ["register"]
 
@@ -54,7 +53,7 @@ class _ThenRegister(Loader):
     def __init__(self, finder: _Finder, loader: Loader) -> None:
         self._finder, self._loader = finder, loader
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

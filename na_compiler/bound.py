@@ -19,7 +19,7 @@ __all__: list[str] = []
 _library = torch.library.Library("na_compiler", "FRAGMENT")
 
 
-def _bound(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _bound(*arguments: object) -> tuple[Tensor, Tensor]:
     from na_compiler.compiler.kernels import kernel_by_key  # noqa: PLC0415
 
     given = BOUND.by_name(arguments)
@@ -36,7 +36,7 @@ def _bound(*arguments: Any) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-def _bound_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _bound_fake(*arguments: object) -> tuple[Tensor, Tensor]:
     given = BOUND.by_name(arguments)
     output, lse = OPERATORS[given["query"].dim() - 3](*(given[name] for name in FORWARD.names))
     return output, lse

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from na_compiler import operands
 from na_compiler.operands import BATCH, INPUT, SAME, SCALAR, Argument, Operand
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_RANK",
+    "TensorLike",
     "check_call",
     "check_operands",
     "check_required",
@@ -30,6 +31,22 @@ __all__ = [
 MAX_RANK = 3
 # How a size is called that a tensor must have as another has it.
 _PHRASES = {"heads_kv": "as many heads as {owner}, {size}"}
+
+
+class TensorLike(Protocol):
+    """A tensor of any library, or what stands for one: all that is looked at here."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its sizes."""
+
+    @property
+    def dtype(self) -> object:
+        """Of its elements; written, or named, as `na_compiler.problem.DTYPES` are."""
+
+    @property
+    def device(self) -> object:
+        """Where it is; one is equal to another."""
 
 
 def check_required(tensors: Mapping[str, Any]) -> None:
@@ -57,7 +74,9 @@ def check_required(tensors: Mapping[str, Any]) -> None:
             _check_kind(operand, tensors[operand.name], query)
 
 
-def _check_size(operand: Operand, tensor: Any, tokens: tuple[int, ...], owners: dict[str, tuple[str, int]]) -> None:
+def _check_size(
+    operand: Operand, tensor: TensorLike, tokens: tuple[int, ...], owners: dict[str, tuple[str, int]]
+) -> None:
     """Check a tensor of batch and layout against those before it, which own the sizes."""
     name, shape = operand.name, tuple(tensor.shape)
     rest = operand.shape[2:]
@@ -74,7 +93,7 @@ def _check_size(operand: Operand, tensor: Any, tokens: tuple[int, ...], owners: 
             raise ValueError(f"{name} must have {phrase}, got {sizes[term]}")
 
 
-def _check_kind(operand: Operand, tensor: Any, query: Any) -> None:
+def _check_kind(operand: Operand, tensor: TensorLike, query: TensorLike) -> None:
     name = operand.name
     if operand.dtype == SAME:
         if tensor.dtype != query.dtype:
@@ -121,7 +140,7 @@ def check_together(names: Sequence[str], given: Mapping[str, Any]) -> bool:
     return not missing
 
 
-def check_operands(problem: Problem, given: Mapping[str, Any], query: Any) -> None:
+def check_operands(problem: Problem, given: Mapping[str, Any], query: TensorLike) -> None:
     """Check operands beside query, key and value, by name, against the problem that these pose.
 
     Raises
@@ -195,7 +214,7 @@ def check_call(problem: Problem, arguments: Sequence[Argument], given: Mapping[s
     return {BATCH: 0, ADDITIONAL: 0, **known}
 
 
-def _learn(argument: Argument, tensor: Any, known: dict[str, int]) -> None:
+def _learn(argument: Argument, tensor: TensorLike, known: dict[str, int]) -> None:
     """Take the extents that only a call knows from the first tensor that has them."""
     for axis, extent in enumerate(argument.shape):
         if isinstance(extent, str) and extent not in known:

@@ -100,8 +100,8 @@ def _attention(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     return_lse: bool,
-    tuning: dict[str, Any],
-) -> Any:
+    tuning: dict[str, object],
+) -> Tensor | tuple[Tensor, Tensor]:
     others = _others(rank, tuning) if tuning else ()
     is_usual = type(query) is type(key) is type(value) is Tensor
     if not is_usual or query.is_nested or key.is_nested or value.is_nested:
@@ -127,7 +127,7 @@ def _attention(
 _OTHERS = tuple(operand for operand in operands.later() if not operand.name.startswith("additional_"))
 
 
-def _others(rank: int, given: dict[str, Any]) -> tuple[Any, ...]:
+def _others(rank: int, given: dict[str, object]) -> tuple[object, ...]:
     """Take further operands from keyword arguments, in the operator's order; the rest is for tuning."""
     values = tuple(given.pop(operand.name, operand.default) for operand in _OTHERS)
     for operand, value in zip(_OTHERS, values, strict=True):
@@ -140,7 +140,7 @@ def _others(rank: int, given: dict[str, Any]) -> tuple[Any, ...]:
     return values
 
 
-def _check_tensors(rank: int, **tensors: Any) -> None:
+def _check_tensors(rank: int, **tensors: object) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -153,18 +153,19 @@ def _default_scale(query: Tensor) -> float:
     return head_dim**-0.5 if head_dim else 1.0  # A head_dim of 0 is refused with the rest of the shape.
 
 
-def _checked_scale(scale: Any) -> float:
+def _checked_scale(scale: object) -> float:
     if isinstance(scale, torch.SymFloat):
         return scale  # type: ignore[return-value]
     # Where layers of different scales were compiled, Dynamo makes the scale an input, of which it knows no value.
     is_known = not torch.compiler.is_compiling()
-    is_number = isinstance(scale, (float, int, numbers.Real))  # NumPy's are only the latter.
-    if not is_number or isinstance(scale, bool) or (is_known and not math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number, got {scale!r}; None is head_dim ** -0.5")
-    return float(scale)
+    # NumPy's are numbers.Real only.
+    is_bool = isinstance(scale, bool)
+    if isinstance(scale, (float, int, numbers.Real)) and not is_bool and (not is_known or math.isfinite(scale)):
+        return float(scale)
+    raise ValueError(f"scale must be a finite number, got {scale!r}; None is head_dim ** -0.5")
 
 
-def _canonical(rank: int, *parameters: Any) -> tuple[Any, ...]:
+def _canonical(rank: int, *parameters: object) -> tuple[Any, ...]:
     """Return kernel_size, stride, dilation and is_causal with a value for each axis."""
     if torch.compiler.is_compiling():  # Dynamo traces through a cache, and warns that it does.
         return canonical_parameters(rank, *parameters)
@@ -174,7 +175,9 @@ def _canonical(rank: int, *parameters: Any) -> tuple[Any, ...]:
         return canonical_parameters(rank, *parameters)
 
 
-def canonical_parameters(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple[Any, ...]:
+def canonical_parameters(
+    rank: int, kernel_size: object, stride: object, dilation: object, is_causal: object
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
     """Return kernel_size, stride, dilation and is_causal, checked, with a value for each axis.
 
     Raises
@@ -190,7 +193,7 @@ def canonical_parameters(rank: int, kernel_size: Any, stride: Any, dilation: Any
     )
 
 
-def _ints(name: str, value: Any, rank: int) -> tuple[int, ...]:
+def _ints(name: str, value: object, rank: int) -> tuple[int, ...]:
     """Return a parameter with a value for each axis; symbols, of a program whose layout is dynamic, as they are."""
     axes = (value,) * rank if isinstance(value, torch.SymInt) else value
     if isinstance(axes, Sequence) and any(isinstance(extent, torch.SymInt) for extent in axes):
@@ -203,7 +206,7 @@ def _ints(name: str, value: Any, rank: int) -> tuple[int, ...]:
 _canonical_cached = functools.lru_cache(maxsize=1024, typed=True)(canonical_parameters)
 
 
-def _ignore(rank: int, tuning: dict[str, Any]) -> None:
+def _ignore(rank: int, tuning: dict[str, object]) -> None:
     unknown = sorted(set(tuning) - TUNING)
     if unknown:
         raise TypeError(f"na{rank}d() got an unexpected keyword argument {unknown[0]!r}")
@@ -234,7 +237,7 @@ class _Attend(Protocol):
         additional_values: Tensor | None = None,
         *,
         return_lse: Literal[False] = False,
-        **tuning: Any,
+        **tuning: object,
     ) -> Tensor: ...
     @overload
     def __call__(
@@ -251,7 +254,7 @@ class _Attend(Protocol):
         additional_values: Tensor | None = None,
         *,
         return_lse: Literal[True],
-        **tuning: Any,
+        **tuning: object,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def __call__(
@@ -268,7 +271,7 @@ class _Attend(Protocol):
         additional_values: Tensor | None = None,
         *,
         return_lse: bool,
-        **tuning: Any,
+        **tuning: object,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -301,8 +304,8 @@ def _function(rank: int) -> _Attend:
         additional_values: Tensor | None = None,
         *,
         return_lse: bool = False,
-        **tuning: Any,
-    ) -> Any:
+        **tuning: object,
+    ) -> Any:  # noqa: ANN401 - which of the two, the overloads say
         return _attention(
             rank, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
             additional_values, return_lse, tuning,

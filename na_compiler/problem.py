@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from na_compiler import checks, operands
-from na_compiler.checks import MAX_RANK
+from na_compiler.checks import MAX_RANK, TensorLike
 from na_compiler.counting import group_lengths, visible_pairs
 
 __all__ = ["DTYPES", "MAX_RANK", "Problem", "check_strides", "dtype_name", "flags_per_axis", "ints_per_axis", "shown"]
@@ -193,18 +193,18 @@ class Problem:
     @classmethod
     def of_tensors(
         cls,
-        query: Any,
-        key: Any,
-        value: Any,
-        kernel_size: Any,
-        stride: Any = 1,
-        dilation: Any = 1,
-        is_causal: Any = False,
-        additional_keys: Any = None,
-        additional_values: Any = None,
+        query: TensorLike,
+        key: TensorLike,
+        value: TensorLike,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        additional_keys: TensorLike | None = None,
+        additional_values: TensorLike | None = None,
         *,
-        dtype: Any = None,
-        **others: Any,
+        dtype: object = None,
+        **others: object,
     ) -> Problem:
         """Make the problem that tensors pose, checking that they fit each other.
 
@@ -247,7 +247,7 @@ class Problem:
         checks.check_operands(problem, given, query)
         return problem
 
-    def replace(self, **changes: Any) -> Problem:
+    def replace(self, **changes: Any) -> Problem:  # noqa: ANN401 - each as its field is
         """Return a copy with some fields changed, validated anew."""
         return dataclasses.replace(self, **changes)
 
@@ -326,20 +326,21 @@ def _is_int(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_flag(value: Any) -> bool:
+def _is_flag(value: object) -> bool:
     # NumPy's are no bools, and this module does without NumPy.
     kind = type(value)
     return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in {"bool", "bool_"})
 
 
-def _positive(name: str, value: Any) -> int:
-    if not _is_int(value):
+def _positive(name: str, value: object) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ValueError(f"{name} must be an int, got {shown(value)}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    if value > _LARGEST:
-        raise ValueError(f"{name} must be less than 2**63, got {value}")
-    return int(value)
+    number = int(value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    if number > _LARGEST:
+        raise ValueError(f"{name} must be less than 2**63, got {number}")
+    return number
 
 
 def _flag(name: str, value: object) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from na_compiler.problem import Problem
@@ -163,12 +164,12 @@ class _Scores(torch.autograd.Function):
     """Products of queries with the keys that they see; minus infinity for the others."""
 
     @staticmethod
-    def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(queries, keys, mask)
         return torch.where(mask, queries @ keys.mT, -math.inf)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # noqa: ANN401 - torch says no type
         queries, keys, mask = ctx.saved_tensors
         slopes = torch.where(mask, grad, 0.0)
         return _apply(_Sums, slopes, keys, mask), _apply(_Sums, slopes.mT, queries, mask.mT), None
@@ -178,12 +179,12 @@ class _Sums(torch.autograd.Function):
     """Weighted sums of the rows that are seen: a weight of 0 that hides a row hides a NaN and an infinity as well."""
 
     @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, weights: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weights, rows, mask)
         return _sums(weights, rows, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # noqa: ANN401 - torch says no type
         weights, rows, mask = ctx.saved_tensors
         return torch.where(mask, grad @ rows.mT, 0.0), _apply(_Sums, weights.mT, grad, mask.mT), None
 

@@ -19,7 +19,7 @@ from processes import environment, run_python
 import na_compiler
 from na_compiler.compiler import build, cuda, kernels, workers
 from na_compiler.compiler.locks import KeyLocks
-from na_compiler.compiler.messages import Answer, Build
+from na_compiler.compiler.messages import Build
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.compiler.workers import Pool, WorkerEndedError
 from na_compiler.problem import Problem
@@ -65,7 +65,7 @@ def test_an_interrupted_question_is_answered_to_nobody(pool):
 
 
 def test_an_answer_to_another_question_is_refused(pool, monkeypatch):
-    monkeypatch.setattr(workers, "receive", lambda _: Answer(7, Build("of another kernel")))
+    monkeypatch.setattr(workers, "receive", lambda _, kind: kind(7, Build("of another kernel")))
     with pytest.raises(WorkerEndedError, match="answered request 7 when asked 0"):
         cuda.generate(FIRST)
     assert not pool._all

@@ -10,8 +10,9 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from na_compiler.compiler.messages import Build
 from na_compiler.compiler.nvcc import Nvcc, check_library
@@ -23,6 +24,10 @@ from na_compiler.runtime.host import c_compiler
 from na_compiler.schedules.choose import family_of
 from na_compiler.schedules.family import Lowered
 from na_compiler.target import CpuTarget, CudaTarget
+
+if TYPE_CHECKING:
+    import tvm
+    from tvm.runtime import Executable
 
 __all__ = ["build_in_memory", "build_library", "can_link", "compile_here", "compile_lowered", "lowered"]
 
@@ -118,7 +123,7 @@ def _compile_for_cuda(spec: KernelSpec, path: str | None, nvcc: str | None, link
     return Build(compiler.source, compiler.log)
 
 
-def _link(module: Any, path: str, compiler: tuple[str, ...] | None) -> None:
+def _link(module: Executable, path: str, compiler: tuple[str, ...] | None) -> None:
     command, *options = compiler or (None,)
     try:
         module.export_library(path, cc=command, **({"options": options} if options else {}))
@@ -129,7 +134,7 @@ def _link(module: Any, path: str, compiler: tuple[str, ...] | None) -> None:
         raise
 
 
-def build_in_memory(spec: KernelSpec) -> tuple[Any, Any]:
+def build_in_memory(spec: KernelSpec) -> tuple[Callable[..., None], Executable]:
     """Compile a spec to a function in this process; returns it and what has to be kept for it."""
     threads.prepare()
     _load_tvm()
@@ -142,7 +147,7 @@ def lowered(spec: KernelSpec) -> Lowered:
     return family_of(spec.config).lower(spec.problem, spec.config, spec.direction)
 
 
-def compile_lowered(made: Lowered, target: Any) -> Any:
+def compile_lowered(made: Lowered, target: tvm.target.Target | dict[str, Any]) -> Executable:
     """Compile TensorIR to a module of TVM's, for a target of TVM's."""
     import tvm  # noqa: PLC0415
 
@@ -150,6 +155,6 @@ def compile_lowered(made: Lowered, target: Any) -> Any:
         return tvm.compile(made.function, target=target, tir_pipeline=made.pipeline)
 
 
-def _compile(spec: KernelSpec) -> Any:
+def _compile(spec: KernelSpec) -> Executable:
     with _LOCK:
         return compile_lowered(lowered(spec), spec.target.to_tvm())

@@ -9,7 +9,7 @@ import os
 import pickle
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from na_compiler.compiler.spec import KernelSpec
@@ -90,16 +90,24 @@ def send(descriptor: int, message: object) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def receive(descriptor: int) -> Any:
-    """Read a message from a pipe.
+Message = TypeVar("Message")
+
+
+def receive(descriptor: int, kind: type[Message]) -> Message:
+    """Read a message of a kind from a pipe.
 
     Raises
     ------
     EOFError
         If there is none.
+    TypeError
+        If it is of another kind.
     """
     (size,) = struct.unpack("<Q", _read(descriptor, 8))
-    return pickle.loads(_read(descriptor, size))  # noqa: S301 - from this package's own process
+    message = pickle.loads(_read(descriptor, size))  # noqa: S301 - from this package's own process
+    if not isinstance(message, kind):
+        raise TypeError(f"expected a message of kind {kind.__name__}, got {type(message).__name__}")
+    return message
 
 
 def _read(descriptor: int, size: int) -> bytes:

@@ -85,7 +85,7 @@ class KernelSpec:
         return self._choice.reason
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> object:
         """What follows from the problem and the config: what the schedule is made of."""
         return self.config.plan(self.problem)
 

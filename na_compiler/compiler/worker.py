@@ -34,7 +34,7 @@ def serve(folder: str) -> None:
     os.dup2(null, 0)
     try:
         while select.select([requests], [], [], _IDLE_SECONDS)[0]:
-            send(answers, _answer(receive(requests)))
+            send(answers, _answer(receive(requests, Request)))
     except (EOFError, BrokenPipeError):
         pass  # Nobody asks any more.
     finally:

@@ -207,7 +207,7 @@ class _Worker:
         try:
             with self._asking:
                 send(self._to.fileno(), Request(number, spec, path, nvcc, c_compiler()))
-                answer: Answer = receive(self._back.fileno())
+                answer = receive(self._back.fileno(), Answer)
         except (OSError, EOFError, ValueError):  # ValueError: another thread has ended it, and closed the pipes.
             raise self._why() from None
         if answer.number != number:

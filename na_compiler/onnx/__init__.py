@@ -40,7 +40,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - each name has a type of its own
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'na_compiler.onnx' has no attribute {name!r}")

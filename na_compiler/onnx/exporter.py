@@ -34,7 +34,7 @@ def export(
     model: torch.nn.Module | torch.export.ExportedProgram,
     args: Sequence[Any] = (),
     path: str | os.PathLike[str] | None = None,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: dict[str, Any] | tuple[Any, ...] | list[Any] | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
     input_names: Sequence[str] | None = None,
@@ -123,10 +123,11 @@ def export(
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: object) -> Iterator[None]:
     """Put a model in ``eval`` mode, and each of its modules back in its own: some may be frozen."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, torch.nn.Module) else []
-    if modes:
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    if isinstance(model, torch.nn.Module):
         model.eval()
     try:
         yield
@@ -150,7 +151,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
 def _translation(operator: str) -> Callable[..., Any]:
     operators = onnxscript.values.Opset(DOMAIN, VERSION)
 
-    def translate(*arguments: Any, **named: Any) -> Any:
+    def translate(*arguments: object, **named: object) -> object:
         """Make a node of what torch's operator is called with."""
         given = FORWARD.by_name(arguments) | named
         inputs = [given[name] for name in INPUTS]

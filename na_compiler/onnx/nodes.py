@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -206,7 +205,7 @@ def _is_attention(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type in OPERATORS
 
 
-def _value(operator: str, name: str, attribute: ir.Attr) -> Any:
+def _value(operator: str, name: str, attribute: ir.Attr) -> object:
     if name not in ATTRIBUTES:
         raise ValueError(f"{operator} has no attribute {name}; its attributes are {', '.join(ATTRIBUTES)}")
     if attribute.is_ref():

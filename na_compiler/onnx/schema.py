@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 import onnx
 from onnx.defs import OpSchema
@@ -22,6 +22,11 @@ from na_compiler.onnx.signature import (
 )
 from na_compiler.operands import PARAMETERS, SAME, Operand
 
+if TYPE_CHECKING:
+    from onnx.onnx_cpp2py_export.shape_inference import InferenceContext
+
+    _Size = onnx.TensorShapeProto.Dimension
+
 __all__ = ["register_schemas", "schema"]
 
 _AXES = {1: "X", 2: "X, Y", 3: "X, Y, Z"}
@@ -33,7 +38,7 @@ _PARAMETERS = {
 }
 # Of operands whose type is not the model's.
 _TYPES = {"float32": "tensor(float)", "bool": "tensor(bool)", "int64": "tensor(int64)"}
-_ELEMENT_TYPES = {
+_ELEMENT_TYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
@@ -103,7 +108,7 @@ def _number(operand: Operand) -> OpSchema.Attribute:
     return OpSchema.Attribute(operand.name, kind, text, required=False)
 
 
-def _infer(operator: str, context: Any) -> None:
+def _infer(operator: str, context: InferenceContext) -> None:
     """Infer types and shapes of a node's outputs, or refuse the node."""
     types = [context.get_input_type(i) if context.has_input(i) else None for i in range(context.get_num_inputs())]
     # An input whose type is not known looks like one that is absent. What may be left out changes no output's shape.
@@ -126,10 +131,10 @@ def _infer(operator: str, context: Any) -> None:
         context.set_output_type(i, result)
 
 
-def _outputs(rank: int, types: list[Any]) -> list[onnx.TypeProto]:
+def _outputs(rank: int, types: list[onnx.TypeProto | None]) -> list[onnx.TypeProto]:
     """Return the types of the outputs; sizes that are not known keep their symbol."""
     element = next((t.tensor_type.elem_type for t in types if t is not None), onnx.TensorProto.FLOAT)
-    dims: list[Any] = [[None] * (rank + 3) for _ in range(3)]
+    dims: list[list[_Size | None]] = [[None] * (rank + 3) for _ in range(3)]
     for i, given in enumerate(types[:3]):
         if given is not None and given.tensor_type.HasField("shape"):
             dims[i] = list(given.tensor_type.shape.dim)
@@ -149,7 +154,7 @@ def _outputs(rank: int, types: list[Any]) -> list[onnx.TypeProto]:
     return results
 
 
-def _best(dims: list[Any]) -> Any:
+def _best(dims: list[_Size | None]) -> _Size | None:
     """Return the first size that is a number, or else the first that has a symbol."""
     for field in ("dim_value", "dim_param"):
         for dim in dims:
@@ -158,17 +163,17 @@ def _best(dims: list[Any]) -> Any:
     return None
 
 
-def _sizes(given: Any) -> tuple[int | None, ...] | None:
+def _sizes(given: onnx.TypeProto | None) -> tuple[int | None, ...] | None:
     if given is None or not given.tensor_type.HasField("shape"):
         return None
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in given.tensor_type.shape.dim)
 
 
-def _dtype(given: Any) -> str | None:
+def _dtype(given: onnx.TypeProto | None) -> str | None:
     if given is None or not given.tensor_type.elem_type:
         return None
     kind = given.tensor_type.elem_type
-    return _ELEMENT_TYPES.get(kind) or onnx.TensorProto.DataType.Name(kind).lower()
+    return _ELEMENT_TYPES.get(kind) or str(onnx.TensorProto.DataType.Name(kind)).lower()
 
 
 register_schemas()

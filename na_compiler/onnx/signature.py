@@ -10,7 +10,6 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from na_compiler import operands
@@ -113,7 +112,7 @@ class Signature:
         stand_ins = _complete(self.rank, shapes, parameters)
         dtype = next((dtype for dtype in self.dtypes if dtype is not None), "float32")
         tensors = {
-            name: SimpleNamespace(
+            name: _StandIn(
                 shape=stand_ins[name],
                 dtype=own or (dtype if _OPERANDS[name].dtype == SAME else _OPERANDS[name].dtype),
                 device="one",
@@ -121,7 +120,8 @@ class Signature:
             for name, own in zip(self.names, self.dtypes, strict=True)
         }
         numbers = {name: self.attributes.get(name) for name in ATTRIBUTES if _is_later_number(name)}
-        problem = Problem.of_tensors(**tensors, **parameters, **numbers)
+        named: dict[str, Any] = {**tensors, **parameters, **numbers}
+        problem = Problem.of_tensors(**named)
         # An input of additional keys without a single one.
         if problem.additional_kv and stand_ins["additional_keys"][1] == 0:
             problem = problem.replace(additional_kv=False)
@@ -181,6 +181,15 @@ class Signature:
         if scale is not None and not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
         return parameters
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    """What checks look at of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
 
 
 def _is_later_number(name: str) -> bool:

@@ -13,14 +13,27 @@ Examples
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from na_compiler.passes.sites import Site, Sites
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+    from torch import fx
+    from torch.export import ExportedProgram
+    from torch.nn import Module
+    from typing_extensions import TypeIs
+
+    from na_compiler.compiler.parallel import Compiled
+
+    Program = ExportedProgram | fx.GraphModule
+    Model = Program | ir.Model | onnx.ModelProto
 
 __all__ = ["Site", "Sites", "bind", "canonicalise", "collect", "compile", "convert"]
 
 
-def collect(model: Any, shapes: Iterable[Mapping[str, Sequence[int]]] | None = None) -> Sites:
+def collect(model: Model, shapes: Iterable[Mapping[str, Sequence[int]]] | None = None) -> Sites:
     """Find every neighborhood attention of a model; see `na_compiler.passes.collect_torch` and `collect_onnx`."""
     if _is_onnx(model):
         from na_compiler.passes.collect_onnx import collect_onnx  # noqa: PLC0415
@@ -31,7 +44,7 @@ def collect(model: Any, shapes: Iterable[Mapping[str, Sequence[int]]] | None = N
     return collect_torch(model, shapes)
 
 
-def canonicalise(model: Any, *, bodies: bool = True) -> int:
+def canonicalise(model: Model, *, bodies: bool = True) -> int:
     """Make every neighborhood attention of a model a call of ours, in place; returns how many nodes changed.
 
     What is not ours stays as it was; the log says why, at level INFO.
@@ -52,26 +65,28 @@ def canonicalise(model: Any, *, bodies: bool = True) -> int:
     return canonicalise_torch(model)
 
 
-def compile(model: Any, targets: Sequence[str] = ("llvm",), *, training: bool = False, jobs: int | None = None) -> Any:  # noqa: A001
+def compile(  # noqa: A001
+    model: Model, targets: Sequence[str] = ("llvm",), *, training: bool = False, jobs: int | None = None
+) -> list[Compiled]:
     """Compile every distinct problem of a model into the cache; see `na_compiler.passes.progress`."""
     from na_compiler.passes.progress import compile_specs  # noqa: PLC0415
 
     return compile_specs(collect(model).specs(targets, training=training), jobs)
 
 
-def bind(model: Any, target: str = "llvm") -> int:
+def bind(model: Program, target: str = "llvm") -> int:
     """Let every neighborhood attention of a torch graph call its kernel by key; see `na_compiler.passes.bind_torch`."""
     from na_compiler.passes.bind_torch import bind as bind_torch  # noqa: PLC0415
 
     return bind_torch(model, target)
 
 
-def convert(model: Any, *, report: dict[str, str] | None = None) -> Any:
+def convert(model: Module, *, report: dict[str, str] | None = None) -> Module:
     """Swap NATTEN's modules in a live model for ours, and say what became of each; see `na_compiler.passes.natten`."""
     from na_compiler.passes.natten import convert as convert_modules  # noqa: PLC0415
 
     return convert_modules(model, report=report)
 
 
-def _is_onnx(model: Any) -> bool:
+def _is_onnx(model: Model) -> TypeIs[ir.Model | onnx.ModelProto]:
     return type(model).__module__.partition(".")[0] in {"onnx_ir", "onnx"}

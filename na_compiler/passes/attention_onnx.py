@@ -156,7 +156,7 @@ def _attention(node: ir.Node, opset: int) -> MaskedAttention | None:
     return MaskedAttention(query, key, value, node.outputs[0], heads, numbers.get("scale"), mask, left, right)
 
 
-def _number(attribute: ir.Attr) -> Any:
+def _number(attribute: ir.Attr) -> Any:  # noqa: ANN401 - an int or a float, by its name
     need(not attribute.is_ref(), f"{attribute.name} is an attribute of the function around it")
     return attribute.value
 
@@ -328,7 +328,7 @@ def _joined(node: ir.Node, depth: int) -> list[int | str] | None:
     return sizes
 
 
-def _tensor(value: ir.Value | None) -> Any:
+def _tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Return the tensor that a value always is; ``None`` where it is none, or a default that a caller may override."""
     if value is None or value.is_graph_input():
         return None
@@ -351,7 +351,7 @@ def _mask(value: ir.Value, tokens: int) -> Mask:
     tensor = _tensor(value)
     if tensor is None:
         raise DeclinedError("its mask is not constant")
-    shape = tuple(tensor.shape)
+    shape = tuple(size for size in tensor.shape if isinstance(size, int))  # All of a constant's are.
     fits = 2 <= len(shape) <= 4 and shape[-2:] == (tokens, tokens) and math.prod(shape[:-2]) == 1
     need(fits, f"its mask is {list(shape)}, and not one of all tokens for all heads and batch entries")
     need(tokens**2 <= LARGEST, f"a mask of {tokens} tokens is too large to look at")

@@ -25,7 +25,7 @@ _BUFFER = re.compile(r"\._buffers\['\w+'\]$")
 _LOG = logging.getLogger("na_compiler")
 
 
-def backend(module: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+def backend(module: fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., object]:  # noqa: ANN401 - torch's
     """Compile a graph that Dynamo captured: every neighborhood attention in it in parallel, the rest with Inductor.
 
     Parameters
@@ -46,7 +46,7 @@ def backend(module: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
     if options.get("mode"):
         patches |= torch._inductor.list_mode_options(options["mode"])  # noqa: SLF001
 
-    def compiled(graph: fx.GraphModule) -> Callable[..., Any]:
+    def compiled(graph: fx.GraphModule) -> Callable[..., object]:
         made: Any = compile_fx(graph, inputs, config_patches=patches or None)
         return made  # type: ignore[no-any-return]
 
@@ -92,12 +92,12 @@ class _Constant:
 
 
 def _guarded(
-    fast: Callable[..., Any], make_slow: Callable[[], Callable[..., Any]], constants: list[_Constant]
-) -> Callable[..., Any]:
+    fast: Callable[..., object], make_slow: Callable[[], Callable[..., object]], constants: list[_Constant]
+) -> Callable[..., object]:
     """Run one of two functions: the other where a buffer has changed since its value was compiled in."""
     make_slow = functools.cache(make_slow)
 
-    def run(*inputs: Any) -> Any:
+    def run(*inputs: object) -> object:
         if all(constant.holds(inputs) for constant in constants):
             return fast(*inputs)
         _LOG.warning("a mask that was a neighborhood has changed: compiling the model again, with it as an input")

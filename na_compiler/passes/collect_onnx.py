@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from na_compiler.onnx.nodes import (
+    Source,
     attention_nodes,
     check_version,
     load,
@@ -25,7 +25,7 @@ __all__ = ["collect_onnx"]
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def collect_onnx(model: Any, shapes: Iterable[Mapping[str, Sequence[int]]] | None = None) -> Sites:
+def collect_onnx(model: Source, shapes: Iterable[Mapping[str, Sequence[int]]] | None = None) -> Sites:
     """Collect the sites of an ONNX model.
 
     Parameters

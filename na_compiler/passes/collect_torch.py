@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -15,10 +16,15 @@ from na_compiler.passes.graph import Attention, attentions, graph_module, layer_
 from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import Problem
 
+if TYPE_CHECKING:
+    import sympy
+
 __all__ = ["collect_torch", "site_of"]
 
 _LOG = logging.getLogger("na_compiler")
 
+# Along an axis: known, or a symbol of a graph with a dynamic layout.
+Size = int | torch.SymInt
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -47,7 +53,7 @@ def collect_torch(program: ExportedProgram | fx.GraphModule, shapes: Iterable[Sh
     return Sites(sites)
 
 
-def _sites(module: fx.GraphModule, symbols: dict[Any, int] | None) -> Iterator[Site]:
+def _sites(module: fx.GraphModule, symbols: dict[sympy.Symbol, int] | None) -> Iterator[Site]:
     for found in attentions(module):
         try:
             yield site_of(found, symbols)
@@ -58,7 +64,7 @@ def _sites(module: fx.GraphModule, symbols: dict[Any, int] | None) -> Iterator[S
             _LOG.info("%s is left out: %s", found.operator, error)
 
 
-def site_of(found: Attention, symbols: dict[Any, int] | None = None) -> Site:
+def site_of(found: Attention, symbols: dict[sympy.Symbol, int] | None = None) -> Site:
     """Return the site of a node.
 
     Parameters
@@ -86,15 +92,16 @@ def site_of(found: Attention, symbols: dict[Any, int] | None = None) -> Site:
         dynamic.append("additional")
     known = [_value(size, symbols, hints=hints) for size in sizes]
     problem, parameters = None, _parameters(found, symbols, hints=hints)
-    if None not in known[1:] and parameters is not None:
-        problem = _problem(found, parameters, layer, known[1:], query, key, value)
+    layout = [size for size in known[1:] if size is not None]
+    if len(layout) == found.rank and parameters is not None:
+        problem = _problem(found, parameters, layer, layout, query, key, value)
     device = getattr(tensor_of(found.arguments["query"]), "device", None)
     kind = "cpu" if device is None else device.type
     where = (tuple(dynamic), known[0], kind, found.graph)
     return Site(found.node.name, layer, found.operator, found.direction, problem, *where)
 
 
-def _parameters(found: Attention, symbols: dict[Any, int], *, hints: bool) -> dict[str, Any] | None:
+def _parameters(found: Attention, symbols: dict[sympy.Symbol, int], *, hints: bool) -> dict[str, Any] | None:
     """Return kernel_size, stride, dilation and is_causal; ``None`` if one depends on a size that is not known."""
     parameters: dict[str, Any] = {}
     for name in operands.PARAMETERS:
@@ -113,10 +120,10 @@ def _problem(
     found: Attention,
     parameters: dict[str, Any],
     layer: str,
-    layout: list[Any],
-    query: Any,
-    key: Any,
-    value: Any,
+    layout: list[int],
+    query: Sequence[Any],
+    key: Sequence[Any],
+    value: Sequence[Any],
 ) -> Problem:
     try:
         options = given_options({operand.name: found.arguments.get(operand.name) for operand in operands.later()})
@@ -135,18 +142,18 @@ def _problem(
         raise ValueError(f"{layer}: {error}") from None
 
 
-def _flat_layout(found: Attention, query: Sequence[Any]) -> list[int] | None:
+def _flat_layout(found: Attention, query: Sequence[Size]) -> list[int] | None:
     """Return the layout where tokens come flattened and the layout beside them, as to one of NATTEN's operators."""
     layout = found.arguments.get("qkv_shape")
     return list(layout) if layout is not None and len(query) != found.rank + 3 else None
 
 
-def _sizes(argument: Any) -> Sequence[Any] | None:
+def _sizes(argument: object) -> Sequence[Size] | None:
     tensor = tensor_of(argument)
     return None if tensor is None else tuple(tensor.shape)
 
 
-def _value(size: Any, symbols: dict[Any, int], *, hints: bool) -> int | None:
+def _value(size: Size, symbols: dict[sympy.Symbol, int], *, hints: bool) -> int | None:
     if isinstance(size, int):
         return size
     value = size.node.expr.subs(symbols)
@@ -156,11 +163,11 @@ def _value(size: Any, symbols: dict[Any, int], *, hints: bool) -> int | None:
     return None if hint is None else int(hint)
 
 
-def _solve(module: fx.GraphModule, program: object, shapes: Shapes) -> dict[Any, int]:
+def _solve(module: fx.GraphModule, program: object, shapes: Shapes) -> dict[sympy.Symbol, int]:
     """Return the values that the symbols of a graph have for some shapes of its inputs."""
     inputs = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
-    symbols: dict[Any, int] = {}
-    dimensions: list[tuple[str, int, Any, int]] = []
+    symbols: dict[sympy.Symbol, int] = {}
+    dimensions: list[tuple[str, int, Size, int]] = []
     for name, shape in shapes.items():
         if name not in inputs:
             users = program.graph_signature.user_inputs if isinstance(program, ExportedProgram) else inputs
@@ -186,11 +193,11 @@ def _solve(module: fx.GraphModule, program: object, shapes: Shapes) -> dict[Any,
     return symbols
 
 
-def _symbols(size: Any) -> int:
+def _symbols(size: Size) -> int:
     return 0 if isinstance(size, int) else len(size.node.expr.free_symbols)
 
 
-def _learn(size: Any, wanted: int, symbols: dict[Any, int]) -> None:
+def _learn(size: Size, wanted: int, symbols: dict[sympy.Symbol, int]) -> None:
     """Note the value of the one symbol that is unknown in a size, if it is linear in it."""
     if isinstance(size, int):
         return

@@ -41,7 +41,7 @@ class Constants:
                 for node, name in names.items():
                     if name in everything and name not in mutated:
                         self.held[node] = everything[name]
-        self.values: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}  # Whatever nodes return.
         # What something writes into, or may: all that such a value was computed from may be the same memory.
         self.written = self._before(*(node for node in self.module.graph.nodes if writes(node)))
 
@@ -82,13 +82,13 @@ class Constants:
             return _is_plain(self._attribute(node))
         return node.op == "call_function" and (is_pure(node.target) or node.target is operator.getitem)
 
-    def _attribute(self, node: fx.Node) -> Any:
-        value: Any = self.module
+    def _attribute(self, node: fx.Node) -> object:
+        value: object = self.module
         for name in str(node.target).split("."):
             value = getattr(value, name, None)
         return value
 
-    def _compute(self, node: fx.Node) -> Any:
+    def _compute(self, node: fx.Node) -> object:
         if node.op == "placeholder":
             return self.held[node.name]
         if node.op == "get_attr":

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from na_compiler import operands
@@ -146,14 +147,14 @@ def _match(node: fx.Node, path: str) -> Attention | None:
     return Attention(node, path, f"{module}.{name}", int(found[1]), "forward", _DEFAULTS | bound)
 
 
-def _match_operator(node: fx.Node, path: str, target: Any) -> Attention | None:
+def _match_operator(node: fx.Node, path: str, target: torch._ops.OpOverload) -> Attention | None:
     namespace, _, name = target._schema.name.partition("::")  # noqa: SLF001
     found = (_OURS if namespace == "na_compiler" else _NATTEN).fullmatch(name)
     if found is None:
         return None
     if found.re is _NATTEN and not _is_nattens(target._schema):  # noqa: SLF001
         return None
-    arguments = {argument.name: argument.default_value for argument in target._schema.arguments}  # noqa: SLF001
+    arguments: dict[str, Any] = {argument.name: argument.default_value for argument in target._schema.arguments}  # noqa: SLF001
     arguments |= dict(zip(list(arguments), node.args, strict=False)) | dict(node.kwargs)
     direction = "backward" if found.re is _OURS and found[2] else "forward"
     if found.re is _OURS:  # Flags are ints to our operators, and were bools in programs of before.
@@ -161,14 +162,14 @@ def _match_operator(node: fx.Node, path: str, target: Any) -> Attention | None:
     return Attention(node, path, f"{namespace}::{name}", int(found[1]), direction, _DEFAULTS | arguments)
 
 
-def _is_nattens(schema: Any) -> bool:
+def _is_nattens(schema: torch.FunctionSchema) -> bool:
     """Return whether an operator takes what NATTEN's take, and returns an output and its lse."""
     names = tuple(argument.name for argument in schema.arguments)
     returns = [str(value.type) for value in schema.returns]
     return names[: len(_SIGNATURE)] == _SIGNATURE and returns == ["Tensor", "Tensor"] and not schema.is_mutable
 
 
-def tensor_of(node: Any) -> Any:
+def tensor_of(node: object) -> Any:  # noqa: ANN401 - a tensor, or a TensorMetadata that has the same fields
     """Return a tensor with the shape, dtype and strides of what a node returns; ``None`` where the graph says none."""
     if not isinstance(node, fx.Node):
         return None
@@ -190,7 +191,7 @@ def layer_of(node: fx.Node, graph: str = "") -> str:
     return path or "(model)"
 
 
-def same_size(one: Any, other: Any) -> bool:
+def same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     """Return whether two sizes are known to be the same, without making a graph's symbols any less free."""
     if isinstance(one, int) or isinstance(other, int):
         return isinstance(one, int) and isinstance(other, int) and one == other
@@ -226,7 +227,7 @@ def _compute(node: fx.Node, name: str) -> None:
             node.meta[name] = getattr(args[0], target)(*args[1:], **kwargs)
 
 
-def _fake_mode(arguments: object) -> Any:
+def _fake_mode(arguments: object) -> FakeTensorMode | None:
     leaves = torch.utils._pytree.tree_leaves(arguments)  # noqa: SLF001
     return next((leaf.fake_mode for leaf in leaves if hasattr(leaf, "fake_mode")), None)
 
@@ -329,5 +330,5 @@ def writes(node: fx.Node) -> bool:
     return node.op in {"call_function", "call_method"} and name.endswith("_") and not name.startswith("_")
 
 
-def _is_in_place(target: Any) -> bool:
-    return target.__name__ in _IN_PLACE
+def _is_in_place(target: object) -> bool:
+    return getattr(target, "__name__", "") in _IN_PLACE

@@ -8,11 +8,16 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from na_compiler.passes import canonicalise, collect
 from na_compiler.passes.remember import remembered
-from na_compiler.passes.sites import Sites
+from na_compiler.passes.sites import Site, Sites
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+    from torch.export import ExportedProgram
 
 __all__ = ["export_all", "load_onnx", "load_program", "load_whole_model", "sites_of"]
 
@@ -44,7 +49,7 @@ def sites_of(model: str, shapes: Shapes | None = None) -> Sites:
         if shapes:
             raise ValueError("--shape is for files; a function returns its example inputs, in a list for several")
         programs = export_all(model)
-        found: dict[Any, None] = {}
+        found: dict[Site, None] = {}
         for program in programs:
             canonicalise(program)
             found |= dict.fromkeys(collect(program))
@@ -62,7 +67,7 @@ def _sites_of_program(path: str, shapes: Shapes | None) -> Sites:
     return collect(program, shapes)
 
 
-def load_whole_model(model: str) -> Any:
+def load_whole_model(model: str) -> ExportedProgram | ir.Model:
     """Load a model with its weights: an exported program, or an ``onnx_ir.Model``.
 
     Raises
@@ -78,7 +83,7 @@ def load_whole_model(model: str) -> Any:
     return load_onnx(model) if Path(model).suffix == ".onnx" else load_program(model)
 
 
-def load_program(path: str) -> Any:
+def load_program(path: str) -> ExportedProgram:
     """Load an exported program.
 
     Raises
@@ -104,7 +109,7 @@ def load_program(path: str) -> Any:
         raise ValueError(f"{path} cannot be read as an exported program: {_first_line(error)}") from error
 
 
-def load_onnx(path: str) -> Any:
+def load_onnx(path: str) -> ir.Model:
     """Load an ONNX model; weights are not read before they are used.
 
     Raises
@@ -124,7 +129,7 @@ def load_onnx(path: str) -> Any:
         raise ValueError(f"{path} cannot be read as an ONNX model: {_first_line(error)}") from error
 
 
-def export_all(model: str) -> list[Any]:
+def export_all(model: str) -> list[ExportedProgram]:
     """Export what ``package.module:function`` returns, once for each set of example inputs.
 
     Raises
@@ -153,7 +158,7 @@ def _positional(example: object) -> tuple[Any, ...]:
     return example if isinstance(example, tuple) else (example,)
 
 
-def _call(model: str) -> tuple[Any, Any]:
+def _call(model: str) -> tuple[torch.nn.Module, object]:
     path, _, name = model.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -134,7 +134,7 @@ def _base(module: nn.Module) -> tuple[int, type] | None:
     return None
 
 
-def _converted(module: Any) -> nn.Module:
+def _converted(module: Any) -> nn.Module:  # noqa: ANN401 - a class of NATTEN's, known by its attributes
     named = _base(module)
     if named is None:
         raise DeclinedError(f"{type(module).__name__} is not a class that is known here")
@@ -169,7 +169,7 @@ def _converted(module: Any) -> nn.Module:
     return made
 
 
-def _check_parts(module: Any) -> None:
+def _check_parts(module: nn.Module) -> None:
     """Decline a module that is not made of what NATTEN's are made of."""
     children = {name for name, child in module.named_children() if child is not None}
     need({"proj", "qkv"} <= children, "it has no qkv and proj")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ def replace_sdpa(
     return count
 
 
-def _is_sdpa(target: Any) -> bool:
+def _is_sdpa(target: object) -> bool:
     return target is functional.scaled_dot_product_attention or (
         isinstance(target, torch._ops.OpOverload)  # noqa: SLF001
         and target._schema.name == "aten::scaled_dot_product_attention"  # noqa: SLF001
@@ -166,7 +166,7 @@ def _replace(node: fx.Node, arguments: dict[str, Any], neighborhood: Neighborhoo
     graph = node.graph
     aten = torch.ops.aten
 
-    def called(target: Any, *parameters: Any) -> fx.Node:
+    def called(target: Callable[..., object], *parameters: fx.node.Argument) -> fx.Node:
         made = graph.call_function(target, parameters)
         propagate(made, node)
         return made

@@ -6,16 +6,24 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from na_compiler import checks, operands
 from na_compiler.operands import DIRECTIONS, FREE, OUTPUT, WORKSPACE, Argument
 from na_compiler.problem import Problem
 from na_compiler.workspace import ADDITIONAL, Workspace
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
 __all__ = [
     "ABI", "DIRECTIONS", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "MisplacedError", "make_kernel",
 ]  # fmt: skip
+
+# What a call is given and returns: tensors of one library, torch's or NumPy's.
+Array = TypeVar("Array", "torch.Tensor", "NDArray[np.generic]")
 
 # Changed whenever the compiled functions' arguments do.
 ABI = 2
@@ -102,7 +110,7 @@ class Kernel:
         Kept alive as long as the kernel.
     """
 
-    def __init__(self, info: KernelInfo, function: Callable[..., None] | None, keep: Any = None) -> None:
+    def __init__(self, info: KernelInfo, function: Callable[..., None] | None, keep: object = None) -> None:
         self.info = info
         is_any = info.alignment == 1 and not info.adjacent_heads
         self._function = function if function is None or is_any else _checking_places(info, function)
@@ -134,18 +142,18 @@ class Kernel:
             )
         return self._function
 
-    def spaces(self, query: Any, additional_keys: Any = None) -> list[Any]:
+    def spaces(self, query: Array, additional_keys: Array | None = None) -> list[Array]:
         """Allocate the workspace that comes last among the function's arguments, where query is."""
         if not self.info.workspace.buffers:
             return []
         additional = 0 if additional_keys is None else int(additional_keys.shape[1])
         return self._spaces(query, {operands.BATCH: query.shape[0], ADDITIONAL: additional})
 
-    def _spaces(self, like: Any, known: Mapping[str, int]) -> list[Any]:
+    def _spaces(self, like: Array, known: Mapping[str, int]) -> list[Array]:
         shapes = self.info.workspace.shapes(known[operands.BATCH], known[ADDITIONAL])
         return [_empty(like, shape, "float32") for shape in shapes]
 
-    def _call(self, given: dict[str, Any]) -> tuple[Any, ...]:
+    def _call(self, query: Array, given: dict[str, Any]) -> tuple[Array, ...]:
         """Call the function with operands by name, and outputs and workspace that are made for it; returns the outputs.
 
         Raises
@@ -157,11 +165,11 @@ class Kernel:
         """
         function, arguments = self.function, self.info.arguments
         known = checks.check_call(self.problem, arguments, given)
-        query, same = given["query"], self.problem.dtype
+        same = self.problem.dtype
         for name, default in {"scale": self.problem.head_dim**-0.5, **operands.defaults()}.items():
             if given.get(name) is None:
                 given[name] = default
-        results = {
+        results: dict[str, Array] = {
             argument.name: _empty(query, argument.sizes(known), None if argument.dtype == same else argument.dtype)
             for argument in arguments
             if argument.role == OUTPUT
@@ -192,14 +200,14 @@ class ForwardKernel(Kernel):
 
     def __call__(
         self,
-        query: Any,
-        key: Any,
-        value: Any,
-        additional_keys: Any = None,
-        additional_values: Any = None,
+        query: Array,
+        key: Array,
+        value: Array,
+        additional_keys: Array | None = None,
+        additional_values: Array | None = None,
         scale: float | None = None,
-        **others: Any,
-    ) -> tuple[Any, Any]:
+        **others: Array | float,
+    ) -> tuple[Array, Array]:
         """Compute output and lse.
 
         Parameters
@@ -230,9 +238,9 @@ class ForwardKernel(Kernel):
         RuntimeError
             If this machine cannot run the kernel.
         """
-        given = {"query": query, "key": key, "value": value, "additional_keys": additional_keys}
+        given: dict[str, Any] = {"query": query, "key": key, "value": value, "additional_keys": additional_keys}
         given |= {"additional_values": additional_values, "scale": scale, **others}
-        output, lse = self._call(given)
+        output, lse = self._call(query, given)
         return output, lse
 
 
@@ -249,18 +257,18 @@ class BackwardKernel(Kernel):
 
     def __call__(
         self,
-        query: Any,
-        key: Any,
-        value: Any,
-        output: Any,
-        lse: Any,
-        grad_output: Any,
-        grad_lse: Any = None,
-        additional_keys: Any = None,
-        additional_values: Any = None,
+        query: Array,
+        key: Array,
+        value: Array,
+        output: Array,
+        lse: Array,
+        grad_output: Array,
+        grad_lse: Array | None = None,
+        additional_keys: Array | None = None,
+        additional_values: Array | None = None,
         scale: float | None = None,
-        **others: Any,
-    ) -> tuple[Any, ...]:
+        **others: Array | float,
+    ) -> tuple[Array, ...]:
         """Compute the gradients of query, key, value and, if the problem has them, the additional keys and values.
 
         Parameters
@@ -287,10 +295,10 @@ class BackwardKernel(Kernel):
         RuntimeError
             If this machine cannot run the kernel.
         """
-        given = {"query": query, "key": key, "value": value, "additional_keys": additional_keys}
+        given: dict[str, Any] = {"query": query, "key": key, "value": value, "additional_keys": additional_keys}
         given |= {"additional_values": additional_values, "scale": scale, **others}
         given |= {"output": output, "lse": lse, "grad_output": grad_output}
-        return self._call({**given, "grad_lse": _zeros(lse) if grad_lse is None else grad_lse})
+        return self._call(query, {**given, "grad_lse": _zeros(lse) if grad_lse is None else grad_lse})
 
 
 # Strides of one tensor that are known to be right, beyond which they are forgotten.
@@ -308,7 +316,7 @@ def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callabl
     alignment = info.alignment
     elements = max(alignment // info.problem.element_bytes, 1)
 
-    def wants(tensor: Any, argument: Argument) -> str | None:
+    def wants(tensor: torch.Tensor, argument: Argument) -> str | None:
         """Return what a tensor would have to be, or none."""
         strides = tensor.stride()
         if tensor.data_ptr() % alignment or any(stride % elements for stride in strides[:-1]):
@@ -321,7 +329,7 @@ def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callabl
             return f"have heads that lie {tensor.shape[-1]} elements apart; its strides are {strides}"
         return None
 
-    def check(place: int, tensor: Any) -> None:
+    def check(place: int, tensor: torch.Tensor) -> None:
         wanted = wants(tensor, taken[place])
         if wanted is not None:
             name = taken[place].name
@@ -332,7 +340,7 @@ def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callabl
             known[place].clear()
         known[place].add(tensor.stride())
 
-    def run(*arguments: Any) -> None:
+    def run(*arguments: Any) -> None:  # noqa: ANN401 - tensors and numbers, each by its place
         for place, right in places:
             tensor = arguments[place]
             if tensor.stride() not in right or tensor.data_ptr() % alignment:
@@ -342,16 +350,16 @@ def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callabl
     return run
 
 
-def make_kernel(info: KernelInfo, function: Callable[..., None] | None, keep: Any = None) -> Kernel:
+def make_kernel(info: KernelInfo, function: Callable[..., None] | None, keep: object = None) -> Kernel:
     """Make the kernel of a direction."""
     return (ForwardKernel if info.direction == "forward" else BackwardKernel)(info, function, keep)
 
 
-def _is_torch(tensor: Any) -> bool:
+def _is_torch(tensor: object) -> bool:
     return type(tensor).__module__.partition(".")[0] == "torch"
 
 
-def compact_if_empty(tensor: Any) -> Any:
+def compact_if_empty(tensor: Any) -> Any:  # noqa: ANN401 - a number, or a tensor of either library
     """Return a tensor without elements with the strides that TVM's check expects, which are not torch's nor NumPy's.
 
     Numbers, and tensors with elements, are returned as they are.
@@ -367,7 +375,7 @@ def compact_if_empty(tensor: Any) -> Any:
     return np.lib.stride_tricks.as_strided(tensor, strides=[stride * tensor.itemsize for stride in strides])
 
 
-def _empty(like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
+def _empty(like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:  # noqa: ANN401 - of like's library
     if _is_torch(like):
         import torch  # noqa: PLC0415
 
@@ -377,7 +385,7 @@ def _empty(like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any:
     return np.empty(shape, dtype or like.dtype)
 
 
-def _zeros(like: Any) -> Any:
+def _zeros(like: Any) -> Any:  # noqa: ANN401 - of like's library
     if _is_torch(like):
         import torch  # noqa: PLC0415
 

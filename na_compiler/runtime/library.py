@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from na_compiler.devices import DEVICES
 from na_compiler.runtime import threads
@@ -14,7 +14,7 @@ from na_compiler.runtime.folders import loadable, runtime_library
 __all__ = ["load_function", "load_runtime"]
 
 
-def load_function(path: Path, device_type: str = "cpu") -> Any:
+def load_function(path: Path, device_type: str = "cpu") -> Callable[..., None]:
     """Load a library and return its function ``main``.
 
     Parameters
@@ -34,7 +34,7 @@ def load_function(path: Path, device_type: str = "cpu") -> Any:
     path = loadable(path)
     load_runtime()
     _load_for(device_type)
-    function = tvm_ffi.load_module(str(path))["main"]
+    function: Callable[..., None] = tvm_ffi.load_module(str(path))["main"]
     if any(device.has_host_loops for device in DEVICES if device.type == device_type):
         threads.attach(path)
     return function

@@ -11,10 +11,10 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from na_compiler.operands import BATCH, COMPACT, FREE, INPUT, OUTPUT, SCALAR, WORKSPACE
 from na_compiler.problem import DTYPES, MAX_RANK
@@ -42,7 +42,7 @@ _MAX_INTEGER = 2**53 - 1
 _OTHER_BYTES = re.compile(rb"[^\t\n\r -\[\]-~]")
 
 # Says nothing of a value that is as it should be; raises ManifestError with the value's place of one that is not.
-Check = Callable[[Any, str], None]
+Check = Callable[[object, str], None]
 
 
 class ManifestError(ValueError):
@@ -155,7 +155,7 @@ def _hash(file: BinaryIO, size: int) -> str:
 # ---- Grammar
 
 
-def parse(data: bytes) -> Any:
+def parse(data: bytes) -> object:
     """Return what a manifest's text says.
 
     It is JSON of printable ASCII without backslashes, whose numbers are integers of at most 53 bits, whose objects say
@@ -183,7 +183,7 @@ def parse(data: bytes) -> Any:
         raise ManifestError(f"it is no JSON: {error}") from None
     except RecursionError:
         raise ManifestError(_TOO_DEEP) from None
-    level = [value]
+    level: list[object] = [value]
     for _ in range(_MAX_DEPTH):
         level = [child for each in level if isinstance(each, (dict, list)) for child in _children(each)]
     if any(isinstance(each, (dict, list)) for each in level):
@@ -205,7 +205,7 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _children(value: dict[str, Any] | list[Any]) -> Any:
+def _children(value: dict[str, object] | list[object]) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value
 
 
@@ -225,7 +225,7 @@ def _integer(written: str) -> int:
     return int(written)
 
 
-def _no_number(written: str) -> None:
+def _no_number(written: str) -> NoReturn:
     shown = written if len(written) <= 24 else written[:24] + "..."
     raise ManifestError(f"it has the number {shown}, and numbers are integers of at most 53 bits")
 
@@ -233,24 +233,24 @@ def _no_number(written: str) -> None:
 # ---- Schema
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:40] + "..."
 
 
-def _refuse(place: str, wanted: str, value: Any) -> None:
+def _refuse(place: str, wanted: str, value: object) -> NoReturn:
     raise ManifestError(f"{place} must be {wanted}, got {_shown(value)}")
 
 
 def _int(low: int = 1, high: int = _MAX_INTEGER) -> Check:
-    def check(value: Any, place: str) -> None:
+    def check(value: object, place: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             _refuse(place, f"an integer from {low} to {high}", value)
 
     return check
 
 
-def _flag(value: Any, place: str) -> None:
+def _flag(value: object, place: str) -> None:
     if not isinstance(value, bool):
         _refuse(place, "true or false", value)
 
@@ -258,7 +258,7 @@ def _flag(value: Any, place: str) -> None:
 def _text(pattern: str, wanted: str) -> Check:
     matches = re.compile(pattern).fullmatch
 
-    def check(value: Any, place: str) -> None:
+    def check(value: object, place: str) -> None:
         if not isinstance(value, str) or matches(value) is None:
             _refuse(place, wanted, value)
 
@@ -270,7 +270,7 @@ def _one_of(*texts: str) -> Check:
 
 
 def _list(each: Check, low: int, high: int | None = None) -> Check:
-    def check(value: Any, place: str) -> None:
+    def check(value: object, place: str) -> None:
         if not isinstance(value, list) or len(value) < low or (high is not None and len(value) > high):
             many = "" if high is None else f" of {low} to {high}"
             _refuse(place, f"a list{many}", value)
@@ -283,7 +283,7 @@ def _list(each: Check, low: int, high: int | None = None) -> Check:
 def _record(**fields: Check) -> Check:
     """Check an object with exactly these members."""
 
-    def check(value: Any, place: str) -> None:
+    def check(value: object, place: str) -> None:
         if not isinstance(value, dict):
             _refuse(place or "it", "an object", value)
         within = f"{place}." if place else ""
@@ -299,13 +299,14 @@ def _record(**fields: Check) -> Check:
     return check
 
 
-def _extent(value: Any, place: str) -> None:
+def _extent(value: object, place: str) -> None:
     if value != ADDITIONAL:
         _int()(value, place)
 
 
-def _buffer(value: Any, place: str) -> None:
+def _buffer(value: object, place: str) -> None:
     _list(_extent, 1, 32)(value, place)
+    assert isinstance(value, list)
     elements = 1
     for extent in value:
         elements *= 1 if extent == ADDITIONAL else extent
@@ -313,17 +314,17 @@ def _buffer(value: Any, place: str) -> None:
         _refuse(place, f"of at most {_MAX_INTEGER} elements", value)
 
 
-def _operand(value: Any, place: str) -> None:
+def _operand(value: object, place: str) -> None:
     is_scalar = isinstance(value, dict) and value.get("role") == SCALAR
     (_NUMBER if is_scalar else _TENSOR)(value, place)
 
 
-def _size(value: Any, place: str) -> None:
+def _size(value: object, place: str) -> None:
     if value not in (BATCH, ADDITIONAL):
         _int()(value, place)
 
 
-def _alignment(value: Any, place: str) -> None:
+def _alignment(value: object, place: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value not in _ALIGNMENTS:
         _refuse(place, "a power of two from 1 to 4096", value)
 

@@ -11,8 +11,9 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from na_compiler.runtime.host import HostCompileError, HostLibrary, NoCompilerError, digest
 
@@ -74,7 +75,7 @@ class _Environment(ctypes.Structure):
 _Loop = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Environment), ctypes.c_void_p)
 
 
-def _launch_serially(loop: Any, data: int, tasks: int) -> int:  # noqa: ARG001
+def _launch_serially(loop: Callable[[int, _Environment, int], int], data: int, tasks: int) -> int:  # noqa: ARG001
     return int(loop(0, _Environment(None, 1), data))
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from na_compiler.runtime.folders import loadable
 from na_compiler.runtime.library import load_runtime
+
+if TYPE_CHECKING:
+    import tvm_ffi
 
 __all__ = ["Whole", "load_whole"]
 
@@ -17,12 +21,12 @@ _POOLED = 2  # tvm::runtime::memory::AllocatorType: memory is kept for the next 
 class Whole:
     """A loaded model. Make one with `load_whole`."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: tvm_ffi.Module) -> None:
         self._machine = module["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
         self._main = self._machine["main"]
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: object) -> tvm_ffi.Tensor | Sequence[tvm_ffi.Tensor]:
         """Run the model.
 
         Parameters

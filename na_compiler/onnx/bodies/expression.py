@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -105,9 +105,9 @@ class Writer:
         self._opset = opset
         self._given = interface.given
         self._inputs = {name: Expression(self, ir.Value(name=name)) for name in interface.inputs}
-        self._constants: dict[Any, Expression] = {}
+        self._constants: dict[tuple[object, ...], Expression] = {}
 
-    def __call__(self, operator: str, *operands: Any, **attributes: Any) -> Expression:
+    def __call__(self, operator: str, *operands: object, **attributes: int | Sequence[int]) -> Expression:
         """Write a node; operands that are numbers or arrays become constants."""
         values = [self.constant(operand).value for operand in operands]
         return Expression(self, self._tape.op(operator, values, attributes or None))
