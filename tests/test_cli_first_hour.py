@@ -309,6 +309,23 @@ def test_draw(narrow, capsys, tmp_path):
     assert "more than a picture shows" in run(capsys, "draw", *large, "-o", tmp_path / "x.png", status=1).err
 
 
+@pytest.mark.parametrize("case", ["20x24 5x7", "40x44 9", "41 7", "8x12x14 3x5x5"])
+def test_pictures_label_tokens_and_rule_every_cell(monkeypatch, case, tmp_path):
+    figures = pytest.importorskip("matplotlib.figure", reason="needs the extra draw")
+    drawn = []
+    original = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), original(self, *a, **k)))
+    layout, kernel_size = case.split()
+    command = ["draw", "--layout", layout, "--kernel-size", kernel_size, "--heads", "1", "--head-dim", "32"]
+    assert cli.main([*command, "-o", str(tmp_path / "x.png")]) == 0
+    for axes in drawn[0].axes:
+        labels = [text.get_text() for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
+        assert all(label.lstrip("\N{MINUS SIGN}").isdigit() or label.startswith("plane") for label in labels)
+        rows, columns = axes.images[0].get_array().shape
+        shown = [len(axis.get_minorticklocs()) for axis in (axes.yaxis, axes.xaxis)]
+        assert shown == [rows - 1, columns - 1]
+
+
 @pytest.mark.parametrize(
     ("module", "extra", "arguments"),
     [

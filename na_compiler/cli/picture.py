@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.choose import family_of
@@ -115,7 +116,7 @@ def _matrices(problem: Problem, queries: Sequence[Place], visit_of: Callable[[Pl
     for axes in (left, right):
         axes.set_xlabel("key", fontsize=9)
         axes.set_ylabel("query", fontsize=9)
-    chosen = ", ".join(str(query) for (query,) in queries)
+    chosen = ", ".join(map(str, sorted(query for (query,) in queries)))
     _legend(figure, {_QUERY: f"seen by the queries {chosen}", _ALL: "seen", _NONE: "computed, and masked"})
     return figure
 
@@ -211,6 +212,9 @@ def _show(axes: Axes, cells: NDArray[np.int8], first: tuple[int, int]) -> None:
         cells, ListedColormap(_COLOURS), vmin=0, vmax=len(_COLOURS) - 1, interpolation="nearest",
         extent=(left, left + columns, top + rows, top), aspect="equal",
     )  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+        axis.remove_overlapping_locs = False  # A line between cells stays where a label is.
     if max(rows, columns) <= _FINE:
         axes.set_xticks([left + column for column in range(1, columns)], minor=True)
         axes.set_yticks([top + row for row in range(1, rows)], minor=True)
