@@ -57,8 +57,12 @@ _ROW_BLOCK = 32
 _GRAD_BLOCK = 4
 # Additional keys that are staged at once, at least.
 _ADDITIONAL_BLOCK = 64
-# Accumulators that cover the latency of an addition: four cycles, two a cycle.
+# Vector multiply-adds that a core begins in a cycle, and cycles until one is there: of Intel's cores with AVX-512, by
+# its optimization manual. So many accumulators cover it.
+_ADDS, _LATENCY = 2, 4.0
 _CHAINS = 8
+# Cycles of a product over those, at best: 1 / 0.86. Cycles of a load, fitted to the rates in `_product`.
+_AT_BEST, _LOAD = 1.17, 0.63
 # Cycles, fitted: of the softmax a vector of scores, of staging a vector, of a tile beside its loops, of a row of a
 # patch's box beside its keys, and of a pair's part of the gradients of a key and a value, a vector of them.
 _SOFTMAX, _STAGE, _TILE, _PATCH_ROW, _GRADIENT = 18.0, 6.0, 900.0, 12.0, 0.6
@@ -86,13 +90,18 @@ class Machine:
 
     @property
     def scores(self) -> int:
-        """Vectors of accumulators of the products that make scores: beside them, two operands."""
-        return 12 if self.registers == 16 else 24
+        """Vectors of accumulators of the products that make scores: beside them, two operands and what loops keep."""
+        return 3 * self.registers // 4
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Queries that a patch may have: with 4 or 2 vectors of each, their sums are all the accumulators."""
+        return self.accumulators // 4, self.accumulators // 2
 
     @property
     def accumulators(self) -> int:
         """Vectors of accumulators of the other products, where there are as many operands beside them as columns."""
-        return 8 if self.registers == 16 else 16
+        return self.registers // 2
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ def _factorizations(lanes: int) -> Iterator[Extents]:
 def _patches(tile: Extents, machine: Machine) -> Iterator[Extents]:
     sizes = [[size for size in (1, 2, 4) if extent % size == 0] for extent in tile]
     for patch in itertools.product(*sizes):
-        if math.prod(patch) in ((2, 4) if machine.registers == 16 else (4, 8)) or math.prod(tile) <= math.prod(patch):
+        if math.prod(patch) in machine.patches or math.prod(tile) <= math.prod(patch):
             yield patch[0], patch[1], patch[2]
 
 
@@ -326,4 +335,4 @@ def _product(broadcast: int, vectors: int) -> float:
     AVX-512: 15 x 1 ran at 0.63 of the rate of the units, 12 x 2 at 0.85, 4 x 2 at 0.77, 8 x 2 at 0.86). A chain of
     additions is four cycles long: fewer than eight accumulators wait for it.
     """
-    return 1.17 * max(broadcast * vectors / 2, 0.63 * (broadcast + vectors), 4.0)
+    return _AT_BEST * max(broadcast * vectors / _ADDS, _LOAD * (broadcast + vectors), _LATENCY)

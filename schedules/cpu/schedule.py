@@ -23,7 +23,10 @@ from na_compiler.tensorir.blocks import steps
 __all__ = ["schedule_backward", "schedule_forward"]
 
 _CHAINS = 4  # Independent partial results of a reduction: enough to cover the latency of an addition.
+# Steps of a loop over head_dim or keys that are written out: assumed, as many as the chains above.
 _UNROLL = 4
+# Elements of a row up to which fetching a tile's rows is written out: four lines of a cache of 64 bytes. Assumed; what
+# longer rows cost is time to compile.
 _SHORT_ROW = 64
 # Blocks that stay as they are written: zeros, and sums that are changed in place, whose loops are vectors already.
 # Those of additional keys have a prefix, which is left out. All others are scheduled by their names, each by one step.

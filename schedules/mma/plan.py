@@ -22,7 +22,11 @@ ROWS = 16
 GROUP = 16
 # Elements of 16 bytes: what one copy moves, and what shared memory exchanges by the swizzle.
 CHUNK = 8
+# Bytes: a line of all banks of shared memory.
 _ALIGNMENT = 128
+# Registers of a thread: for queries, sums and scores together, beyond which queries are read again; and beside those,
+# for addresses, the mask and the softmax. Assumed: the two are three quarters of what a thread can have.
+_KEPT, _BESIDE = 144, 48
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,10 @@ class Plan:
     @property
     def keeps_queries(self) -> bool:
         """Whether a warp's queries stay in registers; they are read again for each tile of keys otherwise."""
-        return self.query.width // 4 + self.value.width // 2 + self.streamed // 2 <= 144
+        return self.query.width // 4 + self.value.width // 2 + self.streamed // 2 <= _KEPT
 
     @property
     def needed_registers(self) -> int:
         """About how many registers a thread needs: queries, accumulators, scores, and what is beside them."""
         queries = self.query.width // 4 if self.keeps_queries else 4
-        return 48 + queries + self.problem.head_dim_v // 2 + self.streamed // 2
+        return _BESIDE + queries + self.problem.head_dim_v // 2 + self.streamed // 2

@@ -22,8 +22,10 @@ from na_compiler.target import CudaTarget
 
 __all__ = ["Candidate", "candidates", "refusal"]
 
+# Elements: the sums of 256 columns take 128 registers of a thread, half of what it can have.
 _MOST_HEAD_DIM = 256
-# Of an H100, whose times the constants below are fitted to; elsewhere only the order of candidates matters.
+# Multiprocessors of an H100 (datasheet, SXM) and its clock at work, in MHz, to which times below are fitted; elsewhere
+# only the order of candidates matters.
 _PROCESSORS, _MEGAHERTZ = 132, 1700.0
 # Warps of a block along all axes.
 _WARPS = (1, 2, 4, 8)
@@ -31,11 +33,15 @@ _WARPS = (1, 2, 4, 8)
 _MOST_KEYS = 512
 # Bits of a mask's word, in which a row of the box has to lie.
 _MOST_LINE = 32
+# Keys of a tile of a ring, and tiles that the ring holds, that are tried: assumed to be enough; among them the model of
+# time chooses.
 _KEYS = (32, 64, 128)
 _STAGES = (3, 2)
-# Registers of a multiprocessor, and of a thread at most; warps of a multiprocessor that schedulers share.
+# Registers of a multiprocessor, and of a thread at most; schedulers of a multiprocessor, and warps that they share:
+# CUDA's programming guide, compute capabilities 8.0 and 9.0. Others have as many registers, and fewer warps.
 _REGISTERS, _MOST_REGISTERS, _SCHEDULERS, _MOST_WARPS = 65536, 255, 4, 64
-# Shared memory of a multiprocessor beyond that of its largest block, and what each block takes of it.
+# Bytes of shared memory of a multiprocessor beyond that of its largest block, and what each block takes of it (the same
+# guide, 8.0 and later).
 _SHARED_MORE, _SHARED_EACH = 1024, 1024
 
 
@@ -120,6 +126,9 @@ def candidates(problem: Problem, shared_memory: int, count: int = 8) -> tuple[Ca
     return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
 
 
+# Groups of 16 keys whose scores a warp holds at once: 8 numbers a thread for each. More where they are all that there
+# are, since no sums so far are scaled then. Assumed: 8 groups are a quarter of a thread's registers.
+_GROUPS_ALONE, _GROUPS = 8, 6
 # Boxes of a warp, and of the keys that come at once, that are tried: those which compute least.
 _BOXES_TRIED, _ARRANGEMENTS_TRIED, _TILES_TRIED = 3, 2, 2
 
@@ -167,7 +176,7 @@ def _boxes(volume: int, rank: int) -> list[tuple[int, ...]]:
 
 def _chunk(groups: int) -> int:
     """Return how many groups of keys to take at once: as few steps as registers allow, of equal length."""
-    most = 8 if groups <= 8 else 6
+    most = _GROUPS_ALONE if groups <= _GROUPS_ALONE else _GROUPS
     return -(-groups // -(-groups // most))
 
 

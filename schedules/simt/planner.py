@@ -14,20 +14,34 @@ from na_compiler.tensorir.axes import AXES, Extents, round_up
 
 __all__ = ["choose"]
 
-_THREADS = 128  # Of a block.
+# Nothing here was chosen by timing alternatives on a GPU: what is not a limit of the machine is assumed, for the reason
+# that stands with it. Registers are those that nvcc 13 takes for sm_80, of four problems with head_dim 32 to 128.
+
+# Threads of a block: one warp for each scheduler of a multiprocessor. Assumed.
+_THREADS = 128
+# Threads of a warp, over which shuffles reach.
 _WARP = 32
-_VECTOR_BYTES = 16  # What one thread reads at once.
-_BFLOAT16 = (8, 0)  # The first that has it.
-# Elements of a row that one thread keeps, in float32: of a query and of its sums.
+# Bytes that one thread reads at once, at most (PTX ISA, ld.v4.b32).
+_VECTOR_BYTES = 16
+# Compute capability of the first GPUs that convert bfloat16 by an instruction.
+_BFLOAT16 = (8, 0)
+# Elements of a row that one thread keeps in registers, in float32: of a query, or key, and of each of its sums. The
+# backward takes up to 223 registers so; with 32 elements it takes all 255.
 _ELEMENTS = 16
-# Registers of a thread for rows of a chunk.
+# Registers of a thread for rows of a chunk, which wait to be used: assumed, as many as the backward's four rows of
+# `_ELEMENTS` take. With twice as many the backward takes up to 253 registers, with these 8 bytes are spilled at most.
 _STAGED = 64
-# Scores that are computed together: their loads and additions overlap.
+# Scores that are computed together, so that their loads and additions overlap: an addition takes 4 cycles, a shuffle
+# several times that, and 8 fit the registers above. Assumed.
 _AT_ONCE = 8
-# Threads of one batch entry, below which a row is shared by more of them.
+# Threads of one batch entry, below which a row is shared by more of them: about half of what an H100 has at once (132
+# multiprocessors of 2048 threads), which is what fits at 64 registers a thread. Assumed.
 _MANY = 1 << 17
+# Tokens whose part of the gradients of an additional key is summed by one group of threads, and then added to others':
+# assumed, short enough that 4096 tokens are 32 groups, long enough that these parts are 1/128 of the scores.
 _STRIP = 128
-# What a chunk costs beside its rows, in rows: the sums so far are scaled, and loops turn.
+# What a chunk costs beside its rows, in rows: the sums so far are scaled, and loops turn. Assumed; it decides between
+# chunks that fit a window as well.
 _CHUNK = 1.5
 
 

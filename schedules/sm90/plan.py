@@ -33,8 +33,11 @@ MAX_BOX = 256
 MAX_RANK = 5
 # Axes of a layout that leave one for heads.
 MAX_RANK_WITH_HEADS = 2
+# Bytes of shared memory that a block can have (CUDA's programming guide, compute capability 9.0).
 SHARED_MEMORY = 227 * 1024
 _BARRIER_BYTES = 8
+# Registers of a thread beside accumulators, scores and weights: addresses, the mask, the softmax. Found by compiling.
+_BESIDE = 40
 
 
 def pieces_of(tile: Sequence[int], dilation: Sequence[int]) -> int | None:
@@ -206,10 +209,10 @@ class Plan:
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Registers of a thread that loads, and of one that computes."""
+        """Registers of a thread that loads, and of one that computes: of 65536 for all, in setmaxnreg's steps of 8."""
         return (24, 240) if self.config.warpgroups == 2 else (32, 160)
 
     @property
     def needed_registers(self) -> int:
         """About how many registers a computing thread needs: accumulators, scores, weights, and what is beside them."""
-        return self.problem.head_dim_v // 2 + self.streamed // 2 + self.streamed // 4 + 40
+        return self.problem.head_dim_v // 2 + self.streamed // 2 + self.streamed // 4 + _BESIDE

@@ -30,7 +30,10 @@ __all__ = ["Candidate", "candidates", "most_registers", "refusal"]
 
 _Numbers = NDArray[Any]
 
+# Multiprocessors of an H100 (datasheet, SXM).
 _PROCESSORS = 132
+# Columns of one wgmma at most (PTX ISA), which makes a head's output at once.
+_MOST_HEAD_DIM = 256
 # The clock that an H100 has while its tensor cores work, as measured.
 _MEGAHERTZ = 1700.0
 # Products of 16-bit numbers, in operations a cycle of one multiprocessor, by the datasheet.
@@ -44,13 +47,17 @@ _LONE = 0.25
 _ROW = 0.002
 # Exponentials are the other unit's work that grows with the keys, whatever head_dim is: cycles a key, by warpgroups.
 _EXPONENTIALS = {2: 7.0, 3: 6.0}
+# Keys of a tile, and tiles of keys that are kept in shared memory, that are tried.
 _KEYS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176)
 _STAGES = (4, 2)
 # More keys at once than this leave the compiler few registers to overlap with: products take so much longer.
 _AMPLE_KEYS, _CROWDED = 128, 1.05
 # Tiles of keys of a block, up to which it pays to keep the block for another tile of queries: what begins and ends it
-# is then hidden behind other loads. Longer ones are better handed out as multiprocessors become free.
+# is then hidden behind other loads. Longer ones are better handed out as multiprocessors become free. Measured on an
+# H100, see docs/notes-hopper.md.
 _SHORT = 8
+# Rounds of blocks up to which the last one is a whole round, and what it is on average where there are more. Assumed.
+_FEW_ROUNDS, _LAST_ROUND = 4, 0.5
 # Registers that the compiler makes do with, by warpgroups, found by compiling; and in persistent blocks, for values up
 # to a length and for longer ones.
 _REGISTERS = {2: 240, 3: 152}
@@ -124,7 +131,9 @@ def refusal(problem: Problem, direction: str) -> str | None:
     given = " and ".join(map(str, dims))
     reasons = {
         "takes float16 and bfloat16, not float32": problem.dtype == "float32",
-        f"takes multiples of 8 up to 256 as head_dim, not {given}": any(dim % 8 or dim > 256 for dim in dims),
+        f"takes multiples of 8 up to {_MOST_HEAD_DIM} as head_dim, not {given}": (
+            any(dim % 8 or dim > _MOST_HEAD_DIM for dim in dims)
+        ),
         "takes multiples of 16 as head_dim in 3-D, because TMA has no axis left to pad it": (
             problem.rank == 3 and any(dim % 16 for dim in dims)
         ),
@@ -284,7 +293,7 @@ def _rounds(waves: _Numbers) -> _Numbers:
 
     The last wave is as long as any other, and it is the tiles in the middle of the layout that take longest.
     """
-    return np.where(waves < 4, np.ceil(waves), waves + 0.5)
+    return np.where(waves < _FEW_ROUNDS, np.ceil(waves), waves + _LAST_ROUND)
 
 
 def _counts(problem: Problem, axis: int, space: _Space, plans: list[Plan]) -> _Numbers:

@@ -21,12 +21,14 @@ _BARRIER_BYTES = 8
 _PITCH = 4
 # Where a TMA box begins along its innermost axis is a multiple of 16 bytes; for statistics that axis is of queries.
 ALIGNED = 4
-# Registers of a multiprocessor, the most that a thread can have, and those of a thread that loads.
+# Registers of a multiprocessor; the most that a thread can have, in setmaxnreg's steps of 8; those of a thread that
+# loads, the fewest that setmaxnreg gives (PTX ISA).
 _REGISTERS, _MOST_REGISTERS = 65536, 248
 LOADING_REGISTERS = 24
-# Thread blocks that the additional keys' gradients are spread over, about: two for each multiprocessor.
+# Thread blocks that the additional keys' gradients are spread over, about: two for each of an H100's 132
+# multiprocessors, so that one has work while the other waits. Assumed.
 _STRIP_BLOCKS = 264
-# Four for each multiprocessor: of more, the last ones are a small part.
+# Four for each multiprocessor: of more, the last ones are a small part. Assumed.
 _FEW_BLOCKS = 528
 
 

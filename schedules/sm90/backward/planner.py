@@ -29,12 +29,13 @@ __all__ = ["BackwardCandidate", "SweepCandidate", "candidates", "has_tiles", "sw
 
 _Numbers = NDArray[Any]
 
+# Multiprocessors of an H100 (datasheet, SXM).
 _PROCESSORS = 132
 # Shared memory of a multiprocessor, and what a block takes of it beside its own.
 _SHARED_OF_ALL, _SHARED_OF_SYSTEM = 228 * 1024, 1024
 # Columns up to which one warpgroup has enough to do with a tile that it loads alone; more, and L2 binds.
 _WIDE = 64
-# Tokens of a tile that streams by.
+# Tokens of a tile that streams by, and tiles kept in shared memory, that are tried.
 _STREAMED = (16, 32, 48, 64, 80, 96, 128)
 _STAGES = (3, 2)
 # What follows was fitted to 202 kernels on an H100, whose times it tells to 12%.
