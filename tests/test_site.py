@@ -29,6 +29,12 @@ def test_every_picture_is_shown():
     assert all(f"](pictures/{name}.png)" in text for name in names)
 
 
+def test_every_page_is_in_the_contents():
+    """What is in none of them fails ``make docs``."""
+    listed = set((DOCS / "index.md").read_text().split())
+    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= listed
+
+
 @pytest.mark.parametrize("name", ["stride", "hopper"])
 def test_pictures_are_up_to_date(name, tmp_path):
     """``make docs`` draws them again."""
