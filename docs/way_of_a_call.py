@@ -25,9 +25,9 @@ def draw(path: Path) -> None:
     axes.set_axis_off()
     call = [
         ("na2d, NeighborhoodAttention2D", "functional.py, modules.py"),
-        ("torch.ops.na_compiler.na2d", "ops/operators.py: shapes, autograd,\nautocast, vmap"),
+        ("torch.ops.na_compiler.na2d", "ops/call.py: the short way; else\nops/operators.py: autocast, vmap, ..."),
         ("table of kernels", "ops/kernels.py: found by what the\ntensors are"),
-        ("kernel", "runtime/kernel.py: its arguments"),
+        ("kernel", "on CUDA runtime/kernel.py looks at\nwhere its tensors lie"),
         ("machine code", "on torch's stream, or its threads"),
     ]
     for number, (title, text) in enumerate(call):
