@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from na_compiler import operands
-from na_compiler.operands import BATCH, INPUT, SAME, SCALAR, Argument, Operand
+from na_compiler.operands import BATCH, GIVEN, INPUT, SAME, SCALAR, Argument, Operand
 from na_compiler.workspace import ADDITIONAL
 
 if TYPE_CHECKING:
@@ -204,21 +204,28 @@ def check_call(problem: Problem, arguments: Sequence[Argument], given: Mapping[s
     for argument in arguments:
         if argument.role != INPUT or argument.name not in given:
             continue
-        tensor = given[argument.name]
-        _learn(argument, tensor, known)
-        shape = argument.sizes(known)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{argument.name} must have shape {shape} for {problem}, got {tuple(tensor.shape)}")
-        if _word(tensor.dtype) != argument.dtype:
-            raise ValueError(f"{argument.name} must be {argument.dtype} for {problem}, got {_word(tensor.dtype)}")
-    return {BATCH: 0, ADDITIONAL: 0, **known}
+        if given[argument.name] is not None or GIVEN not in argument.shape:
+            _check_argument(problem, argument, given[argument.name], known)
+    return {BATCH: 0, ADDITIONAL: 0, GIVEN: 0, **known}
+
+
+def _check_argument(problem: Problem, argument: Argument, tensor: TensorLike | None, known: dict[str, int]) -> None:
+    if tensor is None:
+        raise ValueError(f"{argument.name} must be a tensor for {problem}, got None")
+    _learn(argument, tensor, known)
+    shape = argument.sizes(known)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{argument.name} must have shape {shape} for {problem}, got {tuple(tensor.shape)}")
+    if _word(tensor.dtype) != argument.dtype:
+        raise ValueError(f"{argument.name} must be {argument.dtype} for {problem}, got {_word(tensor.dtype)}")
 
 
 def _learn(argument: Argument, tensor: TensorLike, known: dict[str, int]) -> None:
     """Take the extents that only a call knows from the first tensor that has them."""
     for axis, extent in enumerate(argument.shape):
         if isinstance(extent, str) and extent not in known:
-            known[extent] = tensor.shape[axis] if axis < len(tensor.shape) else 0
+            size = tensor.shape[axis] if axis < len(tensor.shape) else 0
+            known[extent] = known[BATCH] if extent == GIVEN and size else size
 
 
 def _word(dtype: object) -> str:

@@ -109,8 +109,9 @@ def _attention(
     if additional_keys is not None or additional_values is not None:
         given = {"additional_keys": additional_keys, "additional_values": additional_values}
         _check_tensors(rank, **{name: tensor for name, tensor in given.items() if tensor is not None})
-    result = call(
+    result: Tensor | tuple[Tensor, Tensor] = call(
         rank,
+        return_lse,
         query,
         key,
         value,
@@ -120,7 +121,7 @@ def _attention(
         additional_values,
         *others,
     )
-    return result if return_lse else result[0]
+    return result
 
 
 # Operands that the table has beside those which the signature names, by keyword; each may be left out.

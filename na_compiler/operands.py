@@ -26,6 +26,7 @@ __all__ = [
     "COMPACT",
     "DIRECTIONS",
     "FREE",
+    "GIVEN",
     "INPUT",
     "OUTPUT",
     "PARAMETERS",
@@ -54,6 +55,8 @@ FREE, COMPACT = "free", "compact"
 SAME = "same"
 # The extent of a shape that a kernel learns when it is called, beside `na_compiler.workspace.ADDITIONAL`.
 BATCH = "batch"
+# The batch of an operand that may have no entries, which stand for zeros: 0 then.
+GIVEN = "given"
 # The option of the additional keys and values, for which `Problem` has a field of its own.
 ADDITIONAL_KV = "additional_kv"
 # What else an operator is given: a value for each axis, which the problem holds.
@@ -89,6 +92,9 @@ class Operand:
         float32, with the batch in front; `na_compiler.ops` sums over it.
     gradient_strides
         Strides that the gradient of an output may have.
+    gradient_is_optional
+        Of an output, whether its gradient may be left out: kernels read one of no batch entries as 0. Nothing has to
+        be allocated and filled then, which takes longer than a small kernel.
     """
 
     name: str
@@ -101,11 +107,17 @@ class Operand:
     default: float | int | None = None
     differentiable: bool = False
     gradient_strides: str = COMPACT
+    gradient_is_optional: bool = False
 
     @property
     def is_batched(self) -> bool:
         """Whether each batch entry has its own."""
-        return BATCH in self.shape
+        return BATCH in self.shape or GIVEN in self.shape
+
+    @property
+    def is_nullable(self) -> bool:
+        """Whether nothing may be given in its place, though every problem has it."""
+        return GIVEN in self.shape
 
     @property
     def is_later(self) -> bool:
@@ -116,7 +128,8 @@ class Operand:
         """Return its gradient, as the backward takes or returns it."""
         name, text = f"grad_{self.name}", f"gradient of {self.name}"
         if self.role == OUTPUT:
-            return Operand(name, INPUT, text, self.shape, self.dtype, self.gradient_strides, self.option)
+            shape = tuple(GIVEN if term == BATCH and self.gradient_is_optional else term for term in self.shape)
+            return Operand(name, INPUT, text, shape, self.dtype, self.gradient_strides, self.option)
         if self.is_batched:
             return Operand(name, OUTPUT, text, self.shape, self.dtype, COMPACT, self.option)
         return Operand(name, OUTPUT, text, (BATCH, *self.shape), "float32", COMPACT, self.option)
@@ -146,7 +159,7 @@ TABLE: tuple[Operand, ...] = (
     ),
     Operand(
         "lse", OUTPUT, "natural logarithm of the sum of exponentials of the scaled scores", (*_TOKENS, "heads"),
-        "float32", differentiable=True,
+        "float32", differentiable=True, gradient_is_optional=True,
     ),
 )  # fmt: skip
 
@@ -200,8 +213,8 @@ class Argument:
     name, role, dtype, strides
         As of an `Operand`; the role may be `WORKSPACE` as well.
     shape
-        Extents, of which `BATCH` and ``"additional"`` are known when it is called. Those of a workspace have the number
-        of additional keys rounded up, see `Workspace`.
+        Extents, of which `BATCH`, `GIVEN` and ``"additional"`` are known when it is called. Those of a workspace have
+        the number of additional keys rounded up, see `Workspace`.
     has_layout
         Whether it has the axes of the layout.
     """
@@ -291,6 +304,7 @@ def _extents(problem: Problem) -> dict[str, tuple[int | str, ...]]:
     """Return what the terms of a shape stand for."""
     return {
         BATCH: (BATCH,),
+        GIVEN: (GIVEN,),
         ADDITIONAL: (ADDITIONAL,),
         "layout": problem.layout,
         "heads": (problem.heads,),

@@ -52,10 +52,13 @@ def draw(
     tokens: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
     spoiled: dict[str, float] | None = None,
+    lse_has_grad: bool = True,
 ) -> Example:
     """Draw inputs in the problem's dtype; the reference sees them as they are rounded to it.
 
     ``spoiled`` has names of tensors (`NAMES`), and what is written into a random element of each.
+
+    Without ``lse_has_grad`` the gradient of lse has no batch entries, as kernels take it where it is 0.
 
     With ``tokens`` the reference is computed for these queries only, and only they have a gradient of the output:
     the gradients of everything are still exact.
@@ -87,6 +90,8 @@ def draw(
     exact = [tensor.double().requires_grad_() for tensor in inputs]
     parameters = (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal, scale)
     output, lse = neighborhood_attention(*exact[:3], *parameters, *exact[3:], tokens=tokens)
+    if not lse_has_grad:
+        grad_lse, some_lse = grad_lse[:0], torch.zeros_like(some_lse)
     grads = torch.autograd.grad((output, lse), exact, (some_output.double(), some_lse.double()))
     magnitudes = _magnitudes(problem, exact, grad_output)
     return Example(

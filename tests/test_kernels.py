@@ -53,7 +53,8 @@ HALF = [
 
 def run(problem, *, target="llvm", batch=1, additional=5, scale=None, directions=("forward", "backward")):
     """Compile a problem and compare it with the reference; all tensors lie between NaN, and outputs are NaN before."""
-    example = draw(problem, batch=batch, additional=additional, scale=scale)
+    lse_has_grad = bool(torch.randint(2, ()))
+    example = draw(problem, batch=batch, additional=additional, scale=scale, lse_has_grad=lse_has_grad)
     scale = problem.head_dim**-0.5 if scale is None else scale
     inputs = [guarded(tensor) for tensor in example.inputs]
     if "forward" in directions:

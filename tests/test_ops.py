@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import na_compiler.ops.operators
+import na_compiler.passes
 from na_compiler import na1d, na2d, na3d
 from na_compiler.problem import Problem
 from na_compiler.reference import neighborhood_attention
@@ -111,6 +112,7 @@ def test_opcheck(problem, operator, seed):
     else:
         arguments = (example.grad_output, example.grad_lse, *example.inputs[:3], output, lse, *parameters)
         torch.library.opcheck(OPS.na2d_backward.default, arguments, extra)
+        torch.library.opcheck(OPS.na2d_backward.default, (arguments[0], None, *arguments[2:]), extra)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -121,6 +123,24 @@ def test_opcheck_of_views_and_the_other_ranks(seed):
         tensors = fused(1, (6, 4, 5)[:rank])[:3]
         arguments = ([3] * rank, [1] * rank, [1] * rank, [False] * rank, 0.3)
         torch.library.opcheck(operator.default, (*tensors, *arguments))
+
+
+def test_no_gradient_of_lse_is_one_of_zeros(seed):
+    example = draw(RICH)
+    parameters = (*map(list, (RICH.kernel_size, RICH.stride, RICH.dilation, RICH.is_causal)), 0.3)
+    extra = example.inputs[3:]
+    output, lse = OPS.na2d(*example.inputs[:3], *parameters, *extra)
+    rest = (*example.inputs[:3], output, lse, *parameters, *extra)
+    none, zeros, ones = (
+        OPS.na2d_backward(example.grad_output, grad, *rest)
+        for grad in (None, torch.zeros_like(lse), torch.ones_like(lse))
+    )
+    assert all(map(torch.equal, none, zeros))
+    assert not torch.equal(none[0], ones[0])
+    with pytest.raises(ValueError, match=r"grad_lse must have shape \(1, 6, 9, 4\).* got \(2, 6, 9, 4\)"):
+        OPS.na2d_backward(example.grad_output, torch.cat([lse, lse]), *rest)
+    with pytest.raises(ValueError, match="grad_output must be a tensor"):
+        OPS.na2d_backward(None, lse, *rest)
 
 
 class TestRefused:

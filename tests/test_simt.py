@@ -65,7 +65,7 @@ def test_forward(problem, seed):
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_backward(problem, seed):
-    example = draw(problem, additional=3)
+    example = draw(problem, additional=3, lse_has_grad=bool(torch.randint(2, ())))
     check_backward(example, backward(example))
 
 

@@ -103,6 +103,7 @@ def differentiate(emulator, problem, config, example, *, order, scale=None, inpu
 
 def emulate(problem, config, *, edit=None, orders=_ORDERS, spreads=False, **arguments):
     """Emulate a problem's backward in some orders, and compare with the reference."""
+    arguments.setdefault("lse_has_grad", random.random() < 0.5)
     emulator = Emulator.of(KernelSpec(problem, "backward", TARGET, config), edit)
     example = draw(problem, **arguments)
     for order in orders:

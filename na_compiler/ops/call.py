@@ -7,16 +7,15 @@ directly, within an ``autograd.Function`` of its own where a gradient is wanted.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from na_compiler.ops.kernels import run, run_on_cuda
-from na_compiler.ops.operators import OPERATORS, differentiate, save_for_backward
-from na_compiler.ops.schema import BACKWARD, FORWARD, Signature
+from na_compiler.ops.kernels import Launch, find
+from na_compiler.ops.operators import OPERATORS, differentiate, inputs_of, save_for_backward
+from na_compiler.ops.schema import BACKWARD, FORWARD
 
 __all__ = ["PLAIN", "call"]
 
@@ -40,13 +39,24 @@ PLAIN = frozenset(
 )
 
 
-def call(rank: int, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Call the operator of a rank; or its implementation, where nothing in between has anything to do."""
-    if not torch.compiler.is_compiling() and _is_plain(FORWARD, arguments):
-        if torch.is_grad_enabled() and _is_wanted(arguments):
-            return _Attention.apply(rank, *arguments)  # type: ignore[no-any-return,no-untyped-call]
-        return _run(FORWARD, rank, arguments)  # type: ignore[no-any-return]
-    return OPERATORS[rank](*arguments)  # type: ignore[no-any-return]
+def call(rank: int, return_lse: bool, *arguments: Any) -> Any:
+    """Call the operator of a rank; or its implementation, where nothing in between has anything to do.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        Output, or output and lse.
+    """
+    if not torch.compiler.is_compiling() and _are_plain(arguments) and _is_quiet():
+        launch = find(FORWARD, rank, arguments)
+        if torch.is_grad_enabled():
+            for one in arguments:
+                if isinstance(one, Tensor) and one.requires_grad:
+                    return _Attention.apply(launch, rank, return_lse, *arguments)  # type: ignore[attr-defined]
+        results: Any = launch(arguments)
+    else:
+        results = OPERATORS[rank](*arguments)
+    return results if return_lse else results[0]
 
 
 # torch's state that says so, looked up once: half of what asking costs.
@@ -62,48 +72,68 @@ _asked = (
 _TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
-def _is_plain(signature: Signature, arguments: tuple[Any, ...]) -> bool:
-    """Return whether the dispatcher would do nothing but differentiate, and call the implementation."""
-    for argument in arguments[: signature.parameters]:
-        if type(argument) not in _TYPES or _dispatch_keys(argument).raw_repr() not in PLAIN:
-            return False
-    for argument in arguments[signature.later :]:
-        is_tensor = argument is not None and isinstance(argument, Tensor)
-        if is_tensor and (type(argument) not in _TYPES or _dispatch_keys(argument).raw_repr() not in PLAIN):
-            return False
+def _is_quiet() -> bool:
+    """Return whether torch is in no mode in which the dispatcher does more than to differentiate."""
     for ask in _asked:
         if ask():
             return False
     return forward_ad._current_level < 0
 
 
-def _is_wanted(arguments: tuple[Any, ...]) -> bool:
-    return any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Return whether the dispatcher would do nothing with the tensors among some arguments but differentiate."""
+    for one in arguments:
+        if type(one) in _TYPES:
+            if _dispatch_keys(one).raw_repr() not in PLAIN:
+                return False
+        elif isinstance(one, Tensor):
+            return False
+    return True
 
 
-def _run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Any:
-    return (run if arguments[0].is_cpu else run_on_cuda)(signature, rank, arguments)
+# What calls the backward of a forward's kernel on tensors of some strides. All else that decides it is the forward's.
+_backwards: dict[tuple[Any, ...], Launch] = {}
+_MOST = 4096
 
 
-class _Attention(torch.autograd.Function):
-    """The operator of a rank on plain tensors. It has no ``setup_context``, with which torch is slower."""
+class _Attention(torch.autograd.function._SingleLevelFunction):
+    """The operator of a rank on plain tensors.
+
+    A ``torch.autograd.Function`` without what that does for ``torch.func``, of which there is nothing here, and without
+    ``setup_context``: with either torch is slower.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rank: int, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, launch: Launch, rank: int, return_lse: bool, *arguments: Any) -> Any:
         """Attend."""
-        results: tuple[Tensor, ...] = _run(FORWARD, rank, arguments)
+        results = launch(arguments)
         save_for_backward(ctx, arguments, results)
-        ctx.rank = rank
-        return results
+        # Hooks may give back other tensors than were saved.
+        ctx.call = launch if _hooks(True) is None else None, rank
+        return results if return_lse else results[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
         """Return the gradients of all arguments."""
-        return (None, *differentiate(functools.partial(_backward, ctx.rank), ctx, *grads))
+        launch, rank = ctx.call
+
+        def run(*arguments: Any) -> Any:
+            # What differentiates a gradient is refused by the operator.
+            if launch is None or torch.is_grad_enabled() or not _are_plain(arguments[:_GRADIENTS]) or not _is_quiet():
+                return getattr(torch.ops.na_compiler, f"na{rank}d_backward").default(*arguments)
+            at = (launch, *[one.stride() for one in arguments if isinstance(one, Tensor)])
+            found = _backwards.get(at)
+            if found is None:
+                if len(_backwards) >= _MOST:
+                    _backwards.clear()
+                found = _backwards[at] = find(BACKWARD, rank, arguments)
+            return found(arguments)
+
+        if grad_output is None and grad_lse is None:
+            return (None,) * (3 + int(ctx.count))
+        inputs, results = inputs_of(ctx)
+        return (None, None, None, *differentiate(run, inputs, results, (grad_output, grad_lse)))
 
 
-def _backward(rank: int, *arguments: Any) -> Any:
-    # What differentiates a gradient is refused by the operator.
-    if not torch.is_grad_enabled() and _is_plain(BACKWARD, arguments):
-        return _run(BACKWARD, rank, arguments)
-    return getattr(torch.ops.na_compiler, f"na{rank}d_backward").default(*arguments)
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_GRADIENTS = len(FORWARD.results)

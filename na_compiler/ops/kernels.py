@@ -8,6 +8,7 @@ made in a user's call may belong to a CUDA graph, and must not outlive it.
 from __future__ import annotations
 
 import logging
+import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,127 +19,241 @@ from torch import Tensor
 
 from na_compiler import checks
 from na_compiler.devices import CUDA
-from na_compiler.operands import FREE, INPUT, OUTPUT, SCALAR, WORKSPACE
+from na_compiler.operands import FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
 from na_compiler.ops.schema import BACKWARD, FORWARD, Signature, problem_of
-from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty
+from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty, strides_wanted
 from na_compiler.target import target_of
 
-__all__ = ["backward", "check_rank", "forward", "on_cuda", "reading", "run", "run_on_cuda"]
+__all__ = ["Launch", "backward", "check_rank", "find", "forward", "on_cuda", "reading"]
 
 _LOG = logging.getLogger("na_compiler")
 _KERNELS = 4096
-_empty_like, _CONTIGUOUS = torch.empty_like, torch.contiguous_format
 _said: set[str] = set()
+
+# Shape, strides and dtype of a tensor that is made for a call.
+Way = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+# What is called with the arguments of an operator, as tuples, and returns what the operator does, with ``None`` for the
+# gradient of an input that is not there.
+Launch = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+
+
+def _made_by_torch(device: str) -> Callable[..., Tensor]:
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+# What makes a tensor of a way on the CPU, and on the current GPU. Those that Inductor's programs call, below the
+# dispatcher, take a third of the time.
+_guards: Any = torch._C._dynamo.guards
+_empty_on_cpu = getattr(_guards, "_empty_strided_cpu", None) or _made_by_torch("cpu")
+_empty_on_cuda = getattr(_guards, "_empty_strided_cuda", None) or _made_by_torch("cuda")
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A kernel for arguments of an operator that are like some others in all that decides which kernel it is.
+    """A kernel for arguments of an operator that are like some others in all that decides how it is called.
 
     Parameters
     ----------
-    function
-        What the kernel calls.
+    kernel
+        It.
     pick
-        Takes from the operator's arguments what the function reads, in its order.
+        Takes from the operator's arguments, and the tensors of ``absent`` behind them, what the kernel reads, in its
+        order.
+    defaults
+        Of the operator's arguments.
+    absent
+        How to make the tensors that stand for what is not given.
     tensors
-        How many of these are tensors, before the first number.
+        How many tensors are read, before the first number.
     free
         For each of these, whether it may have any strides but the last.
     made
-        What the function writes, outputs and then workspace: which tensor that is read it is like, or ``None``; shape
-        and dtype. To make one like another takes two thirds of the time.
+        How to make what the kernel writes, outputs and then workspace.
     outputs
         How many of these are outputs.
     results
         For each result of the operator, which output it is; ``None`` for one that is not there.
-    is_empty
-        Whether one of the tensors has no elements.
+    device
+        Number of the GPU; negative for the CPU.
+    is_direct
+        Whether the kernel can read all of the tensors where they are, if their addresses are aligned.
     """
 
-    function: Callable[..., None]
+    kernel: Kernel
     pick: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    defaults: tuple[Any, ...]
+    absent: tuple[Way, ...]
     tensors: int
     free: tuple[bool, ...]
-    made: tuple[tuple[int | None, tuple[int, ...], torch.dtype], ...]
+    made: tuple[Way, ...]
     outputs: int
     results: tuple[int | None, ...]
-    is_empty: bool
+    device: int
+    is_direct: bool
 
 
-# By all that decides which kernel it is. A look-up takes a microsecond, and making a Problem thirty.
-_kernels: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Tensor, ...]]] = {}
+# By all that decides how a kernel is called. A look-up takes a microsecond, and making a Problem thirty.
+_kernels: dict[tuple[Any, ...], Launch] = {}
 
 
 def forward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute output and lse; arguments are those of the operators."""
-    return run(FORWARD, rank, _with_tuples(FORWARD, arguments))
+    return _run(FORWARD, rank, arguments)
 
 
 def backward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute the gradients of the inputs; empty ones where there is no input. Arguments are the operators'."""
-    return run(BACKWARD, rank, _with_tuples(BACKWARD, arguments))
+    return _run(BACKWARD, rank, arguments)
 
 
-def _with_tuples(signature: Signature, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return arguments as `run` takes them: the dispatcher gives lists for the parameters."""
+def _run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    # The dispatcher gives lists for the parameters.
     first = signature.parameters
-    return (*arguments[:first], *map(tuple, arguments[first : first + 4]), *arguments[first + 4 :])
+    arguments = (*arguments[:first], *map(tuple, arguments[first : first + 4]), *arguments[first + 4 :])
+    results = find(signature, rank, arguments)(arguments)
+    return tuple([arguments[0].new_empty(0) if result is None else result for result in results])
 
 
-def run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Compute what an operator returns; the parameters are tuples."""
-    found = _find(signature, rank, arguments)
-    if len(arguments) < len(signature.names):
-        arguments = signature.complete(arguments)
-    return found(arguments)
+def find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Launch:
+    """Return what calls the kernel for some arguments; checks them when such ones are first seen."""
+    first, at = signature.parameters, [signature.direction, rank]
+    for one in arguments[:first]:
+        # Of the CPU or of CUDA, by which implementation this is: the number tells which.
+        at += (one.shape, one.stride(), one.dtype, one.get_device()) if one is not None else (None,)
+    at.append(arguments[first : first + 4])
+    for place, one in enumerate(arguments[signature.later :]):
+        if one is not None:  # What is left out is the same as what is said to be.
+            at += (place, _kind(one))
+    key = tuple(at)
+    found = _kernels.get(key)
+    if found is None:
+        found = _launch(_look(signature, rank, arguments))
+        if len(_kernels) >= _KERNELS:
+            _kernels.clear()
+        _kernels[key] = found
+    return found
 
 
-def _caller(found: _Found) -> Callable[[tuple[Any, ...]], tuple[Tensor, ...]]:
-    """Return what computes the results for complete arguments of an operator.
-
-    Every line of it counts where the kernel is small: what it needs is at hand without asking an object for it.
-    """
-    function, pick, free, ways, outputs = found.function, found.pick, found.free, found.made, found.outputs
-    results = None if len(found.results) == outputs else found.results
-    is_empty = found.is_empty
-
-    def run(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        read = pick(arguments)
-        new_empty = read[0].new_empty
-        made = [
-            new_empty(shape, dtype=dtype) if like is None else _empty_like(read[like], memory_format=_CONTIGUOUS)
-            for like, shape, dtype in ways
-        ]
-        for tensor, is_free in zip(read, free):  # noqa: B905 - numbers follow the tensors
-            if tensor.stride()[-1] != 1 or not (is_free or tensor.is_contiguous()):
-                read = _readable(found, read)
-                break
-        if is_empty:
-            read, made = _readable(found, read), list(map(compact_if_empty, made))
-        try:
-            function(*read, *made)
-        except MisplacedError as error:
-            _say_once(error)
-            function(*(_copied(one) if i < found.tensors else one for i, one in enumerate(read)), *made)
-        if results is None:
-            return tuple(made[:outputs])
-        return tuple(new_empty(0) if place is None else made[place] for place in results)
-
-    return run
+def _kind(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return type(argument)
 
 
-def _readable(found: _Found, read: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what a kernel reads, copied where it is not as the kernel takes it."""
-    tensors = [
-        compact_if_empty(_with_rows(tensor if free or tensor.is_contiguous() else tensor.contiguous()))
-        for tensor, free in zip(read, found.free, strict=False)
-    ]
-    return (*tensors, *read[found.tensors :])
+def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found:
+    from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
+
+    given = signature.by_name(arguments)
+    query = given["query"]
+    check_rank(rank, query)
+    problem = problem_of(given)
+    kernel: Kernel = find_kernel(problem, signature.direction, target_of(query.device))
+    taken = kernel.info.arguments
+    known = checks.check_call(problem, taken, given)
+    absent = [argument for argument in taken if GIVEN in argument.shape and given[argument.name] is None]
+    names = [*signature.names, *(argument.name for argument in absent)]
+    read = [argument for argument in taken if argument.role in {INPUT, SCALAR}]
+    tensors = [argument for argument in read if argument.role == INPUT]
+    there = [(argument, given[argument.name]) for argument in tensors if argument not in absent]
+    written = [argument for argument in taken if argument.role == OUTPUT]
+    made = [_way(argument.sizes(known), argument.dtype) for argument in written]
+    if any(argument.role == WORKSPACE for argument in taken):
+        spaces = kernel.info.workspace.shapes(known["batch"], known["additional"])
+        made += [_way(shape, "float32") for shape in spaces]
+    outputs = [argument.name for argument in written]
+    # From the end: where one name is twice, it is what stands for nothing.
+    places = {name: place for place, name in enumerate(names)}
+    return _Found(
+        kernel,
+        operator.itemgetter(*(places[argument.name] for argument in read)),
+        signature.defaults,
+        tuple(_way(argument.sizes(known), argument.dtype) for argument in absent),
+        len(tensors),
+        tuple(argument.strides == FREE for argument in tensors),
+        tuple(made),
+        len(written),
+        tuple(outputs.index(result.name) if result.name in outputs else None for result in signature.results),
+        query.get_device(),
+        all(_is_readable(kernel, argument, tensor) for argument, tensor in there),
+    )
+
+
+def _way(shape: tuple[int, ...], dtype: str) -> Way:
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return tuple(shape), strides, getattr(torch, dtype)
+
+
+def _is_readable(kernel: Kernel, argument: Any, tensor: Tensor) -> bool:
+    """Return whether a kernel can read a tensor of these strides where it is, at an aligned address."""
+    if not tensor.numel() or tensor.stride(-1) != 1:
+        return False
+    if argument.strides != FREE:
+        return tensor.is_contiguous()
+    return strides_wanted(kernel.info, argument, tensor) is None
 
 
 # torch.cuda.current_device without asking whether CUDA is initialised, which it is where there is a tensor.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def _launch(found: _Found) -> Launch:
+    """Return what computes the results for arguments of an operator.
+
+    Every line of it counts where the kernel is small: what it needs is at hand without asking an object for it.
+    """
+    function, pick, absent, ways, outputs = (
+        found.kernel.unchecked, found.pick, found.absent, found.made, found.outputs,
+    )  # fmt: skip
+    defaults, wanted, device = found.defaults, len(found.defaults), found.device
+    results = None if len(found.results) == outputs else found.results
+    empty = _empty_on_cpu if device < 0 else _empty_on_cuda
+    alignment = found.kernel.info.alignment
+    aligned = tuple(place for place, is_free in enumerate(found.free) if is_free) if alignment > 1 else ()
+    is_direct = found.is_direct
+
+    def launch(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(arguments) < wanted:
+            arguments += defaults[len(arguments) :]
+        if absent:
+            arguments += tuple([empty(*way) for way in absent])
+        read = pick(arguments)
+        made = [empty(*way) for way in ways]
+        is_readable = is_direct
+        for place in aligned:
+            if read[place].data_ptr() % alignment:
+                is_readable = False
+        if is_readable:
+            function(*read, *made)
+        else:
+            made = _carefully(found, read, made)
+        if results is None:
+            return tuple(made[:outputs])
+        return tuple([None if place is None else made[place] for place in results])
+
+    def launch_on_gpu(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if device == _current_device():
+            return launch(arguments)
+        # Kernels are launched on the current one, and tensors are made there.
+        with CUDA.guard(device):
+            return launch(arguments)
+
+    return launch if device < 0 else launch_on_gpu
+
+
+def _carefully(found: _Found, read: tuple[Any, ...], made: list[Tensor]) -> list[Tensor]:
+    """Call a kernel with copies of the tensors that it cannot read where they are; returns what it wrote."""
+    tensors = [
+        compact_if_empty(_with_rows(tensor if free or tensor.is_contiguous() else tensor.contiguous()))
+        for tensor, free in zip(read, found.free, strict=False)
+    ]
+    made = [compact_if_empty(one) for one in made]
+    numbers, function = read[found.tensors :], found.kernel.function
+    try:
+        function(*tensors, *numbers, *made)
+    except MisplacedError as error:
+        _say_once(error)
+        function(*map(_copied, tensors), *numbers, *made)
+    return made
 
 
 def on_cuda(implementation: Callable[..., Any], query: Tensor, *arguments: Any) -> Any:
@@ -148,15 +263,6 @@ def on_cuda(implementation: Callable[..., Any], query: Tensor, *arguments: Any) 
         return implementation(query, *arguments)
     with CUDA.guard(device):
         return implementation(query, *arguments)
-
-
-def run_on_cuda(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Compute what an operator returns, on the GPU of its first tensor; otherwise as `run`."""
-    device = arguments[0].get_device()
-    if device == _current_device():
-        return run(signature, rank, arguments)
-    with CUDA.guard(device):
-        return run(signature, rank, arguments)
 
 
 def reading(run: Callable[..., Any], tensors: Iterable[Tensor | None]) -> Any:
@@ -199,63 +305,3 @@ def check_rank(rank: int, query: Tensor) -> None:
             f"query must have {rank + 3} dimensions for na{rank}d, [batch, {axes}, heads, head_dim], "
             f"got shape {tuple(query.shape)}"
         )
-
-
-def _find(
-    signature: Signature, rank: int, arguments: tuple[Any, ...]
-) -> Callable[[tuple[Any, ...]], tuple[Tensor, ...]]:
-    """Return what calls the kernel for some arguments; checks them when such ones are first seen."""
-    first, at = signature.parameters, [signature.direction, rank]
-    for tensor in arguments[:first]:
-        # Of the CPU or of CUDA, by which implementation this is: the number tells which.
-        at += (tensor.shape, tensor.dtype, tensor.get_device())
-    at.append(arguments[first : first + 4])
-    for place, one in enumerate(arguments[signature.later :]):
-        if one is not None:  # What is left out is the same as what is said to be.
-            at += (place, _kind(one))
-    key = tuple(at)
-    found = _kernels.get(key)
-    if found is None:
-        found = _caller(_look(signature, rank, arguments))
-        if len(_kernels) >= _KERNELS:
-            _kernels.clear()
-        _kernels[key] = found
-    return found
-
-
-def _kind(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device
-    return type(argument)
-
-
-def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found:
-    from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
-
-    given = signature.by_name(arguments)
-    query = given["query"]
-    check_rank(rank, query)
-    problem = problem_of(given)
-    kernel: Kernel = find_kernel(problem, signature.direction, target_of(query.device))
-    taken = kernel.info.arguments
-    known = checks.check_call(problem, taken, given)
-    read = [argument for argument in taken if argument.role in {INPUT, SCALAR}]
-    written = [argument for argument in taken if argument.role == OUTPUT]
-    shapes = [(argument.sizes(known), getattr(torch, argument.dtype)) for argument in written]
-    if any(argument.role == WORKSPACE for argument in taken):
-        spaces = kernel.info.workspace.shapes(known["batch"], known["additional"])
-        shapes += [(shape, torch.float32) for shape in spaces]
-    names = [argument.name for argument in written]
-    tensors = [argument for argument in read if argument.role == INPUT]
-    kinds = [(tuple(given[argument.name].shape), given[argument.name].dtype) for argument in tensors]
-    made = [(kinds.index(one) if one in kinds else None, *one) for one in shapes]
-    return _Found(
-        kernel.function,
-        operator.itemgetter(*(signature.names.index(argument.name) for argument in read)),
-        len(tensors),
-        tuple(argument.strides == FREE for argument in tensors),
-        tuple(made),
-        len(written),
-        tuple(names.index(result.name) if result.name in names else None for result in signature.results),
-        any(not given[argument.name].numel() for argument in tensors),
-    )

@@ -17,9 +17,9 @@ from torch._functorch import autograd_function
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from na_compiler.operands import INPUT, SAME, Operand, differentiable, outputs
+from na_compiler.operands import SAME, Operand, differentiable, outputs
 from na_compiler.ops.batching import batched
-from na_compiler.ops.kernels import backward, check_rank, forward, on_cuda
+from na_compiler.ops.kernels import backward, check_rank, forward
 from na_compiler.ops.schema import BACKWARD, FORWARD, Signature, flags, problem_of
 from na_compiler.problem import Problem
 
@@ -28,6 +28,7 @@ __all__ = [
     "cast",
     "differentiate",
     "differentiate_twice",
+    "inputs_of",
     "refuse_tangents",
     "refuse_unless_dense",
     "save_for_backward",
@@ -40,8 +41,8 @@ if hasattr(torch.ops.na_compiler, "na1d"):
     )
 _library = torch.library.Library("na_compiler", "DEF")
 
-_TENSORS = tuple(place for place, o in enumerate(FORWARD.operands) if isinstance(o, Operand) and o.role == INPUT)
-_DIFFERENTIABLE = {FORWARD.names.index(operand.name): operand for operand in differentiable()}
+# Of the arguments, where those with gradients are, and whether each batch entry has its own.
+_DIFFERENTIABLE = [(FORWARD.names.index(operand.name), operand.is_batched) for operand in differentiable()]
 _OUTPUTS = len(outputs())
 # The only level of forward mode that torch has. It is named, since forward_ad itself does not know that there is one
 # where a program that Dynamo made has entered it.
@@ -115,37 +116,56 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 # ---- Gradients -----------------------------------------------------------------------------------------------------
 
 
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep what backward needs of a forward's inputs and outputs."""
-    tensors = [inputs[place] if place < len(inputs) else None for place in _TENSORS]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.count = len(inputs)
-    inputs = FORWARD.complete(inputs)
-    ctx.rest = [None if place in _TENSORS else one for place, one in enumerate(inputs)]
+def save_for_backward(ctx: Any, arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
+    """Keep what the backward needs of a forward's arguments and results."""
+    first = FORWARD.parameters
+    rest = arguments[first:]
+    places = [place for place, one in enumerate(rest) if isinstance(one, Tensor)]
+    ctx.save_for_backward(*arguments[:first], *[rest[place] for place in places], *results)
+    # Tensors are kept nowhere else: they would never be freed.
+    ctx.rest = [None if place in places else one for place, one in enumerate(rest)] if places else rest
+    ctx.places = places
+    ctx.count = len(arguments)
     ctx.set_materialize_grads(False)
 
 
-def differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    """Return the gradients of a forward's inputs, by what computes the backward operator."""
+def inputs_of(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
+    """Return the arguments and results of which `save_for_backward` kept what is needed."""
+    saved, first = ctx.saved_tensors, FORWARD.parameters
+    inputs = [*saved[:first], *ctx.rest]
+    for place, tensor in zip(ctx.places, saved[first:], strict=False):
+        inputs[first + place] = tensor
+    return inputs, saved[-_OUTPUTS:]
+
+
+def _differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Return the gradients of an operator's arguments, by its backward operator."""
     if not any(grad is not None for grad in grads):
         return (None,) * int(ctx.count)
-    *tensors, output, lse = ctx.saved_tensors
-    inputs = list(ctx.rest)
-    for place, tensor in zip(_TENSORS, tensors, strict=True):
-        inputs[place] = tensor
-    given = [
-        torch.zeros_like(result) if grad is None else grad for grad, result in zip(grads, (output, lse), strict=True)
-    ]
-    first = FORWARD.parameters
+    inputs, results = inputs_of(ctx)
     while inputs[-1] is None:
         inputs.pop()
-    results = operator(*given, *inputs[:first], output, lse, *inputs[first:])
-    gradients: list[Tensor | None] = [None] * len(FORWARD.names)
-    for (place, operand), result in zip(_DIFFERENTIABLE.items(), results, strict=True):
+    gradients = differentiate(operator, inputs, results, grads)
+    return (*gradients, *[None] * (ctx.count - len(gradients)))
+
+
+def differentiate(
+    operator: Any, inputs: list[Any], results: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """Return the gradients of a forward's arguments, by what computes the backward operator."""
+    if any(grad is None for grad in grads):
+        grads = tuple(
+            torch.zeros_like(result) if grad is None and not operand.gradient_is_optional else grad
+            for operand, grad, result in zip(FORWARD.results, grads, results, strict=True)
+        )
+    first = FORWARD.parameters
+    made = operator(*grads, *inputs[:first], *results, *inputs[first:])
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    for (place, is_batched), gradient in zip(_DIFFERENTIABLE, made, strict=True):
         if place < len(inputs) and inputs[place] is not None:
             # What all batch entries share has what each adds to its gradient.
-            gradients[place] = result if operand.is_batched else result.sum(0).to(inputs[place].dtype)
-    return tuple(gradients[: ctx.count])
+            gradients[place] = gradient if is_batched else gradient.sum(0).to(inputs[place].dtype)
+    return gradients
 
 
 def differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
@@ -269,12 +289,12 @@ def _register(rank: int) -> Any:
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
         _library.define(name + signature.text(), tags=tags)
     operators = [getattr(torch.ops.na_compiler, name).default for name in names]
-    derivatives = (functools.partial(differentiate, operators[1]), differentiate_twice)
+    derivatives = (functools.partial(_differentiate, operators[1]), differentiate_twice)
     setup = (save_for_backward, lambda ctx, inputs, output: None)  # noqa: ARG005
     for i, (name, operator) in enumerate(zip(names, operators, strict=True)):
         implementation = functools.partial((forward, backward)[i], rank)
-        _library.impl(name, implementation, "CPU")
-        _library.impl(name, functools.partial(on_cuda, implementation), "CUDA")
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, implementation, device)
         _library.impl(name, functools.partial(_unsupported, rank), "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"na_compiler::{name}", (functools.partial(_forward_fake, rank), _backward_fake)[i], lib=_library

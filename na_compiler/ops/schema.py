@@ -94,6 +94,8 @@ def _declared(operand: Operand | str) -> str:
     kind = _NUMBERS[operand.dtype] if operand.role == SCALAR else "Tensor"
     if operand.option is not None:
         return f"{kind}? {operand.name}=None"
+    if operand.is_nullable:
+        return f"{kind}? {operand.name}"
     return f"{kind} {operand.name}" + ("" if operand.default is None else f"={operand.default}")
 
 

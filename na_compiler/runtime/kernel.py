@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "ABI", "DIRECTIONS", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "MisplacedError", "make_kernel",
+    "ABI", "DIRECTIONS", "BackwardKernel", "ForwardKernel", "Kernel", "KernelInfo", "MisplacedError",
+    "compact_if_empty", "make_kernel", "strides_wanted",
 ]  # fmt: skip
 
 # What a call is given and returns: tensors of one library, torch's or NumPy's.
 Array = TypeVar("Array", "torch.Tensor", "NDArray[np.generic]")
 
 # Changed whenever the compiled functions' arguments do.
-ABI = 2
+ABI = 3
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Kernel:
 
     def __init__(self, info: KernelInfo, function: Callable[..., None] | None, keep: object = None) -> None:
         self.info = info
+        self._unchecked = function
         is_any = info.alignment == 1 and not info.adjacent_heads
         self._function = function if function is None or is_any else _checking_places(info, function)
         self._keep = keep
@@ -135,12 +137,20 @@ class Kernel:
         RuntimeError
             If this machine cannot run it.
         """
-        if self._function is None:
+        return self._there(self._function)
+
+    @property
+    def unchecked(self) -> Callable[..., None]:
+        """As `function`, for tensors that are known to lie where the kernel can read them."""
+        return self._there(self._unchecked)
+
+    def _there(self, function: Callable[..., None] | None) -> Callable[..., None]:
+        if function is None:
             raise RuntimeError(
                 f"this kernel was compiled for {self.target}, which this machine cannot run; "
                 f"compile it for {self.target.partition(':')[0]!r}, the one that is here"
             )
-        return self._function
+        return function
 
     def spaces(self, query: Array, additional_keys: Array | None = None) -> list[Array]:
         """Allocate the workspace that comes last among the function's arguments, where query is."""
@@ -176,6 +186,9 @@ class Kernel:
         }
         given |= results
         names = (argument.name for argument in arguments if argument.role != WORKSPACE)
+        for argument in arguments:
+            if operands.GIVEN in argument.shape and given.get(argument.name) is None:
+                given[argument.name] = _empty(query, argument.sizes(known), argument.dtype)
         placed = [compact_if_empty(given[name]) for name in names]
         function(*placed, *map(compact_if_empty, self._spaces(query, known)))
         return tuple(results.values())
@@ -280,7 +293,7 @@ class BackwardKernel(Kernel):
         grad_output
             Gradient of the output; any strides but the last one, which is 1.
         grad_lse
-            Gradient of lse, contiguous; default 0.
+            Gradient of lse, contiguous; default none, which is 0.
 
         Returns
         -------
@@ -298,7 +311,7 @@ class BackwardKernel(Kernel):
         given: dict[str, Any] = {"query": query, "key": key, "value": value, "additional_keys": additional_keys}
         given |= {"additional_values": additional_values, "scale": scale, **others}
         given |= {"output": output, "lse": lse, "grad_output": grad_output}
-        return self._call(query, {**given, "grad_lse": _zeros(lse) if grad_lse is None else grad_lse})
+        return self._call(query, {**given, "grad_lse": grad_lse})
 
 
 # Strides of one tensor that are known to be right, beyond which they are forgotten.
@@ -314,23 +327,12 @@ def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callabl
     taken = {place: argument for place, argument in enumerate(info.arguments) if argument.strides == FREE}
     places = [(place, known.setdefault(place, set())) for place in taken]
     alignment = info.alignment
-    elements = max(alignment // info.problem.element_bytes, 1)
-
-    def wants(tensor: torch.Tensor, argument: Argument) -> str | None:
-        """Return what a tensor would have to be, or none."""
-        strides = tensor.stride()
-        if tensor.data_ptr() % alignment or any(stride % elements for stride in strides[:-1]):
-            return (
-                f"lie at a multiple of {alignment} bytes, and have strides that are multiples of {elements}; its "
-                f"address modulo {alignment} is {tensor.data_ptr() % alignment}, its strides are {strides}"
-            )
-        # Where there is one axis of tokens only, heads have a stride of their own in a tensor map.
-        if info.adjacent_heads and argument.has_layout and tensor.dim() > 4 and strides[-2] != tensor.shape[-1]:
-            return f"have heads that lie {tensor.shape[-1]} elements apart; its strides are {strides}"
-        return None
 
     def check(place: int, tensor: torch.Tensor) -> None:
-        wanted = wants(tensor, taken[place])
+        wanted = strides_wanted(info, taken[place], tensor)
+        if wanted is None and tensor.data_ptr() % alignment:
+            rest = tensor.data_ptr() % alignment
+            wanted = f"lie at a multiple of {alignment} bytes; its address modulo that is {rest}"
         if wanted is not None:
             name = taken[place].name
             raise MisplacedError(
@@ -348,6 +350,18 @@ def _checking_places(info: KernelInfo, function: Callable[..., None]) -> Callabl
         function(*arguments)
 
     return run
+
+
+def strides_wanted(info: KernelInfo, argument: Argument, tensor: torch.Tensor) -> str | None:
+    """Return which strides a tensor would have to have for a GPU to read it; ``None`` if they are right."""
+    strides = tensor.stride()
+    elements = max(info.alignment // info.problem.element_bytes, 1)
+    if any(stride % elements for stride in strides[:-1]):
+        return f"have strides that are multiples of {elements}; they are {strides}"
+    # Where there is one axis of tokens only, heads have a stride of their own in a tensor map.
+    if info.adjacent_heads and argument.has_layout and tensor.dim() > 4 and strides[-2] != tensor.shape[-1]:
+        return f"have heads that lie {tensor.shape[-1]} elements apart; its strides are {strides}"
+    return None
 
 
 def make_kernel(info: KernelInfo, function: Callable[..., None] | None, keep: object = None) -> Kernel:
@@ -383,13 +397,3 @@ def _empty(like: Any, shape: tuple[int, ...], dtype: str | None = None) -> Any: 
     import numpy as np  # noqa: PLC0415
 
     return np.empty(shape, dtype or like.dtype)
-
-
-def _zeros(like: Any) -> Any:  # noqa: ANN401 - of like's library
-    if _is_torch(like):
-        import torch  # noqa: PLC0415
-
-        return torch.zeros_like(like)
-    import numpy as np  # noqa: PLC0415
-
-    return np.zeros_like(like)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from na_compiler.operands import BATCH, COMPACT, FREE, INPUT, OUTPUT, SCALAR, WORKSPACE
+from na_compiler.operands import BATCH, COMPACT, FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
 from na_compiler.problem import DTYPES, MAX_RANK
 from na_compiler.workspace import ADDITIONAL
 
@@ -320,7 +320,7 @@ def _operand(value: object, place: str) -> None:
 
 
 def _size(value: object, place: str) -> None:
-    if value not in (BATCH, ADDITIONAL):
+    if value not in (BATCH, GIVEN, ADDITIONAL):
         _int()(value, place)
 
 

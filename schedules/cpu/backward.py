@@ -60,7 +60,8 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
         ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
         grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] key_space, value_space,
         [additional_key_space, additional_value_space])``. The first ones and ``grad_output`` may have any strides but
-        the last one, which is 1; all others are contiguous. The spaces are workspace, see `Frame.space`.
+        the last one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The
+        spaces are workspace, see `Frame.space`.
     """
     f = Frame(plan)
     extra = plan.problem.additional_kv
@@ -79,7 +80,7 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
         "output": f.tensor(outputs),
         "grad_output": f.strided("grad_output", outputs),
         "lse": f.tensor(f.tokens(f.heads), "float32"),
-        "grad_lse": f.tensor(f.tokens(f.heads), "float32"),
+        "grad_lse": f.tensor((f.given, *f.tokens(f.heads)[1:]), "float32"),
         "scale": "float32",
         "grad_query": f.tensor(queries),
         "grad_key": f.tensor(keys),
@@ -265,7 +266,8 @@ class _Task:
                 T.buffer_store(dot, T.float32(0), [lane])
             T.buffer_store(dot, dot[lane] + G_lanes[d, lane] * O_lanes[d, lane], [lane])
         with block(f"{prefix}delta", (f.lanes,)) as (lane,):
-            T.buffer_store(delta, dot[lane] - self.tensors["grad_lse"][at(lane)], [lane])
+            grad_lse = T.if_then_else(self.batch < f.given, self.tensors["grad_lse"][at(lane)], T.float32(0))
+            T.buffer_store(delta, dot[lane] - grad_lse, [lane])
         with block(f"{prefix}exponent", (f.lanes,)) as (lane,):
             T.buffer_store(exponent, below(self.tensors["lse"][at(lane)] * T.float32(LOG2_E)), [lane])
         bias = Bias(f, keys, self.strip, tile, chunk, existing=True)

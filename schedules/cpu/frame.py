@@ -47,6 +47,8 @@ class Frame:
         self.chunks = plan.extents("chunks")
         self.batch = tirx.Var("batch", "int64")
         self.additional = tirx.Var("additional", "int64")
+        # The batch, or 0 where there is no gradient of lse.
+        self.given = tirx.Var("given", "int64")
         self.additional_block = plan.tiling.additional_block
         self.additional_chunks = tirx.ceildiv(self.additional, tirx.IntImm("int64", self.additional_block))
         self.staged_additional = self.additional_chunks * self.additional_block

@@ -41,8 +41,8 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
         ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
         grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] delta,
         [additional_key_space, additional_value_space])``. The first ones and ``grad_output`` may have any strides but
-        the last one, which is 1; all others are contiguous. The last ones are workspace: ``delta`` has a number for
-        each query, the spaces a part for each strip of queries.
+        the last one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The
+        last ones are workspace: ``delta`` has a number for each query, the spaces a part for each strip of queries.
     """
     f = DirectFrame(plan)
     p = plan.problem
@@ -52,7 +52,7 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
         "output": f.tensor(f.tokens(p.heads, p.head_dim_v)),
         "grad_output": f.strided("grad_output", f.tokens(p.heads, p.head_dim_v)),
         "lse": f.tensor(f.tokens(p.heads), "float32"),
-        "grad_lse": f.tensor(f.tokens(p.heads), "float32"),
+        "grad_lse": f.tensor(f.shape(f.given, *p.layout, p.heads), "float32"),
     }
     parameters["scale"] = "float32"
     parameters |= {
@@ -110,7 +110,8 @@ class _Query:
         output = f.load("output", tensors["output"], self.at, p.head_dim_v)
         dot = f.dot("dot", p.head_dim_v, lambda d: self.G[d] * output[d])
         at = [self.batch, *self.token, self.head]
-        self.delta = scalar("delta", dot[0] - tensors["grad_lse"][at])
+        grad_lse = T.if_then_else(self.batch < f.given, tensors["grad_lse"][at], T.float32(0))
+        self.delta = scalar("delta", dot[0] - grad_lse)
         self.exponent = scalar("exponent", below(tensors["lse"][at] * T.float32(LOG2_E)))
         with block("delta_store", (1,), where=lambda _: is_row) as (zero,):
             T.buffer_store(tensors["delta"], self.delta[zero], [self.batch, self.head, self.number])

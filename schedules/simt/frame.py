@@ -53,6 +53,8 @@ class DirectFrame:
         self.dtype = problem.dtype
         self.batch = tirx.Var("batch", "int64")
         self.additional = tirx.Var("additional", "int64")
+        # The batch, or 0 where there is no gradient of lse.
+        self.given = tirx.Var("given", "int64")
 
     def tokens(self, *last: int) -> tuple[Expr, ...]:
         """Return the shape of a tensor with one entry a token: ``[batch, *layout, *last]``."""

@@ -212,7 +212,7 @@ Operand read_operand(const Said& said) {
   operand.dtype = said["dtype"].name("a0", 32, "a dtype");
   if (is_scalar) return operand;
   operand.shape = said["shape"].list(0, 33, [](const Said& each) {
-    return each.is("additional") ? -1 : each.is("batch") ? -2 : each.integer();
+    return each.is("additional") ? -1 : each.is("batch") ? -2 : each.is("given") ? -3 : each.integer();
   });
   operand.is_free = said["strides"].one_of({"free", "compact"}) == "free";
   return operand;

@@ -30,7 +30,7 @@ class BackwardArguments:
     ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
     grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] statistics,
     [additional_key_space, additional_value_space])``: inputs and ``grad_output`` may have any strides that TMA takes,
-    all others are contiguous. The last ones are workspace.
+    all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The last ones are workspace.
     """
 
     def __init__(self, plan: BackwardPlan) -> None:
@@ -38,6 +38,8 @@ class BackwardArguments:
         problem = plan.problem
         self.batch = tirx.Var("batch", "int64")
         self.additional: Expr = tirx.Var("additional", "int64") if problem.additional_kv else None
+        # The batch, or 0 where there is no gradient of lse.
+        self.given = tirx.Var("given", "int64")
         tokens = (self.batch, *problem.layout)
         shapes: dict[str, Sequence[Expr]] = {
             "query": (*tokens, problem.heads, problem.head_dim),
@@ -53,7 +55,7 @@ class BackwardArguments:
         self._contiguous("output", output, problem.dtype)
         self.tensors["grad_output"] = strided("grad_output", output, problem.dtype)
         self._contiguous("lse", output[:-1], "float32")
-        self._contiguous("grad_lse", output[:-1], "float32")
+        self._contiguous("grad_lse", (self.given, *output[1:-1]), "float32")
         self.scale = I.arg("scale", tirx.Var("scale", "float32"))
         for name, shape in shapes.items():
             self._contiguous(f"grad_{name}", shape, problem.dtype)

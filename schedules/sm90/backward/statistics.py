@@ -64,7 +64,8 @@ def launch_statistics(plan: BackwardPlan, arguments: BackwardArguments) -> None:
         exponent = register(lse * T.float32(LOG2_E), "float32")
         size = T.max(exponent, T.float32(0) - exponent)
         exponent = T.Select(size >= T.float32(_COARSE), exponent - size * T.float32(_LESS), exponent)
-        delta = total - flat(arguments["grad_lse"])[offset]
+        grad_lse = flat(arguments["grad_lse"])[offset]
+        delta = total - T.if_then_else(batch < arguments.given, grad_lse, T.float32(0))
         statistics = flat(arguments["statistics"])
         for plane, value in enumerate((exponent, delta)):
             kept = value if exists is None else T.Select(exists, value, T.float32(0))
