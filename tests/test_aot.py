@@ -134,8 +134,8 @@ def test_what_is_wrong_is_said(library, bundle, tmp_path):
         "there is no kernel for na1d layout=40 heads=2 head_dim=8 kernel_size=5": call(
             problem.replace(kernel_size=5), inputs
         ),
-        "query, key and value must have 5 dimensions": ("na2d", *good[1:]),
-        "kernel_size, stride, dilation and is_causal must have 1 values": (*good[:4], [7, 7], *good[5:]),
+        "query must have 5 dimensions, got 4": ("na2d", *good[1:]),
+        "kernel_size must have 1 values": (*good[:4], [7, 7], *good[5:]),
         "additional_keys and additional_values come together": (*good, query, None),
         "additional_keys and additional_values must have 4 dimensions": (*good, query, query.sum()),
         "tensors must be float32, bfloat16 or float16": call(problem, [query.double()] * 3),

@@ -1,6 +1,7 @@
 """`na_compiler.operands`: what is said once appears everywhere."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,15 @@ def test_operands_of_a_problem_are_known_ones():
 def test_one_line_in_the_table_is_enough():
     """Made-up operands: a number a head, a table with a gradient, a mask, numbers at run time; nothing else changes."""
     script = Path(__file__).parent / "made_up_operands.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("ok")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_one_line_in_the_table_is_enough_for_the_operators_in_cxx():
+    """Made-up operands in both libraries: torch's schema, ONNX Runtime's inputs and attributes, calls, messages."""
+    script = Path(__file__).parent / "made_up_native.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("ok")

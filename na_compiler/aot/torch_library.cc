@@ -1,5 +1,6 @@
 // torch.ops.na_compiler.na1d, na2d and na3d on torch's stable ABI: for programs without Python, such as one that runs a
-// package of AOTInductor. The schemas are those of na_compiler/ops/schema.py; kernels come from bundles.
+// package of AOTInductor. What they take is what the table of operands says, as na_compiler/ops/schema.py has it; kernels
+// come from bundles, whose manifest says what each is called with.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -37,6 +38,15 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
+
+// What problems have a number of for each axis.
+struct Parameters {
+  Ints kernel_size, stride, dilation, is_causal;
+};
+constexpr std::pair<const char*, Ints Parameters::*> kParameters[] = {{"kernel_size", &Parameters::kernel_size},
+                                                                      {"stride", &Parameters::stride},
+                                                                      {"dilation", &Parameters::dilation},
+                                                                      {"is_causal", &Parameters::is_causal}};
 
 thread_local std::string last_error;
 
@@ -110,13 +120,151 @@ const char* dtype_name(const Tensor& tensor) {
     case ScalarType::Float: return "float32";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Long: return "int64";
     default: throw Error("tensors must be float32, bfloat16 or float16");
   }
 }
 
-Problem problem_of(const std::array<Tensor, 3>& tensors, bool has_additional, const Ints& kernel_size,
-                   const Ints& stride, const Ints& dilation, const Ints& is_causal) {
-  const auto& [query, key, value] = tensors;
+// ---- What the operators take ---------------------------------------------------------------------------------------
+
+// An argument of an operator: an operand of the table, or one of the parameters.
+struct Argument {
+  const TableOperand* operand = nullptr;
+  Ints Parameters::*parameter = nullptr;
+};
+
+// Tensors, parameters, numbers, and then what may be left out, in the table's order.
+const std::vector<Argument>& arguments_of_operators() {
+  static const auto made = [] {
+    auto all = new std::vector<Argument>;
+    auto add = [&](const std::vector<const TableOperand*>& operands) {
+      for (const TableOperand* operand : operands) {
+        if (!operand->is_later()) all->push_back({operand});
+      }
+    };
+    add(input_operands());
+    for (const auto& [name, parameter] : kParameters) all->push_back({nullptr, parameter});
+    add(number_operands());
+    for (const TableOperand& operand : operand_table()) {
+      if (operand.role != "output" && operand.is_later()) all->push_back({&operand});
+    }
+    return all;
+  }();
+  return *made;
+}
+
+std::string schema() {
+  std::string taken, returned;
+  size_t parameter = 0;
+  for (const Argument& argument : arguments_of_operators()) {
+    taken += taken.empty() ? "" : ", ";
+    if (argument.operand == nullptr) {
+      taken += std::string("int[] ") + kParameters[parameter++].first;
+      continue;
+    }
+    const TableOperand& operand = *argument.operand;
+    taken += operand.is_input() ? "Tensor" : operand.is_integer() ? "int" : "float";
+    if (!operand.option.empty()) taken += "?";
+    taken += " " + operand.name;
+    if (operand.is_later()) taken += "=" + (operand.option.empty() ? operand.otherwise : "None");
+  }
+  for (const TableOperand* output : output_operands()) {
+    returned += (returned.empty() ? "Tensor " : ", Tensor ") + output->name;
+  }
+  return "(" + taken + ") -> (" + returned + ")";
+}
+
+// What an operator was given for an operand.
+struct Given {
+  const TableOperand* operand;
+  std::optional<Tensor> tensor;
+  std::optional<double> number;
+  std::optional<int64_t> integer;
+
+  bool is_there() const { return tensor.has_value() || number.has_value() || integer.has_value(); }
+};
+
+// All that an operator was given.
+struct Call {
+  std::vector<Given> given;
+  Parameters parameters;
+
+  const Given& of(const std::string& name) const {
+    for (const Given& one : given) {
+      if (one.operand->name == name) return one;
+    }
+    throw Error("the kernel takes " + name + ", which the operator does not have");
+  }
+  const Tensor& tensor(const std::string& name) const {
+    const Given& one = of(name);
+    if (!one.tensor.has_value()) throw Error("the kernel takes " + name + ", which is not given");
+    return *one.tensor;
+  }
+};
+
+template <typename T>
+std::optional<T> read_number(StableIValue value, bool may_be_absent) {
+  if (may_be_absent) return torch::stable::detail::to<std::optional<T>>(value);
+  return torch::stable::detail::to<T>(value);
+}
+
+// Takes what is on torch's stack: all of it, since whoever takes a tensor frees it.
+Call read_call(StableIValue* stack) {
+  Call call;
+  for (const Argument& argument : arguments_of_operators()) {
+    StableIValue value = *stack++;
+    if (argument.operand == nullptr) {
+      call.parameters.*argument.parameter = torch::stable::detail::to<Ints>(value);
+      continue;
+    }
+    Given one{argument.operand, {}, {}, {}};
+    bool may_be_absent = !one.operand->option.empty();
+    if (!one.operand->is_input()) {
+      if (one.operand->is_integer()) {
+        one.integer = read_number<int64_t>(value, may_be_absent);
+      } else {
+        one.number = read_number<double>(value, may_be_absent);
+      }
+    } else if (may_be_absent) {
+      one.tensor = torch::stable::detail::to<std::optional<Tensor>>(value);
+    } else {
+      one.tensor = torch::stable::detail::to<Tensor>(value);
+    }
+    call.given.push_back(std::move(one));
+  }
+  return call;
+}
+
+// How many additional keys there are: what the first tensor has that has some.
+int64_t additional_of(const Call& call, size_t rank) {
+  for (const Given& one : call.given) {
+    if (one.tensor.has_value() && one.operand->has_additional()) {
+      return one.tensor->size(static_cast<int64_t>(one.operand->additional_axis(rank)));
+    }
+  }
+  return 0;
+}
+
+// The options that a call has operands for. Operands without additional keys are none.
+std::vector<std::string> options_of(const Call& call, int64_t additional) {
+  std::vector<std::string> found;
+  for (const std::string& option : options()) {
+    size_t there = 0, missing = 0;
+    bool is_empty = false;
+    for (const Given& one : call.given) {
+      if (one.operand->option != option) continue;
+      ++(one.is_there() ? there : missing);
+      is_empty = is_empty || (one.operand->has_additional() && additional == 0);
+    }
+    if (there > 0 && missing > 0) throw Error(names_of(option) + " come together");
+    if (there > 0 && !is_empty) found.push_back(option);
+  }
+  return found;
+}
+
+Problem problem_of(const Call& call, const std::vector<std::string>& options) {
+  const Tensor &query = call.tensor("query"), &key = call.tensor("key"), &value = call.tensor("value");
   Problem problem;
   int64_t rank = query.dim() - 3;
   for (int64_t axis = 1; axis <= rank; ++axis) problem.layout.push_back(query.size(axis));
@@ -124,11 +272,11 @@ Problem problem_of(const std::array<Tensor, 3>& tensors, bool has_additional, co
   problem.head_dim = query.size(rank + 2);
   problem.heads_kv = key.size(rank + 1);
   problem.head_dim_v = value.size(rank + 2);
-  problem.kernel_size = kernel_size;
-  problem.stride = stride;
-  problem.dilation = dilation;
-  problem.is_causal = is_causal;
-  problem.additional_kv = has_additional;
+  problem.kernel_size = call.parameters.kernel_size;
+  problem.stride = call.parameters.stride;
+  problem.dilation = call.parameters.dilation;
+  problem.is_causal = call.parameters.is_causal;
+  for (const std::string& option : options) problem.take(option);
   problem.dtype = dtype_name(query);
   return problem;
 }
@@ -185,42 +333,36 @@ Tensor copy(const Tensor& tensor) {
   return copied;
 }
 
-// What the operator has, by the name that the kernel's manifest has for it.
-struct Named {
-  const char* name;
-  Tensor tensor;
-};
-
-const Tensor& tensor_of(const std::vector<Named>& given, const Operand& operand) {
-  for (const Named& one : given) {
-    if (operand.name == one.name) return one.tensor;
-  }
-  throw Error("the kernel takes " + operand.name + ", which the operator does not have");
-}
-
-// Calls a kernel with its operands, and with a workspace that is made for it. The scale is the only number.
-void run(const Match& match, const std::vector<Named>& given, double scale, int64_t additional) {
+// Calls a kernel with its operands, as its manifest has them, and with a workspace that is made for it.
+void run(const Match& match, const Call& call, const std::vector<Tensor>& outputs, int64_t additional) {
   const Kernel& kernel = *match.kernel;
-  const Tensor& query = given[0].tensor;
+  const Tensor& query = call.tensor("query");
   std::vector<Tensor> tensors;
   tensors.reserve(kernel.operands.size());
   Arguments arguments(kernel.operands.size());
-  size_t space = 0;
+  size_t space = 0, output = 0;
   for (const Operand& operand : kernel.operands) {
     if (operand.role == "scalar") {
-      if (operand.name != "scale") throw Error("the kernel takes " + operand.name + ", which the operator does not have");
-      arguments.add(scale);
+      const Given& one = call.of(operand.name);
+      if (one.integer.has_value()) {
+        arguments.add(*one.integer);
+      } else {
+        arguments.add(one.number.value());
+      }
       continue;
     }
     if (operand.role == "workspace") {
       Ints sizes = kernel.shape_of(kernel.workspace.at(space++), query.size(0), additional);
       tensors.push_back(empty(query, sizes, ScalarType::Float));
+    } else if (operand.role == "output") {
+      tensors.push_back(outputs.at(output++));
     } else {
-      tensors.push_back(tensor_of(given, operand));
+      Tensor tensor = call.tensor(operand.name);
+      kernel.check(operand, view_of(tensor), query.size(0), additional);
+      bool is_readable = operand.is_free ? kernel.misplaced(view_of(tensor)).empty() : tensor.is_contiguous();
+      tensors.push_back(is_readable ? tensor : copy(tensor));
     }
-    Tensor& tensor = tensors.back();
-    if (operand.is_free && !kernel.misplaced(view_of(tensor)).empty()) tensor = copy(tensor);
-    arguments.add(view_of(tensor));
+    arguments.add(view_of(tensors.back()));
   }
   std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard;
   std::unique_ptr<CurrentStream> stream;
@@ -233,73 +375,72 @@ void run(const Match& match, const std::vector<Named>& given, double scale, int6
   arguments.call(*match.function);
 }
 
-template <int rank>
-std::tuple<Tensor, Tensor> forward(const Tensor query, const Tensor key, const Tensor value, Ints kernel_size,
-                                   Ints stride, Ints dilation, Ints is_causal, double scale,
-                                   std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values) {
-  size_t axes = rank;
-  if (query.dim() != rank + 3 || key.dim() != rank + 3 || value.dim() != rank + 3) {
-    throw Error("query, key and value must have " + std::to_string(rank + 3) + " dimensions");
+void check(const Call& call, size_t rank) {
+  for (const Given& one : call.given) {
+    size_t axes = one.operand->axes(rank);
+    if (one.tensor.has_value() && static_cast<size_t>(one.tensor->dim()) != axes) {
+      throw Error(one.operand->name + " must have " + std::to_string(axes) + " dimensions, got " +
+                  std::to_string(one.tensor->dim()));
+    }
   }
-  if (kernel_size.size() != axes || stride.size() != axes || dilation.size() != axes || is_causal.size() != axes) {
-    throw Error("kernel_size, stride, dilation and is_causal must have " + std::to_string(rank) + " values");
+  for (const auto& [name, parameter] : kParameters) {
+    if ((call.parameters.*parameter).size() != rank) {
+      throw Error(std::string(name) + " must have " + std::to_string(rank) + " values");
+    }
   }
-  for (int64_t flag : is_causal) {
+  for (int64_t flag : call.parameters.is_causal) {
     if (flag != 0 && flag != 1) throw Error("is_causal must be 0 or 1 per axis, got " + std::to_string(flag));
   }
-  if (additional_keys.has_value() != additional_values.has_value()) {
-    throw Error("additional_keys and additional_values come together");
-  }
-  if (additional_keys.has_value() && (additional_keys->dim() != 4 || additional_values->dim() != 4)) {
-    throw Error("additional_keys and additional_values must have 4 dimensions");
-  }
-  bool has_additional = additional_keys.has_value() && additional_keys->size(1) > 0;
+}
+
+// The kernel for a call, looked for where none like it was seen before.
+Match find_for(const Call& call, int rank, const std::vector<std::string>& options) {
+  const Tensor &query = call.tensor("query"), &key = call.tensor("key"), &value = call.tensor("value");
   bool is_cuda = query.is_cuda();
   int device = is_cuda ? query.get_device_index() : 0;
-
   thread_local Key at;
-  at.assign({rank, is_cuda, device, has_additional, static_cast<int64_t>(query.scalar_type()), key.size(rank + 1),
+  at.assign({rank, is_cuda, device, static_cast<int64_t>(query.scalar_type()), key.size(rank + 1),
              value.size(rank + 2)});
   for (int axis = 1; axis < rank + 3; ++axis) at.push_back(query.size(axis));
-  for (const Ints* values : {&kernel_size, &stride, &dilation, &is_causal}) {
-    at.insert(at.end(), values->begin(), values->end());
+  for (const auto& [name, parameter] : kParameters) {
+    const Ints& values = call.parameters.*parameter;
+    at.insert(at.end(), values.begin(), values.end());
   }
-  Match match{nullptr, nullptr};
+  for (const std::string& option : na::options()) {
+    at.push_back(std::find(options.begin(), options.end(), option) != options.end());
+  }
   {
     std::shared_lock<std::shared_mutex> lock(table_mutex);
     auto found = table().find(at);
-    if (found != table().end()) match = found->second;
+    if (found != table().end()) return found->second;
   }
-  if (match.kernel == nullptr) {
-    match = look(problem_of({query, key, value}, has_additional, kernel_size, stride, dilation, is_causal), is_cuda,
-                 device);
-    if (!is_cuda) use_torchs_pool(*match.function);
-    std::unique_lock<std::shared_mutex> lock(table_mutex);
-    table()[at] = match;
-  }
+  Match match = look(problem_of(call, options), is_cuda, device);
+  if (!is_cuda) use_torchs_pool(*match.function);
+  std::unique_lock<std::shared_mutex> lock(table_mutex);
+  table()[at] = match;
+  return match;
+}
 
-  Ints sizes;
-  for (int axis = 0; axis < rank + 2; ++axis) sizes.push_back(query.size(axis));
-  Tensor lse = empty(query, sizes, ScalarType::Float);
-  sizes.push_back(value.size(rank + 2));
-  Tensor output = empty(query, sizes, query.scalar_type());
-  if (query.size(0) == 0) return {output, lse};
-  std::vector<Named> given = {{"query", query}, {"key", key}, {"value", value}, {"output", output}, {"lse", lse}};
-  if (has_additional) {
-    given.push_back({"additional_keys", *additional_keys});
-    given.push_back({"additional_values", *additional_values});
+std::vector<Tensor> forward(const Call& call, int rank) {
+  check(call, static_cast<size_t>(rank));
+  int64_t additional = additional_of(call, static_cast<size_t>(rank));
+  std::vector<std::string> options = options_of(call, additional);
+  Match match = find_for(call, rank, options);
+  const Tensor& query = call.tensor("query");
+  std::vector<Tensor> outputs;
+  for (const TableOperand* output : output_operands()) {
+    ScalarType type = output->dtype == "same" ? query.scalar_type() : ScalarType::Float;
+    outputs.push_back(empty(query, match.kernel->problem.shape_of(*output, query.size(0), additional), type));
   }
-  run(match, given, scale, has_additional ? additional_keys->size(1) : 0);
-  return {output, lse};
+  if (query.size(0) > 0) run(match, call, outputs, additional);
+  return outputs;
 }
 
 template <int rank>
-std::tuple<Tensor, Tensor> guarded(const Tensor query, const Tensor key, const Tensor value, Ints kernel_size,
-                                   Ints stride, Ints dilation, Ints is_causal, double scale,
-                                   std::optional<Tensor> additional_keys, std::optional<Tensor> additional_values) {
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
   try {
-    return forward<rank>(query, key, value, std::move(kernel_size), std::move(stride), std::move(dilation),
-                         std::move(is_causal), scale, std::move(additional_keys), std::move(additional_values));
+    std::vector<Tensor> outputs = forward(read_call(stack), rank);
+    for (const Tensor& output : outputs) *stack++ = torch::stable::detail::from(output);
   } catch (const std::exception& error) {
     throw std::runtime_error("na_compiler: na" + std::to_string(rank) + "d: " + error.what());
   }
@@ -307,10 +448,6 @@ std::tuple<Tensor, Tensor> guarded(const Tensor query, const Tensor key, const T
 
 }  // namespace
 }  // namespace na
-
-#define NA_SCHEMA                                                                                                   \
-  "(Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, "     \
-  "float scale, Tensor? additional_keys=None, Tensor? additional_values=None) -> (Tensor output, Tensor lse)"
 
 namespace na {
 namespace {
@@ -325,9 +462,9 @@ std::string not_defined = "their definition did not run";
 // A fragment: a second definition of a namespace as a whole crashes torch.
 STABLE_TORCH_LIBRARY_FRAGMENT(na_compiler, library) {
   try {
-    library.def("na1d" NA_SCHEMA);
-    library.def("na2d" NA_SCHEMA);
-    library.def("na3d" NA_SCHEMA);
+    library.def(("na1d" + na::schema()).c_str());
+    library.def(("na2d" + na::schema()).c_str());
+    library.def(("na3d" + na::schema()).c_str());
     na::not_defined.clear();
   } catch (const std::exception& error) {
     na::not_defined = error.what();
@@ -337,16 +474,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(na_compiler, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(na_compiler, CPU, library) {
   if (!na::not_defined.empty()) return;
-  library.impl("na1d", TORCH_BOX(&na::guarded<1>));
-  library.impl("na2d", TORCH_BOX(&na::guarded<2>));
-  library.impl("na3d", TORCH_BOX(&na::guarded<3>));
+  library.impl("na1d", &na::boxed<1>);
+  library.impl("na2d", &na::boxed<2>);
+  library.impl("na3d", &na::boxed<3>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(na_compiler, CUDA, library) {
   if (!na::not_defined.empty()) return;
-  library.impl("na1d", TORCH_BOX(&na::guarded<1>));
-  library.impl("na2d", TORCH_BOX(&na::guarded<2>));
-  library.impl("na3d", TORCH_BOX(&na::guarded<3>));
+  library.impl("na1d", &na::boxed<1>);
+  library.impl("na2d", &na::boxed<2>);
+  library.impl("na3d", &na::boxed<3>);
 }
 
 #define NA_EXPORT __attribute__((visibility("default")))

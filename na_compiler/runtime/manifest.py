@@ -319,6 +319,11 @@ def _operand(value: object, place: str) -> None:
     (_NUMBER if is_scalar else _TENSOR)(value, place)
 
 
+def _problem(value: object, place: str) -> None:
+    has_operands = isinstance(value, dict) and "operands" in value
+    (_WITH_OPERANDS if has_operands else _WITHOUT_OPERANDS)(value, place)
+
+
 def _size(value: object, place: str) -> None:
     if value not in (BATCH, GIVEN, ADDITIONAL):
         _int()(value, place)
@@ -343,19 +348,22 @@ _TENSOR = _record(**_ARGUMENT, shape=_list(_size, 0, 33), strides=_one_of(FREE, 
 _NUMBER = _record(**_ARGUMENT)
 _ALIGNMENTS = {1 << power for power in range(13)}
 _PER_AXIS = _list(_int(), 1, MAX_RANK)
-_PROBLEM = _record(
-    layout=_PER_AXIS,
-    heads=_int(),
-    head_dim=_int(),
-    kernel_size=_PER_AXIS,
-    stride=_PER_AXIS,
-    dilation=_PER_AXIS,
-    is_causal=_list(_flag, 1, MAX_RANK),
-    heads_kv=_int(),
-    head_dim_v=_int(),
-    additional_kv=_flag,
-    dtype=_one_of(*DTYPES),
-)
+_FIELDS = {
+    "layout": _PER_AXIS,
+    "heads": _int(),
+    "head_dim": _int(),
+    "kernel_size": _PER_AXIS,
+    "stride": _PER_AXIS,
+    "dilation": _PER_AXIS,
+    "is_causal": _list(_flag, 1, MAX_RANK),
+    "heads_kv": _int(),
+    "head_dim_v": _int(),
+    "additional_kv": _flag,
+    "dtype": _one_of(*DTYPES),
+}
+_WITHOUT_OPERANDS = _record(**_FIELDS)
+# There only where there are some: so a problem is called as it was before there were any.
+_WITH_OPERANDS = _record(**_FIELDS, operands=_list(_ARGUMENT["name"], 1, 64))
 # What a file is, and what it is called beside the manifest: a name, never a path.
 _FILE = {
     "library": _text(r"[0-9A-Za-z_+-][0-9A-Za-z_.+-]{0,254}", "a name of letters, digits and _.+-, at most 255"),
@@ -366,7 +374,7 @@ _FILE = {
 _KERNEL = {
     "key": _text("[0-9a-z]{1,64}", "at most 64 letters and digits"),
     **_FILE,
-    "problem": _PROBLEM,
+    "problem": _problem,
     "direction": _one_of("forward", "backward"),
     "target": _text("(llvm|cuda):[0-9a-z_-]{1,32}", "llvm:INSTRUCTION_SET or cuda:ARCHITECTURE"),
     "workspace": _record(buffers=_list(_buffer, 0, 64), multiple=_int(1, 1 << 20)),

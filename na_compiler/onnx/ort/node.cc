@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cmath>
+#include <cstdlib>
 #include <set>
 
 #include "error.h"
@@ -19,12 +20,39 @@ std::string text(const Shape& shape) {
 }
 
 const char* dtype_name(int element) {
-  return element == kFloat ? "float32" : element == kFloat16 ? "float16" : element == kBFloat16 ? "bfloat16" : nullptr;
+  switch (element) {
+    case kFloat: return "float32";
+    case kFloat16: return "float16";
+    case kBFloat16: return "bfloat16";
+    case kBool: return "bool";
+    case kInt64: return "int64";
+    default: return nullptr;
+  }
+}
+
+bool is_problems(int element) { return element == kFloat || element == kFloat16 || element == kBFloat16; }
+
+// How many additional keys there are: what the first tensor has that has some.
+int64_t additional_of(const Inputs& inputs, size_t rank) {
+  const auto& operands = input_operands();
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!inputs[i].is_there || !operands[i]->has_additional()) continue;
+    return inputs[i].shape.size() == operands[i]->axes(rank) ? inputs[i].shape[operands[i]->additional_axis(rank)] : 0;
+  }
+  return 0;
 }
 
 // ---- Attributes ----------------------------------------------------------------------------------------------------
 
-constexpr const char* kAttributes[] = {"kernel_size", "stride", "dilation", "is_causal", "scale"};
+// The parameters, and the numbers of the table.
+const std::vector<std::string>& attributes() {
+  static const auto made = [] {
+    auto names = new std::vector<std::string>{"kernel_size", "stride", "dilation", "is_causal"};
+    for (const TableOperand* operand : number_operands()) names->push_back(operand->name);
+    return names;
+  }();
+  return *made;
+}
 
 // Whether a node has an attribute at all, of any type that can be asked for.
 bool has_attribute(const Api& api, const OrtKernelInfo* info, const char* name) {
@@ -62,7 +90,7 @@ std::set<std::string> mistaken_names() {
       "right_window_size", "rpb",      "size",          "sm_scale",    "softcap",       "softmax_scale",
       "unidirectional", "window",      "window_left",   "window_right", "window_size",
   };
-  for (const char* attribute : kAttributes) {
+  for (const std::string& attribute : attributes()) {
     std::string name = attribute, upper = name, camel, bare;
     for (char& letter : upper) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
     for (size_t i = 0; i < name.size(); ++i) {
@@ -77,7 +105,7 @@ std::set<std::string> mistaken_names() {
     title[0] = upper[0];
     names.insert({name + "s", name + "_", "_" + name, name + " ", " " + name, upper, title, camel, bare});
   }
-  for (const char* attribute : kAttributes) names.erase(attribute);
+  for (const std::string& attribute : attributes()) names.erase(attribute);
   return names;
 }
 
@@ -92,12 +120,17 @@ void refuse_mistaken(const Api& api, const OrtKernelInfo* info) {
       continue;
     }
     std::string known;
-    for (const char* attribute : kAttributes) known += (known.empty() ? "" : ", ") + std::string(attribute);
+    for (const std::string& attribute : attributes()) known += (known.empty() ? "" : ", ") + attribute;
     throw Error("it has an attribute " + name + ", which is unknown; known are " + known);
   }
 }
 
 }  // namespace
+
+int element_of(const TableOperand& operand, int same) {
+  if (operand.dtype == "same") return same;
+  return operand.dtype == "bool" ? kBool : operand.is_integer() ? kInt64 : kFloat;
+}
 
 void read_type(const Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor& tensor) {
   size_t rank = 0;
@@ -127,35 +160,50 @@ void Node::read(const OrtKernelInfo* info) {
   for (int64_t flag : attributes_.is_causal) {
     if (flag != 0 && flag != 1) throw Error("is_causal must be 0 or 1 per axis, got " + std::to_string(flag));
   }
-  if (succeeds(api_, api_.KernelInfoGetAttribute_float(info, "scale", &scale_))) {
-    has_scale_ = true;
-    if (!std::isfinite(scale_)) throw Error("scale must be finite");
-  } else if (has_attribute(api_, info, "scale")) {
-    throw Error("scale must be a float, and is of another type");
-  }
+  for (const TableOperand* operand : number_operands()) numbers_.push_back(read_number(info, *operand));
   look_ahead(info);
 }
 
+Node::Number Node::read_number(const OrtKernelInfo* info, const TableOperand& operand) const {
+  const char* name = operand.name.c_str();
+  Number number;
+  number.operand = &operand;
+  float real = 0;
+  if (operand.is_integer() ? succeeds(api_, api_.KernelInfoGetAttribute_int64(info, name, &number.integer))
+                           : succeeds(api_, api_.KernelInfoGetAttribute_float(info, name, &real))) {
+    number.is_there = true;
+    number.real = real;
+    if (!std::isfinite(real)) throw Error(operand.name + " must be finite");
+  } else if (has_attribute(api_, info, name)) {
+    throw Error(operand.name + " must be " + (operand.is_integer() ? "an int" : "a float") + ", and is of another type");
+  } else if (!operand.otherwise.empty()) {
+    number.is_there = true;
+    number.real = std::strtod(operand.otherwise.c_str(), nullptr);
+    number.integer = static_cast<int64_t>(number.real);
+  }
+  return number;
+}
+
 void Node::compute(OrtKernelContext* context) {
-  Tensor inputs[kInputCount];
-  read_inputs(context, inputs);
+  Inputs inputs = read_inputs(context);
   Problem problem = pose(inputs);
   const Found& found = find(inputs, problem);
-  Shape lse_shape(inputs[0].shape.begin(), inputs[0].shape.end() - 1);
-  Shape output_shape = lse_shape;
-  output_shape.push_back(inputs[2].shape.back());
-  Tensor output = make_output(context, 0, output_shape, inputs[0].element);
-  Tensor lse = make_output(context, 1, lse_shape, kFloat);
-  if (inputs[0].shape[0] == 0) return;
-  run(context, found, inputs, output, lse);
+  int64_t batch = inputs[0].shape[0];
+  std::vector<Tensor> outputs;
+  for (const TableOperand* output : output_operands()) {
+    outputs.push_back(make_output(context, outputs.size(), problem.shape_of(*output, batch, 0),
+                                  element_of(*output, inputs[0].element)));
+  }
+  if (batch > 0) run(context, found, inputs, outputs);
 }
 
 // Finds the kernel when the session is made, if the model fixes the shapes: better an error then than later.
 void Node::look_ahead(const OrtKernelInfo* info) {
   size_t count = 0;
   if (op_.is_cuda || !succeeds(api_, api_.KernelInfo_GetInputCount(info, &count))) return;
-  Tensor inputs[kInputCount];
-  for (size_t i = 0; i < std::min(count, kInputCount); ++i) {
+  const auto& operands = input_operands();
+  Inputs inputs(operands.size());
+  for (size_t i = 0; i < std::min(count, inputs.size()); ++i) {
     OrtTypeInfo* type = nullptr;
     if (!succeeds(api_, api_.KernelInfo_GetInputTypeInfo(info, i, &type)) || type == nullptr) continue;
     const OrtTensorTypeAndShapeInfo* tensor = nullptr;
@@ -165,12 +213,15 @@ void Node::look_ahead(const OrtKernelInfo* info) {
     }
     api_.ReleaseTypeInfo(type);
   }
-  for (Tensor& input : inputs) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    Tensor& input = inputs[i];
     if (!input.is_there) continue;
-    // Batch, and the number of additional keys, are any.
-    size_t axes = &input < inputs + 3 ? 1 : 2;
+    const TableOperand& operand = *operands[i];
     for (size_t axis = 0; axis < input.shape.size(); ++axis) {
-      if (axis < axes && input.shape[axis] < 0) input.shape[axis] = 1;
+      // Batch, and the number of additional keys, are any.
+      bool is_any = (axis == 0 && operand.is_batched()) ||
+                    (operand.has_additional() && axis == operand.additional_axis(op_.rank));
+      if (is_any && input.shape[axis] < 0) input.shape[axis] = 1;
       if (input.shape[axis] < 0) return;
     }
     if (input.shape.empty()) return;  // A shape that is not known at all looks like a scalar's.
@@ -178,10 +229,11 @@ void Node::look_ahead(const OrtKernelInfo* info) {
   if (inputs[0].is_there && inputs[1].is_there && inputs[2].is_there) find(inputs, pose(inputs));
 }
 
-void Node::read_inputs(OrtKernelContext* context, Tensor (&inputs)[kInputCount]) const {
+Inputs Node::read_inputs(OrtKernelContext* context) const {
   size_t count = 0;
+  Inputs inputs(input_operands().size());
   check(api_, api_.KernelContext_GetInputCount(context, &count));
-  for (size_t i = 0; i < std::min(count, kInputCount); ++i) {
+  for (size_t i = 0; i < std::min(count, inputs.size()); ++i) {
     const OrtValue* value = nullptr;
     check(api_, api_.KernelContext_GetInput(context, i, &value));
     if (value == nullptr) continue;
@@ -195,6 +247,7 @@ void Node::read_inputs(OrtKernelContext* context, Tensor (&inputs)[kInputCount])
     tensor.value = const_cast<OrtValue*>(value);
     check(api_, api_.GetTensorMutableData(tensor.value, &tensor.data));
   }
+  return inputs;
 }
 
 Tensor Node::make_output(OrtKernelContext* context, size_t index, const Shape& shape, int element) const {
@@ -212,12 +265,9 @@ Tensor Node::make_output(OrtKernelContext* context, size_t index, const Shape& s
 }
 
 // Checks the inputs, and returns the problem that they pose.
-Problem Node::pose(const Tensor (&inputs)[kInputCount]) const {
+Problem Node::pose(const Inputs& inputs) const {
   const Shape& query = inputs[0].shape;
-  if (inputs[3].is_there != inputs[4].is_there) {
-    throw Error("additional_keys and additional_values come together, and one is missing");
-  }
-  if (dtype_name(inputs[0].element) == nullptr) {
+  if (!is_problems(inputs[0].element)) {
     throw Error("query must be float32, float16 or bfloat16, and has ONNX's element type " +
                 std::to_string(inputs[0].element));
   }
@@ -232,45 +282,65 @@ Problem Node::pose(const Tensor (&inputs)[kInputCount]) const {
   const Shape &key = inputs[1].shape, &value = inputs[2].shape;
   problem.heads_kv = key.size() == query.size() ? key[op_.rank + 1] : 0;
   problem.head_dim_v = value.size() == query.size() ? value[op_.rank + 2] : 0;
-  Shape keys(query.begin(), query.end() - 2);
-  int64_t additional = inputs[3].is_there && inputs[3].shape.size() == 4 ? inputs[3].shape[1] : 0;
-  Shape more{query[0], additional};
-  for (Shape* shape : {&keys, &more}) shape->push_back(problem.heads_kv);
-  for (size_t i = 1; i < kInputCount; ++i) {
-    if (i >= 3 && !inputs[i].is_there) continue;
-    Shape expected = i < 3 ? keys : more;
-    expected.push_back(i % 2 == 1 ? problem.head_dim : problem.head_dim_v);
+  int64_t additional = additional_of(inputs, op_.rank);
+  for (size_t i = 1; i < inputs.size(); ++i) {
+    const TableOperand& operand = *input_operands()[i];
+    if (operand.is_later() && !inputs[i].is_there) continue;
+    Shape expected = problem.shape_of(operand, query[0], additional);
     if (inputs[i].shape != expected) {
-      throw Error(std::string(kInputs[i]) + " must have shape " + text(expected) + " where query has " + text(query) +
-                  ", got " + text(inputs[i].shape));
+      throw Error(operand.name + " must have shape " + text(expected) + " where query has " + text(query) + ", got " +
+                  text(inputs[i].shape));
     }
-    if (inputs[i].element != inputs[0].element) {
-      throw Error(std::string(kInputs[i]) + " must have query's type, " + problem.dtype);
+    int element = element_of(operand, inputs[0].element);
+    if (inputs[i].element != element) {
+      throw Error(operand.name + " must " + (operand.dtype == "same" ? "have query's type, " : "be ") +
+                  dtype_name(element));
     }
   }
   problem.check();
-  problem.additional_kv = inputs[3].is_there && additional > 0;
+  take_options(inputs, problem);
   return problem;
 }
 
+// The options that a node has operands for. Operands without additional keys are none.
+void Node::take_options(const Inputs& inputs, Problem& problem) const {
+  for (const std::string& option : options()) {
+    size_t missing = 0, there = 0;
+    bool is_empty = false;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const TableOperand& operand = *input_operands()[i];
+      if (operand.option != option) continue;
+      ++(inputs[i].is_there ? there : missing);
+      bool has_additional = inputs[i].is_there && operand.has_additional();
+      is_empty = is_empty || (has_additional && inputs[i].shape[operand.additional_axis(op_.rank)] == 0);
+    }
+    for (const Number& number : numbers_) {
+      if (number.operand->option == option) ++(number.is_there ? there : missing);
+    }
+    if (there > 0 && missing > 0) throw Error(names_of(option) + " come together, and one is missing");
+    if (there > 0 && !is_empty) problem.take(option);
+  }
+}
+
 // The batch is any.
-bool Node::Found::is_for(const Tensor (&inputs)[kInputCount], bool with_additional) const {
+bool Node::Found::is_for(const Inputs& inputs, const Problem& problem) const {
   auto same = [](const Shape& one, const Shape& other) {
     return one.size() == other.size() && std::equal(one.begin() + 1, one.end(), other.begin() + 1);
   };
-  return element == inputs[0].element && additional == with_additional && same(query, inputs[0].shape) &&
-         same(key, inputs[1].shape) && same(value, inputs[2].shape);
+  return element == inputs[0].element && additional == problem.additional_kv && operands == problem.operands &&
+         same(query, inputs[0].shape) && same(key, inputs[1].shape) && same(value, inputs[2].shape);
 }
 
 // The kernel for some inputs: the last one that was found, if it is for the same.
-const Node::Found& Node::find(const Tensor (&inputs)[kInputCount], const Problem& problem) {
+const Node::Found& Node::find(const Inputs& inputs, const Problem& problem) {
   const Found* last = last_.load(std::memory_order_acquire);
-  if (last != nullptr && last->is_for(inputs, problem.additional_kv)) return *last;
+  if (last != nullptr && last->is_for(inputs, problem)) return *last;
   const Shape &query = inputs[0].shape, &key = inputs[1].shape, &value = inputs[2].shape;
   // The shapes are checked: of key and value, these sizes are not query's.
   Shape at = query;
   at[0] = inputs[0].element;
-  at.insert(at.end(), {problem.additional_kv, problem.heads_kv, problem.head_dim_v});
+  at.insert(at.end(), {problem.heads_kv, problem.head_dim_v});
+  for (const std::string& option : options()) at.push_back(problem.has(option));
   std::lock_guard<std::mutex> lock(mutex_);
   auto found = found_.find(at);
   if (found == found_.end()) {
@@ -278,7 +348,7 @@ const Node::Found& Node::find(const Tensor (&inputs)[kInputCount], const Problem
     if (op_.is_cuda && inputs[0].value != nullptr) device = device_of(inputs[0]);
     Match match = na::find(op_.bundles, problem, op_.is_cuda, device,
                            ", or make the session without the operator library: then the model's own function runs");
-    Found made{query, key, value, inputs[0].element, problem.additional_kv, match};
+    Found made{query, key, value, inputs[0].element, problem.additional_kv, problem.operands, match};
     found = found_.emplace(std::move(at), std::move(made)).first;
   }
   last_.store(&found->second, std::memory_order_release);
@@ -297,7 +367,7 @@ int Node::device_of(const Tensor& tensor) const {
   return device;
 }
 
-void Node::run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[kInputCount], Tensor& output, Tensor& lse) {
+void Node::run(OrtKernelContext* context, const Found& found, Inputs& inputs, std::vector<Tensor>& outputs) {
   std::vector<Tensor> spaces;
   std::vector<std::unique_ptr<float[]>> memory;
   auto allocate = [&](Tensor& tensor) {
@@ -311,8 +381,10 @@ void Node::run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[k
       tensor.data = memory.back().get();
     }
   };
-  if (!lse.is_there) allocate(lse);
-  int64_t additional = found.additional ? inputs[3].shape[1] : 0;
+  for (Tensor& output : outputs) {
+    if (!output.is_there) allocate(output);
+  }
+  int64_t additional = found.additional ? additional_of(inputs, op_.rank) : 0;
   for (const Buffer& buffer : found.match.kernel->workspace) {
     Tensor space;
     space.element = kFloat;
@@ -322,11 +394,12 @@ void Node::run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[k
   }
   // In the order in which the kernel's manifest names its operands; none where one is a number.
   auto tensor_of = [&](const Operand& operand) -> Tensor* {
-    for (size_t i = 0; i < kInputCount; ++i) {
-      if (operand.name == kInputs[i]) return &inputs[i];
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (operand.name == input_operands()[i]->name) return &inputs[i];
     }
-    if (operand.name == "output") return &output;
-    if (operand.name == "lse") return &lse;
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (operand.name == output_operands()[i]->name) return &outputs[i];
+    }
     throw Error("the kernel takes " + operand.name + ", which the operator does not have");
   };
   std::vector<Tensor*> tensors;
@@ -341,9 +414,15 @@ void Node::run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[k
   call(context, found, tensors);
 }
 
-double Node::number_of(const Operand& operand, const Found& found) const {
-  if (operand.name != "scale") throw Error("the kernel takes " + operand.name + ", which the operator does not have");
-  return has_scale_ ? scale_ : 1.0 / std::sqrt(static_cast<double>(found.query.back()));
+void Node::add_number(Arguments& arguments, const Operand& operand, const Found& found) const {
+  for (const Number& number : numbers_) {
+    if (number.operand->name != operand.name) continue;
+    if (number.operand->is_integer()) return arguments.add(number.integer);
+    // Only the scale may be missing here.
+    double otherwise = 1.0 / std::sqrt(static_cast<double>(found.query.back()));
+    return arguments.add(number.is_there ? number.real : otherwise);
+  }
+  throw Error("the kernel takes " + operand.name + ", which the operator does not have");
 }
 
 // Calls a kernel with tensors in the order of its operands; there is none where the operand is a number.
@@ -355,7 +434,7 @@ void Node::call(OrtKernelContext* context, const Found& found, const std::vector
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Operand& operand = kernel.operands[i];
     if (tensors[i] == nullptr) {
-      arguments.add(number_of(operand, found));
+      add_number(arguments, operand, found);
       continue;
     }
     const Tensor& tensor = *tensors[i];

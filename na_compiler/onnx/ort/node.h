@@ -13,11 +13,8 @@
 
 namespace na {
 
-constexpr const char* kInputs[] = {"query", "key", "value", "additional_keys", "additional_values"};
-constexpr size_t kInputCount = 5, kOutputCount = 2;
-
 // Of ONNXTensorElementDataType.
-enum { kUndefined = 0, kFloat = 1, kFloat16 = 10, kBFloat16 = 16 };
+enum { kUndefined = 0, kFloat = 1, kInt64 = 7, kBool = 9, kFloat16 = 10, kBFloat16 = 16 };
 
 using Shape = std::vector<int64_t>;
 
@@ -39,7 +36,13 @@ struct Tensor {
   OrtValue* value = nullptr;
 };
 
+// What a node is given, in the order of `input_operands()`.
+using Inputs = std::vector<Tensor>;
+
 void read_type(const Api& api, const OrtTensorTypeAndShapeInfo* info, Tensor& tensor);
+
+// ONNX's type of an operand, where the problem's is known.
+int element_of(const TableOperand& operand, int same);
 
 class Node {
  public:
@@ -60,28 +63,38 @@ class Node {
     Shape query, key, value;
     int element;
     bool additional;
+    std::vector<std::string> operands;
     Match match;
 
-    bool is_for(const Tensor (&inputs)[kInputCount], bool with_additional) const;
+    bool is_for(const Inputs& inputs, const Problem& problem) const;
   };
 
+  // A number that the node gives, or may leave out.
+  struct Number {
+    const TableOperand* operand = nullptr;
+    bool is_there = false;
+    double real = 0;
+    int64_t integer = 0;
+  };
+
+  Number read_number(const OrtKernelInfo* info, const TableOperand& operand) const;
   void look_ahead(const OrtKernelInfo* info);
-  void read_inputs(OrtKernelContext* context, Tensor (&inputs)[kInputCount]) const;
+  Inputs read_inputs(OrtKernelContext* context) const;
   Tensor make_output(OrtKernelContext* context, size_t index, const Shape& shape, int element) const;
-  Problem pose(const Tensor (&inputs)[kInputCount]) const;
-  const Found& find(const Tensor (&inputs)[kInputCount], const Problem& problem);
+  Problem pose(const Inputs& inputs) const;
+  void take_options(const Inputs& inputs, Problem& problem) const;
+  const Found& find(const Inputs& inputs, const Problem& problem);
   const OrtMemoryInfo* memory_of(const Tensor& tensor) const;
   int device_of(const Tensor& tensor) const;
-  void run(OrtKernelContext* context, const Found& found, Tensor (&inputs)[kInputCount], Tensor& output, Tensor& lse);
-  double number_of(const Operand& operand, const Found& found) const;
+  void run(OrtKernelContext* context, const Found& found, Inputs& inputs, std::vector<Tensor>& outputs);
   void call(OrtKernelContext* context, const Found& found, const std::vector<Tensor*>& tensors);
+  void add_number(Arguments& arguments, const Operand& operand, const Found& found) const;
 
   const Operator& op_;
   const Api& api_;
   std::string where_;
   Problem attributes_;
-  float scale_ = 0;
-  bool has_scale_ = false;
+  std::vector<Number> numbers_;
   // What was found, by what it was found for. Nothing is found twice, so that there are at most as many as the bundles
   // have kernels; nothing is removed, so that threads may read the last one without a lock.
   std::atomic<const Found*> last_{nullptr};

@@ -102,13 +102,17 @@ Operator make(const Api* api, const std::vector<const Bundle*>& bundles, size_t 
   op.GetExecutionProviderType = [](const OrtCustomOp* self) {
     return static_cast<const Operator*>(self)->is_cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
   };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return kInputCount; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return kOutputCount; };
-  op.GetInputType = [](const OrtCustomOp* self, size_t) { return static_cast<const Operator*>(self)->element; };
-  op.GetOutputType = [](const OrtCustomOp* self, size_t i) -> ONNXTensorElementDataType {
-    return i == 0 ? static_cast<const Operator*>(self)->element : kFloat;
+  op.GetInputTypeCount = [](const OrtCustomOp*) { return input_operands().size(); };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return output_operands().size(); };
+  op.GetInputType = [](const OrtCustomOp* self, size_t i) -> ONNXTensorElementDataType {
+    return element_of(*input_operands()[i], static_cast<const Operator*>(self)->element);
   };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return i < 3 ? kRequired : kOptional; };
+  op.GetOutputType = [](const OrtCustomOp* self, size_t i) -> ONNXTensorElementDataType {
+    return element_of(*output_operands()[i], static_cast<const Operator*>(self)->element);
+  };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) -> int {
+    return input_operands()[i]->is_later() ? kOptional : kRequired;
+  };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t i) -> int { return i == 0 ? kRequired : kOptional; };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) -> OrtMemType { return 0; };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };

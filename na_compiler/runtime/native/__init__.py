@@ -7,12 +7,13 @@ import importlib.util
 import logging
 from pathlib import Path
 
+from na_compiler import operands
 from na_compiler.devices.cpu import feature_table
 from na_compiler.runtime.bundle import FORMAT
 from na_compiler.runtime.folders import runtime_library
 from na_compiler.runtime.kernel import ABI
 
-__all__ = ["flags", "installed", "sources"]
+__all__ = ["flags", "installed", "operand_table", "sources"]
 
 _LOG = logging.getLogger("na_compiler")
 
@@ -48,11 +49,23 @@ def flags() -> tuple[str, ...]:
         f"-DNA_BUNDLE_FORMAT={FORMAT}",
         f"-DNA_KERNEL_ABI={ABI}",
         f'-DNA_CPU_FEATURES="{feature_table()}"',
+        f'-DNA_OPERANDS="{operand_table()}"',
         f'-DNA_TVM_FOLDERS="{known}"',
         "-fvisibility=hidden",
         "-fvisibility-inlines-hidden",
         "-pthread",
     )
+
+
+def operand_table() -> str:
+    """Return the table of operands as `table.cc` reads it: operands between semicolons, their fields between spaces."""
+
+    def line(operand: operands.Operand) -> str:
+        default = "-" if operand.default is None else str(operand.default)
+        shape = ",".join(operand.shape) or "-"
+        return " ".join((operand.name, operand.role, operand.dtype, operand.option or "-", default, shape))
+
+    return ";".join(map(line, operands.TABLE))
 
 
 @functools.cache

@@ -9,6 +9,9 @@
 namespace na {
 namespace {
 
+// For this option a problem has a member of its own: na_compiler.operands.ADDITIONAL_KV.
+constexpr char kAdditional[] = "additional_kv";
+
 std::string join(const std::vector<int64_t>& values) {
   std::string text;
   for (int64_t value : values) text += (text.empty() ? "" : "x") + std::to_string(value);
@@ -20,7 +23,7 @@ std::string join(const std::vector<int64_t>& values) {
 bool Problem::operator==(const Problem& other) const {
   auto key = [](const Problem& p) {
     return std::tie(p.layout, p.kernel_size, p.stride, p.dilation, p.is_causal, p.heads, p.heads_kv, p.head_dim,
-                    p.head_dim_v, p.additional_kv, p.dtype);
+                    p.head_dim_v, p.additional_kv, p.operands, p.dtype);
   };
   return key(*this) == key(other);
 }
@@ -36,7 +39,42 @@ std::string Problem::text() const {
   if (stride != ones) text += " stride=" + join(stride);
   if (dilation != ones) text += " dilation=" + join(dilation);
   if (is_causal != zeros) text += " is_causal=" + join(is_causal);
-  return text + (additional_kv ? " additional_kv " : " ") + dtype;
+  if (additional_kv) text += " additional_kv";
+  for (const std::string& option : operands) text += " " + option;
+  return text + " " + dtype;
+}
+
+bool Problem::has(const std::string& option) const {
+  if (option.empty()) return true;
+  if (option == kAdditional) return additional_kv;
+  return std::find(operands.begin(), operands.end(), option) != operands.end();
+}
+
+void Problem::take(const std::string& option) {
+  if (option == kAdditional) {
+    additional_kv = true;
+  } else {
+    operands.push_back(option);
+  }
+}
+
+std::vector<int64_t> Problem::shape_of(const TableOperand& operand, int64_t batch, int64_t additional) const {
+  std::vector<int64_t> shape;
+  for (const std::string& term : operand.shape) {
+    if (term == "layout") {
+      shape.insert(shape.end(), layout.begin(), layout.end());
+    } else if (term == "offsets") {
+      for (int64_t extent : kernel_size) shape.push_back(2 * extent - 1);
+    } else {
+      shape.push_back(term == "batch"      ? batch
+                      : term == "additional" ? additional
+                      : term == "heads"      ? heads
+                      : term == "heads_kv"   ? heads_kv
+                      : term == "head_dim"   ? head_dim
+                                             : head_dim_v);
+    }
+  }
+  return shape;
 }
 
 void Problem::check() const {
@@ -71,6 +109,21 @@ std::vector<int64_t> Kernel::shape_of(const Buffer& buffer, int64_t batch, int64
     elements *= std::max<int64_t>(shape.back(), 1);
   }
   return shape;
+}
+
+void Kernel::check(const Operand& operand, const DLTensor& tensor, int64_t batch, int64_t additional) const {
+  auto text = [](const std::vector<int64_t>& shape) {
+    std::string listed;
+    for (int64_t size : shape) listed += (listed.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + listed + "]";
+  };
+  std::vector<int64_t> wanted, got(tensor.shape, tensor.shape + tensor.ndim);
+  for (int64_t extent : operand.shape) wanted.push_back(extent >= 0 ? extent : extent == -1 ? additional : batch);
+  if (got != wanted) throw Error(operand.name + " must have shape " + text(wanted) + ", got " + text(got));
+  DLDataType type = type_of(operand.dtype);
+  if (tensor.dtype.code != type.code || tensor.dtype.bits != type.bits) {
+    throw Error(operand.name + " must be " + operand.dtype + ", and is of another type");
+  }
 }
 
 std::string Kernel::misplaced(const DLTensor& tensor) const {

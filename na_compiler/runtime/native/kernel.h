@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "table.h"
 #include "tvm.h"
 
 namespace na {
@@ -15,6 +16,15 @@ struct Problem {
   int64_t heads = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
   bool additional_kv = false;
   std::string dtype;
+  // The other options that it has, in the order of `options()`.
+  std::vector<std::string> operands;
+
+  // Whether it has the operands of an option; those of none it has always.
+  bool has(const std::string& option) const;
+  // Has an option from now on; to be called in the order of `options()`.
+  void take(const std::string& option);
+  // What the terms of an operand's shape come to for some batch and additional keys.
+  std::vector<int64_t> shape_of(const TableOperand& operand, int64_t batch, int64_t additional) const;
 
   bool operator==(const Problem& other) const;
   // As Problem's str in Python.
@@ -27,7 +37,7 @@ struct Problem {
 using Buffer = std::vector<int64_t>;
 
 // What a kernel is called with at one place: na_compiler.operands.Argument. Of a shape's extents, which a scalar has none
-// of, -1 is the number of additional keys and -2 the batch.
+// of, -1 is the number of additional keys, -2 the batch, and -3 that too, or 0 where nothing is given.
 struct Operand {
   std::string name, role, dtype;
   std::vector<int64_t> shape;
@@ -57,6 +67,8 @@ struct Kernel {
   bool is_cuda() const { return target.rfind("cuda", 0) == 0; }
   // The shape of a buffer of its workspace. Throws Error if it has more elements than can be counted.
   std::vector<int64_t> shape_of(const Buffer& buffer, int64_t batch, int64_t additional) const;
+  // That a tensor is what it takes for an operand. Throws Error, which names the operand, what it must be and what it is.
+  void check(const Operand& operand, const DLTensor& tensor, int64_t batch, int64_t additional) const;
   // In a few words, why it cannot read a tensor where it is, on which a GPU might fault; empty if it can.
   std::string misplaced(const DLTensor& tensor) const;
 };

@@ -8,6 +8,7 @@
 #include "error.h"
 #include "json.h"
 #include "sha256.h"
+#include "table.h"
 
 // The manifest's format that this reads: na_compiler.runtime.bundle.FORMAT, when this was built.
 #ifndef NA_BUNDLE_FORMAT
@@ -44,7 +45,7 @@ class Said {
   }
 
   // Of an object: that it has these members, and no others.
-  void has_exactly(std::initializer_list<const char*> names) const {
+  void has_exactly(const std::vector<const char*>& names) const {
     auto object = json_.as<Json::Object>();
     if (object == nullptr) refuse("an object");
     std::string within = place();
@@ -103,6 +104,9 @@ class Said {
     refuse(wanted);
   }
 
+  // Whether it is an object with a member of a name.
+  bool has(const char* name) const { return json_.find(name) != nullptr; }
+
   // Whether it is an object with a member that is this text.
   bool has(const char* name, const char* text) const {
     const Json* member = json_.find(name);
@@ -150,9 +154,26 @@ std::vector<int64_t> read_per_axis(const Said& said) {
   return said.list(1, kMaxRank, [](const Said& each) { return each.integer(); });
 }
 
+// A problem's options beside the additional keys: names of the table, in its order.
+void read_options(const Said& said, Problem& problem) {
+  std::vector<std::string> known = options(), found;
+  said.list(1, 64, [&](const Said& each) {
+    found.push_back(each.name("a0_", 64, "at most 64 letters, digits and _"));
+    return 0;
+  });
+  for (const std::string& option : known) {
+    if (option != "additional_kv" && std::count(found.begin(), found.end(), option) == 1) problem.take(option);
+  }
+  if (problem.operands != found) said.refuse("names of operands that this version knows, in its order");
+}
+
 Problem read_problem(const Said& said) {
-  said.has_exactly({"layout", "heads", "head_dim", "kernel_size", "stride", "dilation", "is_causal", "heads_kv",
-                    "head_dim_v", "additional_kv", "dtype"});
+  // There only where there are some: so a problem is called as it was before there were any.
+  bool has_operands = said.has("operands");
+  std::vector<const char*> names = {"layout",    "heads",    "head_dim",   "kernel_size",   "stride", "dilation",
+                                    "is_causal", "heads_kv", "head_dim_v", "additional_kv", "dtype"};
+  if (has_operands) names.push_back("operands");
+  said.has_exactly(names);
   Problem problem;
   problem.layout = read_per_axis(said["layout"]);
   problem.heads = said["heads"].integer();
@@ -164,6 +185,7 @@ Problem read_problem(const Said& said) {
   problem.heads_kv = said["heads_kv"].integer();
   problem.head_dim_v = said["head_dim_v"].integer();
   problem.additional_kv = said["additional_kv"].flag();
+  if (has_operands) read_options(said["operands"], problem);
   problem.dtype = said["dtype"].one_of({"float32", "bfloat16", "float16"});
   for (const auto* values : {&problem.kernel_size, &problem.stride, &problem.dilation, &problem.is_causal}) {
     if (values->size() != problem.layout.size()) throw Error(said.place() + " has another number of values than axes");
@@ -220,9 +242,10 @@ Operand read_operand(const Said& said) {
 
 // That a kernel takes what it is given here, in that order.
 void check_operands(const Kernel& kernel) {
-  std::vector<std::string> given = {"query", "key", "value"}, takes;
-  if (kernel.problem.additional_kv) given.insert(given.end(), {"additional_keys", "additional_values"});
-  given.insert(given.end(), {"scale", "output", "lse"});
+  std::vector<std::string> given, takes;
+  for (const TableOperand* operand : forward_operands()) {
+    if (kernel.problem.has(operand->option)) given.push_back(operand->name);
+  }
   for (size_t i = 0; i < kernel.workspace.size(); ++i) given.push_back("workspace" + std::to_string(i));
   for (const Operand& operand : kernel.operands) takes.push_back(operand.name);
   if (takes != given) {

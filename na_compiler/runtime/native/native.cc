@@ -6,6 +6,7 @@
 #include "sha256.cc"
 #include "devices.cc"
 #include "tvm.cc"
+#include "table.cc"
 #include "kernel.cc"
 #include "manifest.cc"
 #include "bundle.cc"

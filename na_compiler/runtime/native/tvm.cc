@@ -160,6 +160,13 @@ Function load_function(const std::string& library, bool is_cuda, const std::vect
   return result;
 }
 
+DLDataType type_of(const std::string& dtype) {
+  if (dtype == "bool") return {static_cast<uint8_t>(kDLBool), 8, 1};
+  if (dtype == "int64") return {static_cast<uint8_t>(kDLInt), 64, 1};
+  return {static_cast<uint8_t>(dtype == "bfloat16" ? kDLBfloat : kDLFloat),
+          static_cast<uint8_t>(dtype == "float32" ? 32 : 16), 1};
+}
+
 DLTensor view(const void* data, bool is_cuda, int device, const std::string& dtype, size_t rank, const int64_t* shape,
               const int64_t* strides) {
   DLTensor made;
@@ -167,8 +174,7 @@ DLTensor view(const void* data, bool is_cuda, int device, const std::string& dty
   made.data = const_cast<void*>(data);
   made.device = {is_cuda ? kDLCUDA : kDLCPU, device};
   made.ndim = static_cast<int32_t>(rank);
-  made.dtype = {static_cast<uint8_t>(dtype == "bfloat16" ? kDLBfloat : kDLFloat),
-                static_cast<uint8_t>(dtype == "float32" ? 32 : 16), 1};
+  made.dtype = type_of(dtype);
   made.shape = const_cast<int64_t*>(shape);
   made.strides = const_cast<int64_t*>(strides);
   return made;
@@ -183,6 +189,11 @@ void Arguments::add(const DLTensor& view) {
 void Arguments::add(double number) {
   values_.push_back(make(kTVMFFIFloat));
   values_.back().v_float64 = number;
+}
+
+void Arguments::add(int64_t number) {
+  values_.push_back(make(kTVMFFIInt));
+  values_.back().v_int64 = number;
 }
 
 void Arguments::call(const Function& function) {

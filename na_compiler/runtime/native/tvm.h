@@ -30,6 +30,9 @@ struct Environment {
 using Loop = int (*)(int task, Environment* environment, void* data);
 using Launcher = int (*)(Loop loop, void* data, int tasks);
 
+// What DLPack calls a dtype of manifests.
+DLDataType type_of(const std::string& dtype);
+
 // A view of a tensor for a kernel; shape and strides stay the caller's, and have to live as long.
 DLTensor view(const void* data, bool is_cuda, int device, const std::string& dtype, size_t rank, const int64_t* shape,
               const int64_t* strides);
@@ -41,6 +44,7 @@ class Arguments {
   explicit Arguments(size_t tensors) { views_.reserve(tensors); }
   void add(const DLTensor& view);
   void add(double number);
+  void add(int64_t number);
   // Throws Error.
   void call(const Function& function);
 
