@@ -137,10 +137,10 @@ def test_what_is_wrong_is_said(library, bundle, tmp_path):
         "query must have 5 dimensions, got 4": ("na2d", *good[1:]),
         "kernel_size must have 1 values": (*good[:4], [7, 7], *good[5:]),
         "additional_keys and additional_values come together": (*good, query, None),
-        "additional_keys must have 4 dimensions, got 5": (*good, query, query.sum()),
+        "additional_values must have 4 dimensions, got 0": (*good, query, query.sum()),
         "tensors must be float32, bfloat16 or float16": call(problem, [query.double()] * 3),
         r"kernel_size \* dilation must be at most the layout's 40 tokens": (*good[:4], [20], *good[5:]),
-        r"Invalid key\.shape\[1\] .*\n.*\n.*expected 40": call(problem, [query, query[:, 1:], query]),
+        r"key must have shape \[1, 40, 2, 8\], got \[1, 39, 2, 8\]": call(problem, [query, query[:, 1:], query]),
     }
     for said, result in zip(wrong, run(library, bundle, list(wrong.values()), tmp_path), strict=True):
         assert isinstance(result, str), said
