@@ -61,6 +61,14 @@ _PARAMETERS = """
     additional_keys, additional_values
         ``[batch, additional, heads_kv, head_dim]`` and ``[..., head_dim_v]``: seen by every query beside its window,
         inside the same softmax. Default none.
+    relative_position_bias
+        ``[heads, {offsets}]``: added to the scaled scores. Its place along an axis is ``key - query + kernel_size - 1``
+        of the positions that the two have in their dilation groups, so that the middle is a query itself: as NAT and
+        DiNAT have it. Computed with, and differentiated, in float32. Default none.
+    key_mask
+        ``[batch, {axes}]``, bool: False hides a key of the layout from all queries, as in torch's
+        ``scaled_dot_product_attention``. Additional keys stay visible. A query that sees no key has output 0, lse minus
+        infinity, and no gradients. Default: none is hidden.
     return_lse
         Whether to return lse as well. It has a gradient.
     **tuning
@@ -99,9 +107,18 @@ def _attention(
     scale: float | None,
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
+    relative_position_bias: Tensor | None,
+    key_mask: Tensor | None,
     return_lse: bool,
     tuning: dict[str, object],
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if relative_position_bias is not None:
+        _check_tensors(rank, relative_position_bias=relative_position_bias)
+        # A layer in half precision has a table of its own dtype.
+        is_half = relative_position_bias.dtype in {torch.bfloat16, torch.float16}
+        tuning["relative_position_bias"] = relative_position_bias.float() if is_half else relative_position_bias
+    if key_mask is not None:
+        tuning["key_mask"] = key_mask
     others = _others(rank, tuning) if tuning else ()
     is_usual = type(query) is type(key) is type(value) is Tensor
     if not is_usual or query.is_nested or key.is_nested or value.is_nested:
@@ -237,6 +254,8 @@ class _Attend(Protocol):
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
         *,
+        relative_position_bias: Tensor | None = None,
+        key_mask: Tensor | None = None,
         return_lse: Literal[False] = False,
         **tuning: object,
     ) -> Tensor: ...
@@ -254,6 +273,8 @@ class _Attend(Protocol):
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
         *,
+        relative_position_bias: Tensor | None = None,
+        key_mask: Tensor | None = None,
         return_lse: Literal[True],
         **tuning: object,
     ) -> tuple[Tensor, Tensor]: ...
@@ -271,12 +292,15 @@ class _Attend(Protocol):
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
         *,
+        relative_position_bias: Tensor | None = None,
+        key_mask: Tensor | None = None,
         return_lse: bool,
         **tuning: object,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 _AXES = {1: "X", 2: "X, Y", 3: "X, Y, Z"}
+_OFFSETS = {1: "2 k - 1", 2: "2 k - 1, 2 k - 1", 3: "2 k - 1, 2 k - 1, 2 k - 1"}
 _WORDS = {1: "Attend along one axis", 2: "Attend over two axes", 3: "Attend over three axes"}
 _SIZES = {1: "8", 2: "8, 8", 3: "4, 4, 4"}
 _EXAMPLE = """
@@ -304,18 +328,20 @@ def _function(rank: int) -> _Attend:
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
         *,
+        relative_position_bias: Tensor | None = None,
+        key_mask: Tensor | None = None,
         return_lse: bool = False,
         **tuning: object,
     ) -> Any:  # noqa: ANN401 - which of the two, the overloads say
         return _attention(
             rank, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
-            additional_values, return_lse, tuning,
+            additional_values, relative_position_bias, key_mask, return_lse, tuning,
         )  # fmt: skip
 
     attend.__name__ = attend.__qualname__ = f"na{rank}d"
+    parameters = _PARAMETERS.format(axes=_AXES[rank], offsets=_OFFSETS[rank])
     attend.__doc__ = (
-        f"{_WORDS[rank]}, each query to its neighborhood.\n{_PARAMETERS.format(axes=_AXES[rank])}"
-        f"{_EXAMPLE.format(rank=rank, sizes=_SIZES[rank])}"
+        f"{_WORDS[rank]}, each query to its neighborhood.\n{parameters}{_EXAMPLE.format(rank=rank, sizes=_SIZES[rank])}"
     )
     return attend
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from na_compiler.functional import Flags, Ints, canonical_parameters, na1d, na2d, na3d
@@ -12,6 +13,8 @@ from na_compiler.problem import check_strides
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
 _FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
+# Of biases before training, as NATTEN's layers have them.
+_BIAS_SPREAD = 0.02
 
 
 _PARAMETERS = """
@@ -29,6 +32,9 @@ _PARAMETERS = """
         Of the scores; default ``(embed_dim // num_heads) ** -0.5``.
     proj_drop
         Dropout probability after the output projection.
+    rel_pos_bias
+        Whether there is a bias by relative position, the parameter ``rpb``, ``[num_heads, 2 kernel_size - 1, ...]``,
+        float32 or of the layer's dtype: see `na_compiler.na2d`.
 
     Raises
     ------
@@ -37,7 +43,8 @@ _PARAMETERS = """
 
     Notes
     -----
-    Parameters are named ``qkv`` and ``proj`` as in NATTEN, so that its checkpoints load.
+    Parameters are named ``qkv``, ``rpb`` and ``proj`` as in NATTEN, so that checkpoints of its layers, and those of NAT
+    and DiNAT, load.
 """
 
 
@@ -57,6 +64,7 @@ class _NeighborhoodAttention(nn.Module):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
+        rel_pos_bias: bool = False,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
@@ -73,16 +81,27 @@ class _NeighborhoodAttention(nn.Module):
         self.kernel_size, self.stride, self.dilation, self.is_causal = parameters
         check_strides(self.kernel_size, self.stride)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        if rel_pos_bias:
+            self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * size - 1 for size in self.kernel_size)))
+            nn.init.trunc_normal_(self.rpb, std=_BIAS_SPREAD)
+        else:
+            self.register_parameter("rpb", None)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._parameters.setdefault("rpb", None)  # Of a layer that was pickled before there were biases.
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Attend.
 
         Parameters
         ----------
         x
             ``[batch, *layout, embed_dim]``.
+        key_mask
+            ``[batch, *layout]``, bool: False hides a token as a key. Default: none is hidden.
 
         Returns
         -------
@@ -99,8 +118,9 @@ class _NeighborhoodAttention(nn.Module):
         # Views of one projection: the kernel reads them where they are.
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         attended: Any = _FUNCTIONS[self.rank](
-            query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale
-        )
+            query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
+            relative_position_bias=self.rpb, key_mask=key_mask,
+        )  # fmt: skip
         return self.proj_drop(self.proj(attended.flatten(-2)))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
@@ -108,6 +128,7 @@ class _NeighborhoodAttention(nn.Module):
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}"
+            + (", rel_pos_bias=True" if self.rpb is not None else "")
         )
 
 

@@ -28,8 +28,10 @@ __all__ = [
     "FREE",
     "GIVEN",
     "INPUT",
+    "KEY_MASK",
     "OUTPUT",
     "PARAMETERS",
+    "RELATIVE_POSITION_BIAS",
     "SAME",
     "SCALAR",
     "TABLE",
@@ -59,6 +61,8 @@ BATCH = "batch"
 GIVEN = "given"
 # The option of the additional keys and values, for which `Problem` has a field of its own.
 ADDITIONAL_KV = "additional_kv"
+# The options of a table of biases by relative position, and of keys that are hidden from all queries.
+RELATIVE_POSITION_BIAS, KEY_MASK = "relative_position_bias", "key_mask"
 # What else an operator is given: a value for each axis, which the problem holds.
 PARAMETERS = ("kernel_size", "stride", "dilation", "is_causal")
 
@@ -161,6 +165,12 @@ TABLE: tuple[Operand, ...] = (
         "lse", OUTPUT, "natural logarithm of the sum of exponentials of the scaled scores", (*_TOKENS, "heads"),
         "float32", differentiable=True, gradient_is_optional=True,
     ),
+    Operand(
+        "relative_position_bias", INPUT,
+        "added to the scaled scores; its place kernel_size - 1 is that of a query itself, and places count the tokens "
+        "of a dilation group", ("heads", "offsets"), "float32", COMPACT, RELATIVE_POSITION_BIAS, differentiable=True,
+    ),
+    Operand("key_mask", INPUT, "False hides a key of the layout from all queries", _TOKENS, "bool", COMPACT, KEY_MASK),
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from na_compiler.problem import Problem
 from na_compiler.window import group_length, window_bounds
 
-__all__ = ["neighborhood_attention", "neighborhood_mask"]
+__all__ = ["neighborhood_attention", "neighborhood_mask", "relative_places"]
 
 # Scores computed at once, which bounds the memory.
 _SCORES = 2**25
@@ -74,6 +74,39 @@ def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None) -> t
     return mask
 
 
+def relative_places(problem: Problem, tokens: torch.Tensor) -> torch.Tensor:
+    """Return where in a flattened table of biases the one of each query and key is.
+
+    Parameters
+    ----------
+    problem
+        Its layout, kernel_size and dilation are looked at.
+    tokens
+        Numbers of queries, as for `neighborhood_mask`.
+
+    Returns
+    -------
+    Tensor
+        int64, ``[queries, tokens of the layout]``. Along an axis the place is ``key - query + kernel_size - 1``, with
+        the positions that the two have in their dilation groups. Of keys that no window could have, any.
+
+    Examples
+    --------
+    >>> relative_places(Problem(5, 1, 1, 3), torch.arange(5))[2]
+    tensor([0, 1, 2, 3, 4])
+    """
+    found = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
+    places = torch.unravel_index(tokens, problem.layout)
+    for place, layout, kernel_size, dilation in zip(
+        places, problem.layout, problem.kernel_size, problem.dilation, strict=True
+    ):
+        key = torch.arange(layout, device=tokens.device)
+        along = key // dilation - (place // dilation)[:, None] + kernel_size - 1
+        extent = 2 * kernel_size - 1
+        found = (found[:, :, None] * extent + along.clamp(0, extent - 1)[:, None, :]).flatten(1)
+    return found
+
+
 def neighborhood_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -86,6 +119,8 @@ def neighborhood_attention(
     additional_keys: torch.Tensor | None = None,
     additional_values: torch.Tensor | None = None,
     *,
+    relative_position_bias: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute neighborhood attention as it is defined.
@@ -94,6 +129,8 @@ def neighborhood_attention(
     ----------
     query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values
         As for `na_compiler.na2d`, with a layout of 1, 2 or 3 axes and any floating dtype; float64 for an oracle.
+    relative_position_bias, key_mask
+        As for `na_compiler.na2d`; the bias in any floating dtype.
     tokens
         Numbers of the queries to compute, counted over the layout in row-major order; default all.
 
@@ -122,6 +159,8 @@ def neighborhood_attention(
         additional_keys,
         additional_values,
         dtype="float32",
+        relative_position_bias=None if relative_position_bias is None else relative_position_bias.detach().float(),
+        key_mask=key_mask,
     )
     scale = problem.head_dim**-0.5 if scale is None else scale
     rows = torch.arange(problem.tokens, device=query.device) if tokens is None else tokens
@@ -135,14 +174,20 @@ def neighborhood_attention(
     def attend(
         queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = torch.nn.functional.pad(neighborhood_mask(problem, rows), (0, additional), value=True)
+        mask = neighborhood_mask(problem, rows)
+        if key_mask is not None:
+            mask = mask & key_mask.flatten(1)[:, None, None]
+        mask = torch.nn.functional.pad(mask, (0, additional), value=True)
         scores = _apply(_Scores, queries, keys, mask)
+        if relative_position_bias is not None:
+            bias = relative_position_bias.flatten(1)[:, relative_places(problem, rows)]
+            scores = scores + torch.where(mask, torch.nn.functional.pad(bias, (0, additional)), 0.0)
         highest = scores.detach().amax(-1, keepdim=True)
         weights = torch.where(mask, (scores - highest).exp(), 0.0)
         total = weights.sum(-1, keepdim=True)
         output, lse = _apply(_Sums, weights, values, mask) / total, (highest + total.log()).squeeze(-1)
         sees = mask.any(-1)
-        return torch.where(sees[:, None], output, 0.0), torch.where(sees, lse, -math.inf)
+        return torch.where(sees[..., None], output, 0.0), torch.where(sees, lse, -math.inf)
 
     step = max(1, _SCORES // max(1, query.shape[0] * problem.heads * keys.shape[2]))
     parts = [

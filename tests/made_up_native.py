@@ -17,7 +17,7 @@ OLD = operands.TABLE
 operands.TABLE = (
     *OLD,
     Operand("gain", INPUT, "what outputs are multiplied by", ("heads",), "float32", option="gain", differentiable=True),
-    Operand("key_mask", INPUT, "False hides a key", ("batch", "layout"), "bool", COMPACT, "key_mask"),
+    Operand("row_mask", INPUT, "False hides a key", ("batch", "layout"), "bool", COMPACT, "row_mask"),
     Operand("cap", SCALAR, "of something", dtype="float32", option="cap"),
     Operand("first", SCALAR, "of queries", dtype="int64", default=3),
 )
@@ -38,10 +38,10 @@ from na_compiler.runtime.host import c_compiler  # noqa: E402
 from na_compiler.runtime.kernel import KernelInfo  # noqa: E402
 from na_compiler.runtime.manifest import digest_of  # noqa: E402
 
-PROBLEM = Problem((6, 9), 2, 8, 3, operands=("gain", "key_mask", "cap"))
+PROBLEM = Problem((6, 9), 2, 8, 3, operands=("gain", "row_mask", "cap"))
 KERNEL = r"""
 #include <tvm/ffi/c_api.h>
-/* query, key, value, gain, key_mask, scale, cap, first, output, lse */
+/* query, key, value, gain, row_mask, scale, cap, first, output, lse */
 __attribute__((visibility("default")))
 int __tvm_ffi_main(void* self, const TVMFFIAny* given, int32_t count, TVMFFIAny* result) {
   DLTensor* tensors[10];
@@ -99,11 +99,11 @@ def torchs(folder, bundle):
     library = aot.build_library()
     parameters = ([3, 3], [1, 1], [1, 1], [0, 0], 0.25)
     calls = [
-        (query, key, value, *parameters, None, None, gain, mask, 1.5, 7),
-        (query, key, value, *parameters, None, None, gain, mask, 1.5),
+        (query, key, value, *parameters, None, None, None, None, gain, mask, 1.5, 7),
+        (query, key, value, *parameters, None, None, None, None, gain, mask, 1.5),
         (query, key, value, *parameters, None, None, torch.ones(3), mask, 1.5),
-        (query, key, value, *parameters, None, None, gain.double(), mask, 1.5),
-        (query, key, value, *parameters, None, None, gain),
+        (query, key, value, *parameters, None, None, None, None, gain.double(), mask, 1.5),
+        (query, key, value, *parameters, None, None, None, None, gain),
         (query, key, value, *parameters),
     ]
     torch.save(calls, folder / "calls.pt")
@@ -130,7 +130,7 @@ def onnx_runtimes(bundle):
     """ONNX Runtime's: inputs, attributes, checks."""
 
     def session(size, **attributes):
-        inputs = ["q", "k", "v", "", "", "gain", "mask"]
+        inputs = ["q", "k", "v", "", "", "", "", "gain", "mask"]
         node = helper.make_node("NA2D", inputs, ["y", "l"], domain="na_compiler", kernel_size=[3, 3], **attributes)
         kinds = onnx.TensorProto
         shapes = {name: (kinds.FLOAT, ["B", 6, 9, 2, 8]) for name in "qkv"}
@@ -152,7 +152,7 @@ def onnx_runtimes(bundle):
         assert torch.equal(torch.from_numpy(lse), torch.where(mask, first, 0.25)[..., None].expand(3, 6, 9, 2))
     wanted = {
         r"gain must have shape \[2\] .*got \[3\]": {"size": 3, "cap": 1.5},
-        "no kernel for .* gain key_mask float32": {"size": 2},
+        "no kernel for .* gain row_mask float32": {"size": 2},
         "first must be an int, and is of another type": {"size": 2, "cap": 1.5, "first": 0.5},
         "attribute Cap, which is unknown; known are .* scale, cap, first": {"size": 2, "Cap": 1.5},
     }

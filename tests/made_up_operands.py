@@ -9,7 +9,7 @@ operands.TABLE = (
     *operands.TABLE,
     Operand("gain", INPUT, "what outputs are multiplied by", ("heads",), "float32", option="gain", differentiable=True),
     Operand("bias", INPUT, "by offset", ("heads", "offsets"), SAME, option="bias", differentiable=True),
-    Operand("key_mask", INPUT, "False hides a key", ("batch", "layout"), "bool", COMPACT, "key_mask"),
+    Operand("row_mask", INPUT, "False hides a key", ("batch", "layout"), "bool", COMPACT, "row_mask"),
     Operand("cap", SCALAR, "of something", dtype="float32", option="cap"),
     Operand("first", SCALAR, "of queries", dtype="int64", default=0),
 )
@@ -88,13 +88,13 @@ def close(one, other):
 def schemas():
     """Torch's and ONNX's."""
     schema = str(OPS.na2d.default._schema)
-    assert "additional_values=None, Tensor? gain=None, Tensor? bias=None, Tensor? key_mask=None" in schema, schema
+    assert "key_mask=None, Tensor? gain=None, Tensor? bias=None, Tensor? row_mask=None" in schema, schema
     assert "float? cap=None, int first=0) -> (Tensor output, Tensor lse)" in schema, schema
-    assert len(OPS.na2d_backward.default._schema.returns) == 7
+    assert len(OPS.na2d_backward.default._schema.returns) == 8
     made = na_compiler.onnx.schema("NA2D")
-    assert [parameter.name for parameter in made.inputs][5:] == ["gain", "bias", "key_mask"]
+    assert [parameter.name for parameter in made.inputs][7:] == ["gain", "bias", "row_mask"]
     assert {parameter.option for parameter in made.inputs[3:]} == {onnx.defs.OpSchema.FormalParameterOption.Optional}
-    assert (made.inputs[5].type_str, made.inputs[6].type_str, made.inputs[7].type_str) == (
+    assert (made.inputs[7].type_str, made.inputs[8].type_str, made.inputs[9].type_str) == (
         "tensor(float)", "T", "tensor(bool)",
     )  # fmt: skip
     assert not made.attributes["cap"].required
@@ -105,7 +105,7 @@ def model(shape):
     """Return a model of one node with gain, without the additional tensors before it."""
     float_type = onnx.TensorProto.FLOAT
     node = helper.make_node(
-        "NA2D", ["q", "q", "q", "", "", "gain"], ["y"], domain="na_compiler", kernel_size=[3, 3], cap=1.5
+        "NA2D", ["q", "q", "q", "", "", "", "", "gain"], ["y"], domain="na_compiler", kernel_size=[3, 3], cap=1.5
     )
     inputs = [
         helper.make_tensor_value_info("q", float_type, ["B", 6, 9, 2, 8]),
@@ -135,7 +135,7 @@ def checks():
         ({"gain": gain.to("meta")}, "gain must be on query's device, cpu, got meta"),
         ({"bias": bias.half()}, "bias must have query's dtype, torch.float32, got torch.float16"),
         ({"bias": bias[:, :4]}, r"bias must have shape \[heads, offsets\], here \(2, 5, 5\), got \(2, 4, 5\)"),
-        ({"key_mask": mask[:1]}, r"key_mask must have shape \[batch, layout\], here \(3, 6, 9\), got \(1, 6, 9\)"),
+        ({"row_mask": mask[:1]}, r"row_mask must have shape \[batch, layout\], here \(3, 6, 9\), got \(1, 6, 9\)"),
         ({"cap": float("nan")}, "cap must be a finite number, got nan"),
         ({"first": 1.5}, "first must be an int, got 1.5"),
     ]
@@ -144,7 +144,7 @@ def checks():
             for mode in (torch.inference_mode, torch.enable_grad):
                 with mode(), pytest.raises((ValueError, NotImplementedError), match=message):
                     na2d(query, key, value, 3, **given)
-        na2d(query, key, value, 3, gain=gain, bias=bias, key_mask=mask, cap=2.0, first=4)
+        na2d(query, key, value, 3, gain=gain, bias=bias, row_mask=mask, cap=2.0, first=4)
     kernel = find_kernel(Problem((6, 9), 2, 8, 3, operands=("gain",)), "forward", None)
     with pytest.raises(ValueError, match="needs gain"):
         kernel(query, key, value)
@@ -163,7 +163,7 @@ def forward():
             close(na2d(query, key, value, 3, gain=gain, cap=2.5, first=7), expected)
             assert (calls[-1]["cap"], calls[-1]["first"]) == (2.5, 7)
             assert list(calls[-1]) == ["query", "key", "value", "gain", "scale", "cap", "first", "output", "lse"]
-            close(OPS.na2d(query, key, value, *parameters, None, None, gain)[0], expected)
+            close(OPS.na2d(query, key, value, *parameters, None, None, None, None, gain)[0], expected)
     for rank, tensors in ((2, (query, key, value)),):
         fake = OPS.na2d(*(tensor.to("meta") for tensor in tensors), *parameters, gain=gain.to("meta"))
         assert [tuple(result.shape) for result in fake] == [(3, 6, 9, 2, 8), (3, 6, 9, 2)], rank
@@ -245,7 +245,7 @@ def exporter():
     made = torch.onnx.export(exported(), (), dynamo=True, custom_translation_table=table, verbose=False)
     (node,) = (node for node in made.model.graph if node.domain == "na_compiler")
     names = [None if value is None else value.name for value in node.inputs]
-    assert names == ["query", "key", "value", None, None, "gain"]
+    assert names == ["query", "key", "value", None, None, None, None, "gain"]
     assert (node.attributes["cap"].value, node.attributes["first"].value) == (1.5, 2)
     problem = Problem((6, 9), 2, 8, 3, operands=("gain", "cap"))
     assert na_compiler.onnx.problems(made.model) == {problem: 1}

@@ -24,6 +24,7 @@ class Example:
     """Inputs of a problem, and what the reference makes of them in float64."""
 
     problem: Problem
+    # Query, key, value, and the additional keys and values that the problem has.
     inputs: list[torch.Tensor]
     grad_output: torch.Tensor
     grad_lse: torch.Tensor
@@ -32,6 +33,13 @@ class Example:
     grads: list[torch.Tensor]
     magnitudes: list[float]
     tokens: torch.Tensor | None = None
+    # Other operands of the problem, by name, in the order in which kernels take them.
+    others: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def read(self) -> list[torch.Tensor]:
+        """What a kernel reads first."""
+        return [*self.inputs, *self.others.values()]
 
     @property
     def additional(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -56,7 +64,8 @@ def draw(
 ) -> Example:
     """Draw inputs in the problem's dtype; the reference sees them as they are rounded to it.
 
-    ``spoiled`` has names of tensors (`NAMES`), and what is written into a random element of each.
+    ``spoiled`` has names of tensors (`NAMES`), and what is written into a random element of each. A gradient of the
+    bias by relative position is one for each batch entry, as kernels return it.
 
     Without ``lse_has_grad`` the gradient of lse has no batch entries, as kernels take it where it is 0.
 
@@ -78,25 +87,61 @@ def draw(
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     grad_output = torch.randn(*layout, problem.heads, problem.head_dim_v, device=device).to(dtype)
     grad_lse = torch.randn(*layout, problem.heads, device=device)
+    others = draw_others(problem, batch, device)
     for name, number in (spoiled or {}).items():
-        gradients = {"grad_output": grad_output, "grad_lse": grad_lse}
-        spoil(gradients[name] if name in gradients else inputs[NAMES.index(name)], number)
+        named = {"grad_output": grad_output, "grad_lse": grad_lse, **others}
+        spoil(named[name] if name in named else inputs[NAMES.index(name)], number)
     some_output, some_lse = grad_output, grad_lse
     if tokens is not None:
-        others = torch.ones(problem.tokens, dtype=torch.bool, device=device).index_fill(0, tokens, value=False)
-        grad_output.flatten(1, -3)[:, others] = 0
-        grad_lse.flatten(1, -2)[:, others] = 0
+        rest = torch.ones(problem.tokens, dtype=torch.bool, device=device).index_fill(0, tokens, value=False)
+        grad_output.flatten(1, -3)[:, rest] = 0
+        grad_lse.flatten(1, -2)[:, rest] = 0
         some_output, some_lse = grad_output.flatten(1, -3)[:, tokens], grad_lse.flatten(1, -2)[:, tokens]
     exact = [tensor.double().requires_grad_() for tensor in inputs]
     parameters = (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal, scale)
-    output, lse = neighborhood_attention(*exact[:3], *parameters, *exact[3:], tokens=tokens)
+    named = {"key_mask": others.get("key_mask")}
+    bias = others.get("relative_position_bias")
     if not lse_has_grad:
         grad_lse, some_lse = grad_lse[:0], torch.zeros_like(some_lse)
-    grads = torch.autograd.grad((output, lse), exact, (some_output.double(), some_lse.double()))
+    if bias is None:
+        output, lse = neighborhood_attention(*exact[:3], *parameters, *exact[3:], tokens=tokens, **named)
+        grads = torch.autograd.grad((output, lse), exact, (some_output.double(), some_lse.double()))
+    else:
+        biases = [bias.double().requires_grad_() for _ in range(batch)]
+        parts = []
+        for i, own in enumerate(biases):
+            each = [tensor[i : i + 1] for tensor in exact]
+            masked = None if named["key_mask"] is None else named["key_mask"][i : i + 1]
+            parts.append(
+                neighborhood_attention(
+                    *each[:3], *parameters, *each[3:], tokens=tokens, relative_position_bias=own, key_mask=masked
+                )
+            )
+        output, lse = (torch.cat(one) for one in zip(*parts, strict=True))
+        found = torch.autograd.grad((output, lse), [*exact, *biases], (some_output.double(), some_lse.double()))
+        grads = (*found[: len(exact)], torch.stack(found[len(exact) :]))
     magnitudes = _magnitudes(problem, exact, grad_output)
     return Example(
-        problem, inputs, grad_output, grad_lse, output.detach(), lse.detach(), list(grads), magnitudes, tokens
+        problem, inputs, grad_output, grad_lse, output.detach(), lse.detach(), list(grads), magnitudes, tokens, others
     )
+
+
+def draw_others(problem: Problem, batch: int, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """Draw a bias by relative position and a key mask, where the problem has them.
+
+    A mask hides what pads batch entries to one size, so that some queries may see nothing, and some keys beside.
+    """
+    found: dict[str, torch.Tensor] = {}
+    if problem.has("relative_position_bias"):
+        shape = (problem.heads, *(2 * extent - 1 for extent in problem.kernel_size))
+        found["relative_position_bias"] = torch.randn(shape, device=device)
+    if problem.has("key_mask"):
+        mask = torch.rand(batch, *problem.layout, device=device) < 0.9
+        for entry in mask:
+            for axis, extent in enumerate(problem.layout):
+                entry.narrow(axis, size := int(torch.randint(extent, ())) + 1, extent - size).fill_(False)
+        found["key_mask"] = mask
+    return found
 
 
 def spoil(tensor: torch.Tensor, number: float) -> None:
@@ -118,13 +163,15 @@ def _magnitudes(problem: Problem, exact: list[torch.Tensor], grad_output: torch.
     returns for them is the rounding of ``grad_output . value - grad_output . output``.
     """
     if problem.additional_kv or any(extent > 1 for extent in problem.kernel_size):
-        return [0.0] * 5
+        return [0.0] * 6
     query, key, value = (tensor.detach().nan_to_num(0.0, 0.0, 0.0).abs() for tensor in exact[:3])
     key, value = (t.repeat_interleave(problem.group_size, -2) for t in (key, value))
     grad_output = grad_output.double().nan_to_num(0.0, 0.0, 0.0).abs()
     steep = 2 * problem.head_dim**-0.5 * (grad_output * value).sum(-1, keepdim=True)
     by_key = (steep * query).unflatten(-2, (problem.heads_kv, problem.group_size)).sum(-2)
-    return [(steep * key).norm().item(), by_key.norm().item(), 0.0, 0.0, 0.0]
+    # A batch entry's gradient of the bias is a number for each head.
+    by_head = (steep / (2 * problem.head_dim**-0.5)).flatten(1, -3).sum(1)
+    return [(steep * key).norm().item(), by_key.norm().item(), 0.0, by_head.norm().item(), 0.0, 0.0]
 
 
 def check(
@@ -171,7 +218,8 @@ def check_forward(
     """Check output and lse; returns their errors."""
     if example.tokens is not None:
         assert torch.isfinite(output).all(), "output: not finite: not written, or overflowed"
-        assert torch.isfinite(lse).all(), "lse: not finite: not written, or overflowed"
+        fine = torch.isfinite(lse) | (torch.isneginf(lse) & example.problem.has("key_mask"))
+        assert fine.all(), "lse: not finite: not written, or overflowed"
         output, lse = output.flatten(1, -3)[:, example.tokens], lse.flatten(1, -2)[:, example.tokens]
     error = check("output", output, example.output, example.problem.dtype, spreads=spreads, repeats=repeats)
     # lse is float32 whatever the inputs are; it may pass through 0, so its scale is at least 1 an element.
@@ -183,7 +231,9 @@ def check_forward(
 
 def check_backward(example: Example, grads, *, spreads: bool = False, repeats: bool = False) -> dict[str, float]:
     """Check gradients; returns their errors."""
-    names = ("grad_query", "grad_key", "grad_value", "grad_additional_keys", "grad_additional_values")
+    more = ("grad_additional_keys", "grad_additional_values") if example.problem.additional_kv else ()
+    names = ("grad_query", "grad_key", "grad_value", *more, "grad_relative_position_bias")
+    assert len(grads) == len(example.grads)
     each = zip(names, grads, example.grads, example.magnitudes, strict=False)
     return {
         name: check(name, grad, reference, example.problem.dtype, floor=magnitude, spreads=spreads, repeats=repeats)
@@ -196,7 +246,8 @@ _GUARD = 1 << 14
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous copy with NaN before and behind it, which whoever reads out of bounds finds."""
-    flat = torch.full((tensor.numel() + 2 * _GUARD,), math.nan, dtype=tensor.dtype)
+    # Of a mask: keys that are seen, where there are none.
+    flat = torch.full((tensor.numel() + 2 * _GUARD,), math.nan).to(tensor.dtype)
     return flat[_GUARD : _GUARD + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 

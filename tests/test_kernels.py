@@ -57,13 +57,14 @@ def run(problem, *, target="llvm", batch=1, additional=5, scale=None, directions
     example = draw(problem, batch=batch, additional=additional, scale=scale, lse_has_grad=lse_has_grad)
     scale = problem.head_dim**-0.5 if scale is None else scale
     inputs = [guarded(tensor) for tensor in example.inputs]
+    others = {name: guarded(tensor) for name, tensor in example.others.items()}
     if "forward" in directions:
         empty = poisoned(
             torch.empty(example.output.shape, dtype=example.inputs[0].dtype), torch.empty(example.lse.shape)
         )
         output, lse = (guarded(tensor) for tensor in empty)
         kernel = na_compiler.compile(problem, target)
-        kernel.function(*inputs, scale, output, lse)
+        kernel.function(*inputs, *others.values(), scale, output, lse)
         check_forward(example, output, lse)
         assert guards_are_whole(output, lse)
     if "backward" in directions:
@@ -71,7 +72,7 @@ def run(problem, *, target="llvm", batch=1, additional=5, scale=None, directions
         output = guarded(example.output.to(example.inputs[0].dtype))
         lse = guarded(example.lse.float())
         arguments = (*inputs[:3], output, lse, guarded(example.grad_output), guarded(example.grad_lse))
-        check_backward(example, kernel(*arguments, *inputs[3:], scale=scale))
+        check_backward(example, kernel(*arguments, *inputs[3:], scale=scale, **others))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)

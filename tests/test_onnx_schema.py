@@ -190,7 +190,7 @@ STRANGE = {
     "a misspelt attribute": (lambda m, n: n.attribute.append(helper.make_attribute("dilations", [2, 2])), "dilations"),
     "no key": (lambda m, n: n.input.__setitem__(1, ""), "needs key|input 1 is marked single"),
     "a third output": (lambda m, n: n.output.append("third"), "got 3 outputs|output size 3"),
-    "a sixth input": (lambda m, n: n.input.extend(["key"] * 3), "got 6|input size 6"),
+    "an eighth input": (lambda m, n: n.input.extend([""] * 4 + ["key"]), "got 8|input size 8"),
 }
 
 

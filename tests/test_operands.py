@@ -68,7 +68,9 @@ def test_everything_after_the_first_may_be_left_out():
 
 
 def test_operands_of_a_problem_are_known_ones():
-    with pytest.raises(ValueError, match=r"operands must be names among none, got \('gain',\)"):
+    with pytest.raises(
+        ValueError, match=r"operands must be names among relative_position_bias, key_mask, got \('gain',\)"
+    ):
         PLAIN.replace(operands=("gain",))
 
 

@@ -15,11 +15,15 @@ from na_compiler.schedules.simt import backward as direct_backward
 from na_compiler.schedules.simt import forward as direct_forward
 from na_compiler.schedules.simt import schedule as simt
 
-# Together they have every block that there is: ragged groups, padded rows, chunks, additional keys, masks on all axes.
+# Together they have every block that there is: ragged groups, padded rows, chunks, additional keys, masks on all axes,
+# biases by relative position and a key mask.
 _PROBLEMS = (
     Problem((30, 29), 4, 40, (7, 5), (2, 1), (1, 3), (False, True), additional_kv=True, heads_kv=2, head_dim_v=24),
     Problem(2100, 1, 64, 2001, is_causal=True),
     Problem((8, 9, 10), 2, 7, 3, is_causal=True, dtype="float16"),
+    Problem((9, 10), 2, 8, 3, operands=("relative_position_bias", "key_mask")),
+    # A table of biases that is not spread over lanes.
+    Problem((70, 75), 1, 8, (69, 70), operands=("relative_position_bias",)),
 )
 _LISTS = {"_ROWS": simt._ROWS, "_LAST": simt._LAST, "_FIRST": simt._FIRST, "_EACH": simt._EACH}
 
@@ -46,7 +50,7 @@ def _seen(module, monkeypatch, target):
 
 def test_every_name_of_a_list_is_that_of_a_block(monkeypatch):
     assert sum(map(len, _LISTS.values())) == len(set().union(*_LISTS.values())), "a name is in two lists"
-    assert simt._LONG <= simt._FIRST
+    assert simt._LONG <= simt._FIRST | simt._EACH
     seen = _seen(simt, monkeypatch, "cuda:sm_80")
     assert {name.removeprefix("additional_").removeprefix("strip_") for name in seen} == set().union(*_LISTS.values())
 

@@ -191,7 +191,7 @@ def transformer(*, is_identity: bool = False) -> torch.nn.Module:
     from na_compiler.modules import NeighborhoodAttention2D  # noqa: PLC0415
 
     class Identity(NeighborhoodAttention2D):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
             *_, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
             return self.proj(value.flatten(-2))  # type: ignore[no-any-return]
 

@@ -58,7 +58,7 @@ def schema(operator: str) -> OpSchema:
     Examples
     --------
     >>> [parameter.name for parameter in schema("NA2D").inputs]
-    ['query', 'key', 'value', 'additional_keys', 'additional_values']
+    ['query', 'key', 'value', 'additional_keys', 'additional_values', 'relative_position_bias', 'key_mask']
     """
     rank = OPERATORS[operator]
     made = OpSchema(

@@ -203,7 +203,7 @@ class ForwardKernel(Kernel):
     Notes
     -----
     On the CPU, a call takes at most 3 MiB a thread beside its outputs, whatever the problem: keys and values that a
-    task keeps together, and the scores of some queries.
+    task keeps together, and the scores of some queries. With a bias by relative position half a MiB more.
 
     Examples
     --------
@@ -265,7 +265,7 @@ class BackwardKernel(Kernel):
     On the CPU, tasks keep their parts of the gradients of keys and values in a workspace of float32, so that they add
     up in one order whatever the number of threads: ``info.workspace.shapes(batch)``. It is at most 9 times the size of
     query, key and value together (in float32, head_dim rounded up to whole vectors), whatever the window; mostly 1
-    to 6 times.
+    to 6 times. Tasks have a part of the gradient of a bias by relative position as well: a table each.
     """
 
     def __call__(

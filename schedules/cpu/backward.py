@@ -18,15 +18,25 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
 from na_compiler.schedules.cpu.plan import TilingPlan
+from na_compiler.schedules.cpu.position_bias import (
+    PARTS,
+    Places,
+    PositionBias,
+    PositionGradient,
+    gather_bias,
+    parts_shape,
+)
 from na_compiler.schedules.cpu.steps import (
-    Bias,
     Buffer,
     Keys,
+    Visible,
     fetch_ahead,
     products,
     stage_keys,
+    stage_mask,
     stage_queries,
     to_lanes,
     weighted_rows,
@@ -48,7 +58,10 @@ _READ = {
     "grad_output",
     "lse",
     "grad_lse",
+    RELATIVE_POSITION_BIAS,
+    KEY_MASK,
 }
+_GRAD_BIAS = f"grad_{RELATIVE_POSITION_BIAS}"
 
 
 def backward(plan: TilingPlan) -> tirx.PrimFunc:
@@ -57,48 +70,20 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
     Returns
     -------
     PrimFunc
-        ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
-        grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] key_space, value_space,
-        [additional_key_space, additional_value_space])``. The first ones and ``grad_output`` may have any strides but
-        the last one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The
-        spaces are workspace, see `Frame.space`.
+        ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] output,
+        grad_output, lse, grad_lse, scale, grad_query, grad_key, grad_value, [grad_additional_keys,
+        grad_additional_values,] [grad_relative_position_bias,] key_space, value_space, [additional_key_space,
+        additional_value_space,] [bias_parts])``. The first ones and ``grad_output`` may have any strides but the last
+        one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. Spaces and
+        ``bias_parts`` are workspace, see `Frame.space`.
     """
     f = Frame(plan)
     extra = plan.problem.additional_kv
-    queries, values = f.tokens(f.heads, f.head_dim), f.tokens(f.heads_kv, f.head_dim_v)
-    keys, outputs = f.tokens(f.heads_kv, f.head_dim), f.tokens(f.heads, f.head_dim_v)
-    more_keys, more_values = f.extra(f.heads_kv, f.head_dim), f.extra(f.heads_kv, f.head_dim_v)
-    parameters: dict[str, Any] = {
-        "query": f.strided("query", queries),
-        "key": f.strided("key", keys),
-        "value": f.strided("value", values),
-    }
-    if extra:
-        parameters["additional_keys"] = f.strided("additional_keys", more_keys)
-        parameters["additional_values"] = f.strided("additional_values", more_values)
-    parameters |= {
-        "output": f.tensor(outputs),
-        "grad_output": f.strided("grad_output", outputs),
-        "lse": f.tensor(f.tokens(f.heads), "float32"),
-        "grad_lse": f.tensor((f.given, *f.tokens(f.heads)[1:]), "float32"),
-        "scale": "float32",
-        "grad_query": f.tensor(queries),
-        "grad_key": f.tensor(keys),
-        "grad_value": f.tensor(values),
-    }
-    if extra:
-        parameters["grad_additional_keys"] = f.tensor(more_keys)
-        parameters["grad_additional_values"] = f.tensor(more_values)
-    box = [chunk * count for chunk, count in zip(plan.extents("chunk"), plan.extents("chunks"), strict=True)]
-    parameters["key_space"] = f.tensor(f.space(*box, f.staged_dim), "float32")
-    parameters["value_space"] = f.tensor(f.space(*box, f.staged_dim_v), "float32")
-    if extra:
-        parameters["additional_key_space"] = f.tensor(f.space(f.staged_additional, f.staged_dim), "float32")
-        parameters["additional_value_space"] = f.tensor(f.space(f.staged_additional, f.staged_dim_v), "float32")
+    parameters = _parameters(f)
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))
-        written = [name for name in parameters if name == "grad_query" or name.endswith("_space")]
+        written = [name for name in parameters if name in {"grad_query", PARTS} or name.endswith("_space")]
         read = [name for name in parameters if name in _READ]
         # Heads innermost: those of one token lie side by side in memory, and the prefetchers bring them all.
         with block("task", (f.batch, *f.strips, f.heads_kv)) as (batch, *strip, head):
@@ -116,6 +101,8 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
                     task.in_chunks()
                 else:
                     task.at_once()
+                if task.bias_gradient is not None:
+                    task.bias_gradient.finish()
         _gather(f, "key", tensors["key_space"], tensors["grad_key"], f.head_dim, LN2)
         _gather(f, "value", tensors["value_space"], tensors["grad_value"], f.head_dim_v, 1.0)
         if extra:
@@ -130,8 +117,53 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
                 f.head_dim_v,
                 1.0,
             )
+        if f.has_bias:
+            gather_bias(f, tensors[PARTS], tensors[_GRAD_BIAS])
 
     return prim_func(parameters, body)
+
+
+def _parameters(f: Frame) -> dict[str, Any]:
+    """Return the parameters, see `backward`."""
+    plan, extra = f.plan, f.problem.additional_kv
+    queries, values = f.tokens(f.heads, f.head_dim), f.tokens(f.heads_kv, f.head_dim_v)
+    keys, outputs = f.tokens(f.heads_kv, f.head_dim), f.tokens(f.heads, f.head_dim_v)
+    more_keys, more_values = f.extra(f.heads_kv, f.head_dim), f.extra(f.heads_kv, f.head_dim_v)
+    parameters: dict[str, Any] = {
+        "query": f.strided("query", queries),
+        "key": f.strided("key", keys),
+        "value": f.strided("value", values),
+    }
+    if extra:
+        parameters["additional_keys"] = f.strided("additional_keys", more_keys)
+        parameters["additional_values"] = f.strided("additional_values", more_values)
+    parameters |= f.optional()
+    parameters |= {
+        "output": f.tensor(outputs),
+        "grad_output": f.strided("grad_output", outputs),
+        "lse": f.tensor(f.tokens(f.heads), "float32"),
+        "grad_lse": f.tensor((f.given, *f.tokens(f.heads)[1:]), "float32"),
+        "scale": "float32",
+        "grad_query": f.tensor(queries),
+        "grad_key": f.tensor(keys),
+        "grad_value": f.tensor(values),
+    }
+    if extra:
+        parameters["grad_additional_keys"] = f.tensor(more_keys)
+        parameters["grad_additional_values"] = f.tensor(more_values)
+    if f.has_bias:
+        heads, *places = parameters[RELATIVE_POSITION_BIAS]["shape"]
+        parameters[_GRAD_BIAS] = f.tensor((f.batch, heads, *places), "float32")
+    box = [chunk * count for chunk, count in zip(plan.extents("chunk"), plan.extents("chunks"), strict=True)]
+    parameters["key_space"] = f.tensor(f.space(*box, f.staged_dim), "float32")
+    parameters["value_space"] = f.tensor(f.space(*box, f.staged_dim_v), "float32")
+    if extra:
+        parameters["additional_key_space"] = f.tensor(f.space(f.staged_additional, f.staged_dim), "float32")
+        parameters["additional_value_space"] = f.tensor(f.space(f.staged_additional, f.staged_dim_v), "float32")
+    if f.has_bias:
+        parameters[PARTS] = f.tensor(parts_shape(f), "float32")
+
+    return parameters
 
 
 class _Task:
@@ -142,6 +174,12 @@ class _Task:
         self.batch, self.head, self.strip = batch, head, tuple(strip)
         self.tiles = (f.group_size, *f.tiles)
         self.vector = f.plan.tiling.vector
+        self.key_mask: Buffer | None = tensors.get(KEY_MASK)
+        self.bias: PositionBias | None = None
+        self.bias_gradient: PositionGradient | None = None
+        if f.has_bias:
+            self.bias = PositionBias(f, tensors[RELATIVE_POSITION_BIAS], head, self.strip)
+            self.bias_gradient = PositionGradient(f, tensors[PARTS], batch, head, self.strip)
 
     def whole(self, *names: str) -> list[tirx.BufferRegion]:
         """Return all of some tensors."""
@@ -212,39 +250,46 @@ class _Task:
                     at = [member, *tile, *index]
                     T.buffer_store(kept, kept[at] + gradient[list(index)], at)
 
-    def stage(self, keys: Keys, key: str, value: str, chunk: Place) -> tuple[Buffer, Buffer]:
-        """Stage the keys and values of a chunk."""
+    def stage(self, keys: Keys, key: str, value: str, chunk: Place) -> tuple[Buffer, ...]:
+        """Stage the keys and values of a chunk, and which of them the key mask hides, where there is one."""
         f = self.f
         at = keys.at(self.batch, self.strip, chunk, self.head)
         K, V = local((*keys.box, f.staged_dim)), local((*keys.box, f.staged_dim_v))
         stage_keys(f"{keys.prefix}key", keys, chunk, self.tensors[key], at, K, f.head_dim)
         stage_keys(f"{keys.prefix}value", keys, chunk, self.tensors[value], at, V, f.head_dim_v)
-        return K, V
+        if self.key_mask is None or isinstance(keys, Additional):
+            return K, V
+        return K, V, stage_mask(keys, self.batch, self.strip, chunk, self.key_mask)
 
     def differentiate(
-        self, keys: Keys, staged: tuple[Buffer, Buffer], member: Any, tile: Place, chunk: Place, gradient: Buffer
+        self, keys: Keys, staged: tuple[Buffer, ...], member: Any, tile: Place, chunk: Place, gradient: Buffer
     ) -> None:
         """Make a tile's gradient of its queries, and add to those of the chunk's keys and values."""
         f = self.f
-        K, V = staged
+        K, *_ = staged
         P, slope = (local((*keys.visited, f.lanes)) for _ in range(2))
         Q, G = local((f.lanes, f.staged_dim)), local((f.lanes, f.staged_dim_v))
+        places = None
+        if self.bias is not None and isinstance(keys, Window):
+            places = self.bias.places(keys, tile, chunk)
         with T.sblock(f"{keys.prefix}differentiate"):
             T.reads(*self.whole("query", "output", "grad_output", "lse", "grad_lse"), *map(f.whole, staged))
             T.writes(*map(f.whole, (P, slope, Q, G, gradient)))
-            self.probabilities(keys, K, V, member, tile, chunk, Q, G, P, slope)
+            self.probabilities(keys, staged, member, tile, chunk, places, Q, G, P, slope)
             weighted_rows("query_grad", f, keys, slope, K, self.strip, tile, gradient)
         first = [keys.start(axis, self.strip, tile, chunk) for axis in range(AXES)]
         self.accumulate(keys, first, P, G, slope, Q)
+        if self.bias_gradient is not None and isinstance(keys, Window) and places is not None:
+            self.bias_gradient.add(keys, member, places, slope)
 
     def probabilities(
         self,
         keys: Keys,
-        K: Buffer,
-        V: Buffer,
+        staged: tuple[Buffer, ...],
         member: Any,
         tile: Place,
         chunk: Place,
+        places: Places | None,
         Q: Buffer,
         G: Buffer,
         P: Buffer,
@@ -252,6 +297,7 @@ class _Task:
     ) -> None:
         """Recompute ``P`` from lse, and ``dS`` from it; both 0 for what a query does not see."""
         f, at, prefix = self.f, self.at(member, tile), keys.prefix
+        K, V, *masked = staged
         O = local((f.lanes, f.staged_dim_v))
         delta, exponent, dot = local((f.lanes,)), local((f.lanes,)), local((f.lanes,))
         scale = self.tensors["scale"] * T.float32(LOG2_E)
@@ -270,17 +316,18 @@ class _Task:
             T.buffer_store(delta, dot[lane] - grad_lse, [lane])
         with block(f"{prefix}exponent", (f.lanes,)) as (lane,):
             T.buffer_store(exponent, below(self.tensors["lse"][at(lane)] * T.float32(LOG2_E)), [lane])
-        bias = Bias(f, keys, self.strip, tile, chunk, existing=True)
+        visible = Visible(f, keys, self.strip, tile, chunk, existing=True, masked=masked[0] if masked else None)
         offset = keys.offset(self.strip, tile)
 
         def weigh(score: Any, u: Place, lane: Any) -> Any:
-            return bias.hide(weight(score, exponent[lane]), u, lane, hidden=0.0)
+            return visible.hide(weight(score, exponent[lane]), u, lane, hidden=0.0)
 
         def slopes(product: Any, u: Place, lane: Any) -> Any:
             # Hidden too, not only multiplied by P = 0: a hidden value may be so large that its product overflows.
-            return bias.hide(P[[*u, lane]] * (product - delta[lane]), u, lane, hidden=0.0)
+            return visible.hide(P[[*u, lane]] * (product - delta[lane]), u, lane, hidden=0.0)
 
-        products("score", f, keys, K, offset, Q_lanes, f.head_dim, P, weigh)
+        bias = None if self.bias is None or places is None else self.bias.of(member, places)
+        products("score", f, keys, K, offset, Q_lanes, f.head_dim, P, weigh, bias)
         products("grad_weight", f, keys, V, offset, G_lanes, f.head_dim_v, slope, slopes)
 
     def accumulate(self, keys: Keys, first: list[Any], P: Buffer, G: Buffer, slope: Buffer, Q: Buffer) -> None:

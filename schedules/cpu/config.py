@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.cpu.plan import Tiling, TilingPlan
 from na_compiler.schedules.shared.config import Config
@@ -38,7 +39,7 @@ class QueriesInLanes(Config):
         return TilingPlan.make(problem, self.tiling)
 
     def workspace(self, problem: Problem, direction: str) -> Workspace:
-        """Return the parts of a backward that tasks leave for the gradients of keys and values."""
+        """Return the parts of a backward that tasks leave for the gradients of keys and values, and of the bias."""
         if direction == "forward":
             return Workspace()
         plan = self.plan(problem)
@@ -48,6 +49,8 @@ class QueriesInLanes(Config):
         buffers: list[tuple[int | str, ...]] = [(*tasks, *box, width) for width in widths]
         if problem.additional_kv:
             buffers += [(*tasks, ADDITIONAL, width) for width in widths]
+        if problem.has(RELATIVE_POSITION_BIAS):
+            buffers.append((*tasks, problem.group_size, *(2 * axis.kernel_size - 1 for axis in plan)))
         return Workspace(tuple(buffers), self.tiling.additional_block)
 
     def visited_pairs(self, problem: Problem) -> int:

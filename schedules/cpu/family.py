@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.cpu import planner
 from na_compiler.schedules.cpu.config import QueriesInLanes
@@ -22,6 +23,7 @@ _SKIPPED_PASSES = ("s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim")
 
 class _Cpu(Family):
     name = "cpu"
+    operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
 
     def is_for(self, target: Target) -> bool:
         """CPUs."""

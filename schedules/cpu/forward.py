@@ -10,20 +10,24 @@ window, or additional keys) each chunk's sums are merged into those so far, scal
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
 from na_compiler.schedules.cpu.plan import TilingPlan
+from na_compiler.schedules.cpu.position_bias import PositionBias
 from na_compiler.schedules.cpu.steps import (
-    Bias,
     Buffer,
     Keys,
+    Visible,
     fetch_ahead,
     products,
     stage_keys,
+    stage_mask,
     stage_queries,
     to_lanes,
     weighted_rows,
@@ -42,8 +46,9 @@ def forward(plan: TilingPlan) -> tirx.PrimFunc:
     Returns
     -------
     PrimFunc
-        ``main(query, key, value, [additional_keys, additional_values,] scale, output, lse)``. Query, key, value and
-        the additional tensors may have any strides but the last one, which is 1; output and lse are contiguous.
+        ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] scale,
+        output, lse)``. Query, key, value and the additional tensors may have any strides but the last one, which is 1;
+        the others are contiguous.
     """
     f = Frame(plan)
     parameters: dict[str, Any] = {
@@ -54,15 +59,17 @@ def forward(plan: TilingPlan) -> tirx.PrimFunc:
     if plan.problem.additional_kv:
         parameters["additional_keys"] = f.strided("additional_keys", f.extra(f.heads_kv, f.head_dim))
         parameters["additional_values"] = f.strided("additional_values", f.extra(f.heads_kv, f.head_dim_v))
+    parameters |= f.optional()
     parameters["scale"] = "float32"
     parameters["output"] = f.tensor(f.tokens(f.heads, f.head_dim_v))
     parameters["lse"] = f.tensor(f.tokens(f.heads), "float32")
 
     def body(*arguments: Any) -> None:
-        *tensors, scale, output, lse = arguments
+        *_, scale, output, lse = arguments
+        tensors = dict(zip(parameters, arguments, strict=True))
         # Heads innermost: those of one token lie side by side in memory, and the prefetchers bring them all.
         with block("task", (f.batch, *f.strips, f.heads_kv)) as (batch, *strip, head):
-            T.reads(*map(f.whole, tensors))
+            T.reads(*(f.whole(tensors[name]) for name in parameters if name not in {"scale", "output", "lse"}))
             T.writes(f.whole(output), f.whole(lse))
             task = _Task(f, tensors, scale, output, lse, batch, head, strip)
             if plan.merges:
@@ -94,7 +101,7 @@ class _Task:
     def __init__(
         self,
         f: Frame,
-        tensors: list[Buffer],
+        tensors: dict[str, Buffer],
         scale: Any,
         output: Buffer,
         lse: Buffer,
@@ -103,9 +110,13 @@ class _Task:
         strip: Any,
     ) -> None:
         self.f, self.scale, self.output, self.lse = f, scale, output, lse
-        self.query, self.key, self.value, *self.additional = tensors
+        self.query, self.key, self.value = (tensors[name] for name in ("query", "key", "value"))
+        self.additional = [tensors[name] for name in ("additional_keys", "additional_values") if name in tensors]
         self.batch, self.head, self.strip = batch, head, tuple(strip)
         self.tiles = (f.group_size, *f.tiles)
+        self.key_mask: Buffer | None = tensors.get(KEY_MASK)
+        table = tensors.get(RELATIVE_POSITION_BIAS)
+        self.bias = None if table is None else PositionBias(f, table, head, self.strip)
 
     def at(self, member: Any, tile: Place) -> Any:
         """Return ``index(lane, ...)`` of the tokens of a tile, for one of the heads that share keys."""
@@ -158,19 +169,21 @@ class _Task:
                 self.attend(keys, staged, member, tile, chunk, sums, before)
                 self.merge(keys, sums, kept, [member, *tile])
 
-    def stage(self, keys: Keys, key: Buffer, value: Buffer, chunk: Place) -> tuple[Buffer, Buffer]:
-        """Stage the keys and values of a chunk."""
+    def stage(self, keys: Keys, key: Buffer, value: Buffer, chunk: Place) -> tuple[Buffer, ...]:
+        """Stage the keys and values of a chunk, and which of them the key mask hides, where there is one."""
         f = self.f
         at = keys.at(self.batch, self.strip, chunk, self.head)
         K, V = local((*keys.box, f.staged_dim)), local((*keys.box, f.staged_dim_v))
         stage_keys(f"{keys.prefix}key", keys, chunk, key, at, K, f.head_dim)
         stage_keys(f"{keys.prefix}value", keys, chunk, value, at, V, f.head_dim_v)
-        return K, V
+        if self.key_mask is None or isinstance(keys, Additional):
+            return K, V
+        return K, V, stage_mask(keys, self.batch, self.strip, chunk, self.key_mask)
 
     def attend(
         self,
         keys: Keys,
-        staged: tuple[Buffer, Buffer],
+        staged: tuple[Buffer, ...],
         member: Any,
         tile: Place,
         chunk: Place,
@@ -179,7 +192,7 @@ class _Task:
     ) -> None:
         """Gather a tile's sums over the keys of a chunk, relative to the highest score of it and those before."""
         f = self.f
-        K, V = staged
+        K, V, *masked = staged
         with T.sblock(f"{keys.prefix}attend"):
             T.reads(*map(f.whole, (self.query, K, V)))
             T.writes(*sums.regions)
@@ -188,9 +201,12 @@ class _Task:
             scale = self.scale * T.float32(LOG2_E)
             stage_queries(f"{keys.prefix}query", self.query, self.at(member, tile), scale, Q, f.head_dim)
             Q_lanes = to_lanes(f"{keys.prefix}query", Q)
-            bias = Bias(f, keys, self.strip, tile, chunk)
+            visible = Visible(f, keys, self.strip, tile, chunk, masked=masked[0] if masked else None)
+            bias = None
+            if self.bias is not None and isinstance(keys, Window):
+                bias = self.bias.of(member, self.bias.places(keys, tile, chunk))
             offset = keys.offset(self.strip, tile)
-            products("score", f, keys, K, offset, Q_lanes, f.head_dim, scores, bias.hide)
+            products("score", f, keys, K, offset, Q_lanes, f.head_dim, scores, visible.hide, bias)
             self.softmax(keys, scores, P, sums, before)
             weighted_rows("weighted", f, keys, P, V, self.strip, tile, sums.weighted)
 
@@ -229,22 +245,48 @@ class _Task:
             lane = f.lane_of(index[:3], index[3:6])
             T.buffer_store(kept.weighted, kept.weighted[at] * factor[lane] + sums.weighted[list(index)], at)
 
+    def count(self, mask: Buffer, total: Buffer, tile: Place, first: tuple[Any, ...]) -> Buffer:
+        """Count the keys that each query sees where that may be none: a sum of weights above 0 is that of some."""
+        f, strip = self.f, self.strip
+        seen = local((f.lanes,), "int32")
+        with block("seen", (f.lanes,)) as (lane,):
+            T.buffer_store(seen, T.int32(1), [lane])
+        with block("count", (f.lanes,), where=lambda lane: T.Not(total[[*first, lane]] > T.float32(0))) as (lane,):
+            T.reads(f.whole(mask), f.whole(seen))
+            T.writes(f.whole(seen))
+            place = f.lane(lane)
+            with update("count_start", (1,), 1):
+                more = T.Cast("int32", f.additional > 0) if self.additional else T.int32(0)
+                T.buffer_store(seen, more, [lane])
+            with update("count_add", tuple(axis.kernel_size for axis in f.plan), 1) as window:
+                where = [axis.window_key(strip[i], tile[i], place[i], window[i]) for i, axis in enumerate(f.axes)]
+                is_seen = tirx.all(
+                    mask[[self.batch, *f.layout(token for token, _ in where)]], *(sees for _, sees in where)
+                )
+                T.buffer_store(seen, seen[lane] + T.Cast("int32", is_seen), [lane])
+        return seen
+
     def finish(self, sums: _Sums, member: Any, tile: Place, *first: Any) -> None:
         """Divide by the sum of weights, and store a tile's outputs and the logarithm of that sum."""
         f, strip, at = self.f, self.strip, self.at(member, tile)
         inverse, natural = local((f.lanes,)), local((f.lanes,))
         with block("inverse", (f.lanes,)) as (lane,):
             T.buffer_store(inverse, T.float32(1) / sums.total[[*first, lane]], [lane])
+        seen = None if self.key_mask is None else self.count(self.key_mask, sums.total, tile, first)
         with block("natural", (f.lanes,)) as (lane,):
-            exponent = log2_sum(sums.highest[[*first, lane]], sums.total[[*first, lane]])
-            T.buffer_store(natural, exponent * T.float32(LN2), [lane])
+            exponent = log2_sum(sums.highest[[*first, lane]], sums.total[[*first, lane]]) * T.float32(LN2)
+            if seen is not None:
+                exponent = T.Select(seen[lane] == 0, T.float32(-math.inf), exponent)
+            T.buffer_store(natural, exponent, [lane])
 
         def is_query(*loops: Any) -> Any:
             return f.exists(strip, tile, f.query(loops[:3], loops[3:6]))
 
         with block("output", (*f.patches, *f.patch, f.head_dim_v), where=is_query) as index:
             lane = f.lane_of(index[:3], index[3:6])
-            weighted = sums.weighted[[*first, *index]]
-            T.buffer_store(self.output, T.Cast(f.dtype, weighted * inverse[lane]), at(lane, index[-1]))
+            result = sums.weighted[[*first, *index]] * inverse[lane]
+            if seen is not None:
+                result = T.Select(seen[lane] == 0, T.float32(0), result)
+            T.buffer_store(self.output, T.Cast(f.dtype, result), at(lane, index[-1]))
         with block("lse", (f.lanes,), where=lambda lane: f.exists(strip, tile, f.lane(lane))) as (lane,):
             T.buffer_store(self.lse, natural[lane], at(lane))

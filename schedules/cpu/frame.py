@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm import ir, tirx
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.schedules.cpu.places import AxisPlaces, Expr
 from na_compiler.schedules.cpu.plan import TilingPlan
 from na_compiler.tensorir.axes import AXES, Extents
@@ -22,7 +23,7 @@ __all__ = ["Additional", "Frame", "Window"]
 Place = Sequence[Any]  # Of three: one for each axis.
 Index = tuple[Expr, ...]
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "bool": 1}
 
 
 class Frame:
@@ -52,6 +53,8 @@ class Frame:
         self.additional_block = plan.tiling.additional_block
         self.additional_chunks = tirx.ceildiv(self.additional, tirx.IntImm("int64", self.additional_block))
         self.staged_additional = self.additional_chunks * self.additional_block
+        self.has_bias = problem.has(RELATIVE_POSITION_BIAS)
+        self.has_key_mask = problem.has(KEY_MASK)
 
     def tokens(self, *last: int) -> Index:
         """Return the shape of a tensor with one entry a token: ``[batch, *layout, *last]``."""
@@ -62,6 +65,16 @@ class Frame:
     def extra(self, *last: int) -> Index:
         """Return the shape of additional keys or values: ``[batch, additional, *last]``."""
         return self.batch, self.additional, *(tirx.IntImm("int64", extent) for extent in last)
+
+    def optional(self) -> dict[str, Any]:
+        """Return the parameters of the bias by relative position and the key mask, where the problem has them."""
+        found: dict[str, Any] = {}
+        if self.has_bias:
+            shape = (self.heads, *(2 * extent - 1 for extent in self.problem.kernel_size))
+            found[RELATIVE_POSITION_BIAS] = self.tensor(tuple(tirx.IntImm("int64", e) for e in shape), "float32")
+        if self.has_key_mask:
+            found[KEY_MASK] = self.tensor(self.tokens(), "bool")
+        return found
 
     def space(self, *last: Any) -> Index:
         """Return the shape of a workspace in which every task has a part: ``[batch, heads_kv, *strips, *last]``."""
@@ -141,6 +154,11 @@ class Window:
             return batch, *frame.layout(tokens), head, d
 
         return index
+
+    def token(self, batch: Expr, strip: Place, chunk: Place, position: Place) -> Index:
+        """Return the batch and the token at a position of a chunk."""
+        *index, _, _ = self.at(batch, strip, chunk, 0)(position, 0)
+        return tuple(index)
 
     def offset(self, strip: Place, tile: Place) -> Place:
         """Return where a tile's box begins in the staged one."""

@@ -129,6 +129,26 @@ class AxisPlaces:
         """Return the last key that a tile's query sees, as a position."""
         return self.end(strip, self.query(strip, tile, lane)) - 1 - self.box(strip)
 
+    def relative(self, strip: Expr, tile: Expr, chunk: Expr) -> Expr:
+        """Return the first key that a tile visits of a chunk, counted from its first query."""
+        first = self.box(strip) + self.tile_offset(strip, tile) + chunk * self.axis.chunk
+        return first - self._first(strip, tile)
+
+    def bias(self, strip: Expr, tile: Expr, chunk: Expr, position: Expr, lane: Expr) -> Expr:
+        """Return where in a table of biases that of a visited key and a query is; of what no query sees, any place."""
+        kernel_size = self.axis.kernel_size
+        if kernel_size == 1:
+            return 0
+        place = self.relative(strip, tile, chunk) + position - lane + (kernel_size - 1)
+        return tirx.max(tirx.min(place, 2 * kernel_size - 2), 0)
+
+    def window_key(self, strip: Expr, tile: Expr, lane: Expr, number: Expr) -> tuple[Expr, Expr]:
+        """Return the place in the layout of the ``number``'th key of a query's window, and whether there is one."""
+        query = self.query(strip, tile, lane)
+        start = self.start(strip, query)
+        is_there = start + number < self.end(strip, query) if self.axis.is_causal else tirx.const(True, "bool")
+        return self.token(strip, start + number), is_there
+
     def meets(self, strip: Expr, tile: Expr, chunk: Expr) -> Expr | bool:
         """Return whether any of a tile's queries sees any key of a chunk."""
         axis = self.axis

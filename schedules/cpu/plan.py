@@ -32,6 +32,9 @@ from na_compiler.window import group_length
 
 __all__ = ["AxisTiling", "Tiling", "TilingPlan"]
 
+# Bytes of biases by relative position that a task may spread over the lanes of a tile: what a second-level cache holds.
+_SPREAD_BYTES = 512 * 1024
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -139,6 +142,16 @@ class AxisTiling:
         """Whether any query masks a key of its tile's box: a whole box as long as a window is every query's window."""
         return self.is_causal or self.chunks > 1 or self.visited != self.kernel_size
 
+    @property
+    def before(self) -> int:
+        """How far the first key that a tile visits may lie before its first query, where there is one chunk."""
+        return self.tile_box - 1
+
+    @property
+    def spread(self) -> int:
+        """Differences between a key and a tile's first query, from ``-before``: all that are visited or have a bias."""
+        return self.before + max(self.tile_box, self.kernel_size + self.tile - 1)
+
     def with_tiles(self, tiles: int) -> AxisTiling:
         """Return the axis with another number of tiles in a strip."""
         rule = (self.kernel_size, self.stride, self.dilation, self.is_causal)
@@ -219,6 +232,15 @@ class TilingPlan:
     def merges(self) -> bool:
         """Whether the softmax is merged at all: over chunks, or with additional keys."""
         return self.is_chunked or self.problem.additional_kv
+
+    @property
+    def spreads_bias(self) -> bool:
+        """Whether biases by relative position are spread over the lanes once a task, so that a tile loads vectors.
+
+        Else each is looked up where it is needed: there are too many of them, or tiles visit chunks far away.
+        """
+        spread = self.problem.group_size * self.size("spread") * self.size("tile")
+        return not self.is_chunked and 4 * spread <= _SPREAD_BYTES
 
     @property
     def fetches_ahead(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm import s_tir, tirx
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.schedules.cpu.backward import backward
 from na_compiler.schedules.cpu.config import QueriesInLanes
 from na_compiler.schedules.cpu.forward import forward
@@ -32,11 +33,19 @@ _SHORT_ROW = 64
 # Those of additional keys have a prefix, which is left out. All others are scheduled by their names, each by one step.
 _AS_WRITTEN = {
     "add",
+    "bias_add",
+    "bias_lanes",
+    "bias_store",
     "clear_additional_key_space",
     "clear_additional_value_space",
+    "clear_bias_parts",
     "clear_key_space",
+    "clear_spread",
     "clear_value_space",
+    "count_add",
+    "count_start",
     "grad_padding",
+    "key_mask",
     "key_padding",
     "key_part_add",
     "merge_highest",
@@ -44,6 +53,7 @@ _AS_WRITTEN = {
     "merge_weighted",
     "output_padding",
     "query_padding",
+    "spread_add",
     "start",
     "start_",
     "value_padding",
@@ -58,7 +68,7 @@ def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     for prefix in made.prefixes:
         made.stage(prefix)
         made.queries(f"{prefix}query", plan.problem.head_dim)
-        made.bias(prefix)
+        made.visible(prefix)
         made.product(f"{prefix}score", plan.problem.head_dim)
         made.over_keys(f"{prefix}highest")
         made.elementwise(f"{prefix}weight")
@@ -69,6 +79,9 @@ def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     made.lanes("inverse", "natural")
     made.store("output", plan.problem.head_dim_v)
     made.unroll("lse")
+    made.position_bias()
+    if plan.problem.has(KEY_MASK):
+        made.lanes("seen")
     return made.function()
 
 
@@ -84,7 +97,7 @@ def schedule_backward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc
         made.queries(f"{prefix}output", problem.head_dim_v)
         made.over_depth(f"{prefix}dot", plan.head_dim_v)
         made.unroll(f"{prefix}delta", f"{prefix}exponent")
-        made.bias(prefix, existing=True)
+        made.visible(prefix, existing=True)
         made.product(f"{prefix}score", problem.head_dim)
         made.product(f"{prefix}grad_weight", problem.head_dim_v)
         made.weighted_rows(f"{prefix}query_grad", plan.head_dim)
@@ -93,6 +106,9 @@ def schedule_backward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc
     made.store("query_store", problem.head_dim)
     made.gather("key", problem.head_dim)
     made.gather("value", problem.head_dim_v)
+    made.position_bias()
+    if problem.has(RELATIVE_POSITION_BIAS):
+        made.gather_bias()
     if problem.additional_kv:
         made.gather("additional_key", problem.head_dim)
         made.gather("additional_value", problem.head_dim_v)
@@ -186,8 +202,8 @@ class _Steps:
         self.schedule.reorder(d_outer, lane_outer, d_inner, lane_inner)
         self.schedule.tensorize(d_inner, transpose_intrin(self.vector))
 
-    def bias(self, prefix: str, *, existing: bool = False) -> None:
-        """Make the biases of a whole tile at once."""
+    def visible(self, prefix: str, *, existing: bool = False) -> None:
+        """Make the numbers that hide keys for a whole tile at once."""
         if existing and any(axis.is_ragged for axis in self.plan):
             self.lanes(f"{prefix}existing")
         if prefix:
@@ -196,6 +212,21 @@ class _Steps:
         for number, axis in enumerate(self.plan):
             if axis.masks:
                 self.lanes(f"low{number}", f"high{number}", f"bias{number}")
+
+    def position_bias(self) -> None:
+        """Spread the biases by relative position, or make the numbers by which they are looked up."""
+        if not self.plan.problem.has(RELATIVE_POSITION_BIAS):
+            return
+        if self.plan.spreads_bias:
+            self.unroll("spread_bias")
+        else:
+            self.lanes(*(f"place{number}" for number, axis in enumerate(self.plan) if axis.kernel_size > 1))
+
+    def gather_bias(self) -> None:
+        """Add up the tasks' parts of the gradient of the biases, in parallel over rows of the table."""
+        self.claim("bias_total", "bias_grad")
+        schedule = self.schedule
+        schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock("gather_bias"))))
 
     def product(self, name: str, depth: int) -> None:
         """Accumulate the scores of a block of keys in registers, and consume them there."""

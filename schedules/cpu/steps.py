@@ -21,13 +21,14 @@ from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import block, local, reduction
 
 __all__ = [
-    "Bias",
     "Buffer",
     "Keys",
+    "Visible",
     "fetch_ahead",
     "following",
     "products",
     "stage_keys",
+    "stage_mask",
     "stage_queries",
     "to_lanes",
     "weighted_rows",
@@ -55,6 +56,15 @@ def stage_keys(
     if padded > width:
         with block(f"{name}_padding", (*extents, padded - width)) as (*position, d):
             T.buffer_store(staged, T.float32(0), [*position, width + d])
+
+
+def stage_mask(keys: Window, batch: Any, strip: Place, chunk: Place, mask: Buffer) -> Buffer:
+    """Return, for each staged key, -1 where the key mask hides it, and else 0."""
+    masked = local(keys.box, "int32")
+    with block("key_mask", keys.box) as position:
+        is_seen = mask[keys.token(batch, strip, chunk, position)]
+        T.buffer_store(masked, T.if_then_else(is_seen, T.int32(0), T.int32(-1)), list(position))
+    return masked
 
 
 def stage_queries(name: str, source: Buffer, at: Callable[..., Any], factor: Any, rows: Buffer, width: int) -> None:
@@ -118,13 +128,25 @@ def to_lanes(name: str, rows: Buffer) -> Buffer:
     return lanes
 
 
-class Bias:
-    """What hides the keys that a query does not see: per axis, a number that is negative where it does not."""
+class Visible:
+    """Which keys a query sees: numbers that are negative where it does not, one for each axis, and for each key."""
 
     def __init__(
-        self, f: Frame, keys: Keys, strip: Place, tile: Place, chunk: Place, *, existing: bool = False
+        self,
+        f: Frame,
+        keys: Keys,
+        strip: Place,
+        tile: Place,
+        chunk: Place,
+        *,
+        existing: bool = False,
+        masked: Buffer | None = None,
     ) -> None:
-        """Emit the biases of a tile and a chunk; ``existing`` hides everything from lanes that are no queries."""
+        """Emit the numbers of a tile and a chunk.
+
+        ``existing`` hides everything from lanes that are no queries, ``masked`` staged keys from all: see `stage_mask`.
+        """
+        self.masked, self.offset = masked, keys.offset(strip, tile)
         self.of_axis = [
             local((keys.visited[axis], f.lanes), "int32") if keys.masks[axis] else None for axis in range(AXES)
         ]
@@ -163,6 +185,9 @@ class Bias:
         for bias, u in zip(self.of_axis, position, strict=True):
             if bias is not None:
                 lowest = bias[u, lane] if lowest is None else T.min(lowest, bias[u, lane])
+        if self.masked is not None:
+            masked = self.masked[_sum(self.offset, position)]
+            lowest = masked if lowest is None else T.min(lowest, masked)
         return score if lowest is None else T.Select(lowest >= 0, score, T.float32(hidden))
 
 
@@ -176,10 +201,11 @@ def products(
     width: int,
     target: Buffer,
     consume: Callable[[Any, Place, Any], Any],
+    first: Callable[[Place, Any], Any] | None = None,
 ) -> None:
     """Multiply keys (or values) that a tile visits with queries (or gradients), a block of keys at a time.
 
-    ``target[u, lane] = consume(sum_d staged[u, d] * lanes[d, lane], u, lane)``.
+    ``target[u, lane] = consume(first(u, lane) + sum_d staged[u, d] * lanes[d, lane], u, lane)``; default 0.
     """
     at_once = f.plan.tiling.key_block
     counts = [visited // block for visited, block in zip(keys.visited, at_once, strict=True)]
@@ -193,7 +219,7 @@ def products(
 
         with reduction(f"{keys.prefix}{name}", (*at_once, f.lanes), (width,)) as (*u, lane, d):
             with T.init():
-                T.buffer_store(part, T.float32(0), [*u, lane])
+                T.buffer_store(part, T.float32(0) if first is None else first(position(u), lane), [*u, lane])
             product = lanes[d, lane] * staged[[*_sum(offset, position(u)), d]]
             T.buffer_store(part, part[[*u, lane]] + product, [*u, lane])
         with block(f"{keys.prefix}{name}_use", (*at_once, f.lanes)) as (*u, lane):
