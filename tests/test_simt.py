@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from cuda_emulator import ORDERS, Emulator
+from draws import some
 from oracle import NAMES, check_backward, check_forward, draw, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
@@ -39,7 +40,7 @@ def forward(example):
     """Emulate the forward."""
     problem = example.problem
     output, lse = poisoned(torch.empty(example.output.shape, dtype=example.inputs[0].dtype), example.lse.float())
-    Emulator.of(make(problem, "forward"))(*example.inputs, problem.head_dim**-0.5, output, lse, order=ORDERS[0])
+    Emulator.of(make(problem, "forward"))(*example.read, problem.head_dim**-0.5, output, lse, order=ORDERS[0])
     return output, lse
 
 
@@ -47,11 +48,13 @@ def backward(example):
     """Emulate the backward, of the reference's forward."""
     problem = example.problem
     spec = make(problem, "backward")
-    spaces = [torch.full(shape, float("nan")) for shape in spec.info.workspace.shapes(1, 3)]
+    spaces = [torch.full(shape, float("nan")) for shape in spec.info.workspace.shapes(len(example.output), 3)]
     grads = poisoned(*example.inputs)
+    if problem.has("relative_position_bias"):
+        grads += poisoned(example.grads[-1].float())
     output, lse = example.output.to(example.inputs[0].dtype).contiguous(), example.lse.float().contiguous()
     Emulator.of(spec)(
-        *example.inputs, output, example.grad_output, lse, example.grad_lse, problem.head_dim**-0.5, *grads, *spaces,
+        *example.read, output, example.grad_output, lse, example.grad_lse, problem.head_dim**-0.5, *grads, *spaces,
         order=ORDERS[0],
     )  # fmt: skip
     return grads
@@ -67,6 +70,35 @@ def test_forward(problem, seed):
 def test_backward(problem, seed):
     example = draw(problem, additional=3, lse_has_grad=bool(torch.randint(2, ())))
     check_backward(example, backward(example))
+
+
+BIAS, MASK = ("relative_position_bias",), ("key_mask",)
+OPTIONAL = [problem.replace(operands=options) for problem in PROBLEMS for options in (BIAS, MASK, BIAS + MASK)]
+
+
+@pytest.mark.parametrize("problem", some(OPTIONAL, 4, "test_bias_and_mask"), ids=str)
+def test_bias_and_mask(problem, seed):
+    """Forward and backward; queries that see nothing among them."""
+    example = draw(problem, batch=2, additional=3)
+    check_forward(example, *forward(example))
+    check_backward(example, backward(example))
+
+
+def test_a_query_that_sees_nothing(seed):
+    """Output 0, lse minus infinity, no gradients; NaN where all that is seen scores minus infinity."""
+    problem = Problem((6, 7), 2, 8, 3, operands=MASK)
+    example = draw(problem)
+    example.others["key_mask"].fill_(False)
+    output, lse = forward(example)
+    assert output.eq(0).all()
+    assert lse.eq(-math.inf).all()
+    example.lse.fill_(-math.inf)
+    example.output.zero_()
+    assert all(grad.eq(0).all() for grad in backward(example))
+    example.others["key_mask"].fill_(True)
+    example.inputs[0].fill_(1.0)
+    example.inputs[1].fill_(-math.inf)
+    assert all(result.isnan().all() for result in forward(example))
 
 
 @pytest.mark.parametrize(

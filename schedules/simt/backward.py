@@ -13,6 +13,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
+from na_compiler.schedules.simt.bias import GRAD_BIAS, PARTS, bias_task, gather_bias
 from na_compiler.schedules.simt.frame import (
     AdditionalChunks,
     At,
@@ -24,6 +26,8 @@ from na_compiler.schedules.simt.frame import (
     StripChunks,
     registers,
     scalar,
+    unless_masked,
+    with_bias,
 )
 from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.tensorir.arithmetic import LOG2_E, below, weight
@@ -38,16 +42,18 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
     Returns
     -------
     PrimFunc
-        ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
-        grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] delta,
-        [additional_key_space, additional_value_space])``. The first ones and ``grad_output`` may have any strides but
-        the last one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The
-        last ones are workspace: ``delta`` has a number for each query, the spaces a part for each strip of queries.
+        ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] output,
+        grad_output, lse, grad_lse, scale, grad_query, grad_key, grad_value, [grad_additional_keys,
+        grad_additional_values,] [grad_relative_position_bias,] delta, [additional_key_space, additional_value_space,]
+        [bias_parts])``. The first ones and ``grad_output`` may have any strides but the last one, which is 1; all
+        others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The last ones are workspace:
+        ``delta`` has a number for each query, the spaces and parts one for each strip of queries.
     """
     f = DirectFrame(plan)
     p = plan.problem
     parameters = f.inputs()
     strided = list(parameters)
+    parameters |= f.optional()
     parameters |= {
         "output": f.tensor(f.tokens(p.heads, p.head_dim_v)),
         "grad_output": f.strided("grad_output", f.tokens(p.heads, p.head_dim_v)),
@@ -63,17 +69,25 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
     if p.additional_kv:
         parameters["grad_additional_keys"] = f.tensor(f.extra(p.heads_kv, p.head_dim))
         parameters["grad_additional_values"] = f.tensor(f.extra(p.heads_kv, p.head_dim_v))
+    if p.has(RELATIVE_POSITION_BIAS):
+        table = parameters[RELATIVE_POSITION_BIAS]["shape"]
+        parameters[GRAD_BIAS] = f.tensor((f.batch, *table), "float32")
     parameters["delta"] = f.tensor(f.shape(f.batch, p.heads, f.places.count), "float32")
     if p.additional_kv:
         parts = (f.batch, p.heads_kv, plan.strips, f.additional)
         for name, width in (("additional_key_space", plan.head_dim), ("additional_value_space", plan.head_dim_v)):
             parameters[name] = f.tensor(f.shape(*parts, width), "float32")
+    if p.has(RELATIVE_POSITION_BIAS):
+        parameters[PARTS] = f.tensor(f.shape(f.batch, p.heads, plan.bias_strips, plan.offsets), "float32")
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))
         tensors |= f.views({name: tensors[name] for name in (*strided, "grad_output")})
         _query_task(f, tensors)
         _key_task(f, tensors)
+        if p.has(RELATIVE_POSITION_BIAS):
+            bias_task(f, tensors)
+            gather_bias(f, tensors)
         if p.additional_kv:
             _additional_task(f, tensors)
             _gather(f, "key", tensors["additional_key_space"], tensors["grad_additional_keys"], tensors["scale"])
@@ -85,7 +99,8 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
 def _query_task(f: DirectFrame, tensors: dict[str, Buffer]) -> None:
     with f.rows("query_task", f.problem.heads) as (batch, head, part, place):
         names = ("query", "key", "value", "additional_keys", "additional_values", "output", "grad_output", "lse")
-        T.reads(*(f.whole(tensors[name]) for name in (*names, "grad_lse") if name in tensors))
+        more = ("grad_lse", RELATIVE_POSITION_BIAS, KEY_MASK)
+        T.reads(*(f.whole(tensors[name]) for name in (*names, *more) if name in tensors))
         T.writes(f.whole(tensors["grad_query"]), f.whole(tensors["delta"]))
         _Query(f, tensors, batch, head, f.row(part, place)).differentiate(f.is_row(part, place))
 
@@ -125,7 +140,7 @@ class _Query:
 
     def visit(self, chunks: Chunks, key: str, value: str) -> None:
         """Add what every chunk of keys gives."""
-        f, p, prefix = self.f, self.f.problem, chunks.prefix
+        f, p, prefix, tensors = self.f, self.f.problem, chunks.prefix, self.tensors
         keys, values = self.tensors[key], self.tensors[value]
         with block(f"{prefix}chunk", chunks.counts, where=lambda *chunk: chunks.meets(chunk)) as chunk:
             T.reads(*map(f.whole, (self.Q, self.G, self.D, keys, values)))
@@ -136,21 +151,25 @@ class _Query:
             S, dP = f.products(f"{prefix}score", self.Q, K), f.products(f"{prefix}grad_weight", self.G, V)
             slope = registers(chunks.size)
             with block(f"{prefix}slope", chunks.size) as place:
-                probability = weight(S[list(place)], self.exponent[0], T.exp2)
-                result = chunks.only(chunk, place, probability * (dP[list(place)] - self.delta[0]))
-                T.buffer_store(slope, result, list(place))
+                score = with_bias(chunks, chunk, place, S[list(place)], tensors, self.head)
+                probability = weight(score, self.exponent[0], T.exp2)
+                result = probability * (dP[list(place)] - self.delta[0])
+                result = unless_masked(chunks, chunk, place, result, tensors, self.batch, 0.0)
+                T.buffer_store(slope, chunks.only(chunk, place, result), list(place))
             f.accumulate(f"{prefix}query_part", slope, K, self.D)
 
 
 def _key_task(f: DirectFrame, tensors: dict[str, Buffer]) -> None:
     p = f.problem
     with f.rows("key_task", p.heads_kv) as (batch, head, part, place):
-        names = ("query", "key", "value", "grad_output", "lse", "delta")
-        T.reads(*(f.whole(tensors[name]) for name in names))
+        names = ("query", "key", "value", "grad_output", "lse", "delta", RELATIVE_POSITION_BIAS, KEY_MASK)
+        T.reads(*(f.whole(tensors[name]) for name in names if name in tensors))
         T.writes(f.whole(tensors["grad_key"]), f.whole(tensors["grad_value"]))
         token, is_row = f.token(f.row(part, place)), f.is_row(part, place)
         at = _row(batch, token, head)
         key = _Key(f, tensors, batch, head, tensors["key"], tensors["value"], at)
+        if KEY_MASK in tensors:
+            key.mask = scalar("masked", T.Cast("int32", tensors[KEY_MASK][[batch, *token]]), "int32")
         key.collect(QueryChunks(f, token))
         for name, gradient, width, factor, target in (
             ("key_store", key.DK, p.head_dim, tensors["scale"], tensors["grad_key"]),
@@ -196,6 +215,12 @@ class _Key:
         self.K = f.load("key", keys, at, p.head_dim, tensors["scale"] * T.float32(LOG2_E))
         self.V = f.load("value", values, at, p.head_dim_v)
         self.DK, self.DV = f.clear("start_key_grad", p.head_dim), f.clear("start_value_grad", p.head_dim_v)
+        # 0 where the key mask hides the key, if there is one.
+        self.mask: Buffer | None = None
+
+    def hide(self, value: Any) -> Any:
+        """Return a value, or 0 where the key mask hides the key."""
+        return value if self.mask is None else T.if_then_else(self.mask[0] != 0, value, T.float32(0))
 
     def collect(self, chunks: Chunks) -> None:
         """Add what every chunk of queries gives, of all heads that share the key."""
@@ -213,11 +238,12 @@ class _Key:
             P, slope = registers(chunks.size), registers(chunks.size)
             with block(f"{prefix}weight", chunks.size) as place:
                 lse = tensors["lse"][[self.batch, *chunks.token(chunk, place), head]]
-                probability = weight(S[list(place)], below(lse * T.float32(LOG2_E)), T.exp2)
+                score = with_bias(chunks, chunk, place, S[list(place)], tensors, head)
+                probability = self.hide(weight(score, below(lse * T.float32(LOG2_E)), T.exp2))
                 T.buffer_store(P, chunks.only(chunk, place, probability), list(place))
             with block(f"{prefix}slope", chunks.size) as place:
                 delta = tensors["delta"][[self.batch, head, chunks.number(chunk, place)]]
-                result = P[list(place)] * (dP[list(place)] - delta)
+                result = self.hide(P[list(place)] * (dP[list(place)] - delta))
                 T.buffer_store(slope, chunks.only(chunk, place, result), list(place))
             f.accumulate(f"{prefix}value_part", P, G, self.DV)
             f.accumulate(f"{prefix}key_part", slope, Q, self.DK)

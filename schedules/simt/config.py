@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.simt.plan import DirectPlan
@@ -59,4 +60,6 @@ class Simt(Config):
         if problem.additional_kv:
             parts = (problem.heads_kv, plan.strips, ADDITIONAL)
             buffers += [(*parts, plan.head_dim), (*parts, plan.head_dim_v)]
+        if problem.has(RELATIVE_POSITION_BIAS):
+            buffers.append((problem.heads, plan.bias_strips, plan.offsets))
         return Workspace(tuple(buffers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.shared.config import Config
@@ -22,6 +23,7 @@ _OPTIONS: Mapping[str, Any] = {"tirx.UnrollLoop": {"explicit_unroll": False}, "t
 
 class _Simt(Family):
     name = "simt"
+    operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
 
     def is_for(self, target: Target) -> bool:
         """GPUs."""

@@ -6,12 +6,24 @@ chunk: sums are kept relative to the highest score so far. Scores are in units o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from na_compiler.schedules.simt.frame import AdditionalChunks, Buffer, Chunks, DirectFrame, KeyChunks, registers, scalar
+from na_compiler.operands import KEY_MASK
+from na_compiler.schedules.simt.frame import (
+    AdditionalChunks,
+    Buffer,
+    Chunks,
+    DirectFrame,
+    KeyChunks,
+    registers,
+    scalar,
+    unless_masked,
+    with_bias,
+)
 from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.tensorir.arithmetic import HIDDEN, LN2, LOG2_E, LOWEST, log2_sum
 from na_compiler.tensorir.blocks import block, prim_func, reduction
@@ -25,12 +37,15 @@ def direct_forward(plan: DirectPlan) -> tirx.PrimFunc:
     Returns
     -------
     PrimFunc
-        ``main(query, key, value, [additional_keys, additional_values,] scale, output, lse)``. Query, key, value and
-        the additional tensors may have any strides but the last one, which is 1; output and lse are contiguous.
+        ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] scale,
+        output, lse)``. Query, key, value and the additional tensors may have any strides but the last one, which is 1;
+        the others are contiguous.
     """
     f = DirectFrame(plan)
     problem = plan.problem
     parameters = f.inputs()
+    strided = list(parameters)
+    parameters |= f.optional()
     read = list(parameters)
     parameters["scale"] = "float32"
     parameters["output"] = f.tensor(f.tokens(problem.heads, problem.head_dim_v))
@@ -38,7 +53,7 @@ def direct_forward(plan: DirectPlan) -> tirx.PrimFunc:
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))
-        tensors |= f.views({name: tensors[name] for name in read})
+        tensors |= f.views({name: tensors[name] for name in strided})
         with f.rows("query_task", problem.heads) as (batch, head, part, place):
             T.reads(*(f.whole(tensors[name]) for name in read))
             T.writes(f.whole(tensors["output"]), f.whole(tensors["lse"]))
@@ -68,21 +83,32 @@ class _Query:
         for name, buffer, value in (("highest", self.highest, LOWEST), ("total", self.total, 0.0)):
             with block(f"start_{name}", (1,)) as (zero,):
                 T.buffer_store(buffer, T.float32(value), [zero])
+        self.seen: Buffer | None = None
+        if KEY_MASK in self.tensors:
+            self.seen = registers((1,), "int32")
+            with block("start_seen", (1,)) as (zero,):
+                T.buffer_store(self.seen, T.int32(0), [zero])
         self.O = f.clear("start_output", width)
         self.visit(KeyChunks(f, self.token), "key", "value")
         if f.problem.additional_kv:
             self.visit(AdditionalChunks(f), "additional_keys", "additional_values")
         inverse = scalar("inverse", T.float32(1) / self.total[0])
-        natural = scalar("natural", log2_sum(self.highest[0], self.total[0], T.log2) * T.float32(LN2))
+        lse = log2_sum(self.highest[0], self.total[0], T.log2) * T.float32(LN2)
+        if self.seen is not None:
+            lse = T.Select(self.seen[0] == 0, T.float32(-math.inf), lse)
+        natural = scalar("natural", lse)
         with block("output", (f.padded(width),), where=lambda d: tirx.all(is_row, d < width)) as (d,):
-            T.buffer_store(self.tensors["output"], T.Cast(f.dtype, self.O[d] * inverse[0]), self.at(d))
+            result = self.O[d] * inverse[0]
+            if self.seen is not None:
+                result = T.Select(self.seen[0] == 0, T.float32(0), result)
+            T.buffer_store(self.tensors["output"], T.Cast(f.dtype, result), self.at(d))
         with block("lse", (1,), where=lambda _: is_row) as (zero,):
             T.buffer_store(self.tensors["lse"], natural[zero], [self.batch, *self.token, self.head])
 
     def visit(self, chunks: Chunks, key: str, value: str) -> None:
         """Attend to every chunk of keys."""
         f = self.f
-        kept = [f.whole(buffer) for buffer in (self.highest, self.total, self.O)]
+        kept = [f.whole(buffer) for buffer in (self.highest, self.total, self.O, self.seen) if buffer is not None]
         with block(f"{chunks.prefix}chunk", chunks.counts, where=lambda *chunk: chunks.meets(chunk)) as chunk:
             T.reads(f.whole(self.Q), f.whole(self.tensors[key]), f.whole(self.tensors[value]), *kept)
             T.writes(*kept)
@@ -97,7 +123,14 @@ class _Query:
         S = self.f.products(f"{chunks.prefix}score", self.Q, keys)
         seen = registers(chunks.size)
         with block(f"{chunks.prefix}seen", chunks.size) as place:
-            T.buffer_store(seen, chunks.only(chunk, place, S[list(place)], HIDDEN), list(place))
+            score = with_bias(chunks, chunk, place, S[list(place)], self.tensors, self.head)
+            score = unless_masked(chunks, chunk, place, score, self.tensors, self.batch, HIDDEN)
+            T.buffer_store(seen, chunks.only(chunk, place, score, HIDDEN), list(place))
+        if self.seen is not None:
+            with block(f"{chunks.prefix}count", chunks.size) as place:
+                one = unless_masked(chunks, chunk, place, T.float32(1), self.tensors, self.batch, 0.0)
+                one = T.Cast("int32", chunks.only(chunk, place, one))
+                T.buffer_store(self.seen, self.seen[0] + one, [0])
         return seen
 
     def merge(self, chunks: Chunks, scores: Buffer, values: Buffer) -> None:

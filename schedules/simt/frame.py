@@ -14,8 +14,10 @@ from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from na_compiler.schedules.simt.places import Places
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
+from na_compiler.schedules.simt.places import AxisPlaces, Places
 from na_compiler.schedules.simt.plan import DirectPlan
+from na_compiler.tensorir.arithmetic import LOG2_E
 from na_compiler.tensorir.axes import AXES, Extents
 from na_compiler.tensorir.blocks import block, reduction
 
@@ -26,10 +28,13 @@ __all__ = [
     "Chunks",
     "DirectFrame",
     "KeyChunks",
+    "Place",
     "QueryChunks",
     "StripChunks",
     "registers",
     "scalar",
+    "unless_masked",
+    "with_bias",
 ]
 
 Buffer = Any
@@ -40,7 +45,7 @@ At = Callable[[Expr], list[Expr]]
 # The same for each row of a chunk.
 Rows = Callable[[Any], At]
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "bool": 1}
 
 
 class DirectFrame:
@@ -91,6 +96,16 @@ class DirectFrame:
             shapes["additional_values"] = self.extra(p.heads_kv, p.head_dim_v)
         return {name: self.strided(name, shape) for name, shape in shapes.items()}
 
+    def optional(self) -> dict[str, Any]:
+        """Return the parameters of the bias by relative position and the key mask, where the problem has them."""
+        found: dict[str, Any] = {}
+        if self.problem.has(RELATIVE_POSITION_BIAS):
+            shape = self.shape(self.problem.heads, *(2 * extent - 1 for extent in self.problem.kernel_size))
+            found[RELATIVE_POSITION_BIAS] = self.tensor(shape, "float32")
+        if self.problem.has(KEY_MASK):
+            found[KEY_MASK] = self.tensor(self.tokens(), "bool")
+        return found
+
     def token(self, number: Expr) -> list[Expr]:
         """Return the place in the layout of a token, given its number."""
         return self.places.token(number)
@@ -126,6 +141,28 @@ class DirectFrame:
         """Return the number of a block's additional key, beyond the end of the last one again, and if it is there."""
         number = part * self.plan.rows + place
         return tirx.min(number, self.additional - 1), number < self.additional
+
+    @contextlib.contextmanager
+    def table_rows(self, name: str, *extents: int) -> Iterator[tuple[Expr, ...]]:
+        """Open a block for each place of a table of biases; yields batch, ..., number of the block, and place in it."""
+        parts = -(-self.plan.offsets // self.plan.rows)
+        all_extents = (_at_least_one(self.batch), *extents, parts, self.plan.rows)
+        with block(name, all_extents, where=lambda batch, *_: batch < self.batch) as places:
+            yield places
+
+    def table_row(self, part: Expr, place: Expr) -> tuple[Expr, Expr]:
+        """Return the number of a block's place of the table, beyond the end of the last one, and if it is there."""
+        number = part * self.plan.rows + place
+        return tirx.min(number, self.plan.offsets - 1), number < self.plan.offsets
+
+    def table_place(self, number: Expr) -> list[Expr]:
+        """Return where in a table of biases a place is along each of three axes, given its number."""
+        places: list[Expr] = []
+        for axis in reversed(self.plan.axes[1:]):
+            extent = 2 * axis.kernel_size - 1
+            places.insert(0, number % extent)
+            number = number // extent
+        return [number, *places]
 
     @staticmethod
     def whole(buffer: tirx.Buffer) -> tirx.BufferRegion:
@@ -298,23 +335,44 @@ class Chunks:
         """Return the number of the token that a row of a chunk is."""
         raise NotImplementedError
 
+    def bias(self, chunk: Place, place: Place) -> list[Expr] | None:  # noqa: ARG002
+        """Return where in a table of biases that of a row of a chunk is; ``None`` where rows have none."""
+        return None
+
 
 class _Interval(Chunks):
     """Consecutive tokens of a dilation group on every axis."""
 
-    def __init__(self, f: DirectFrame, base: list[Expr], count: list[Expr | None]) -> None:
+    # Of an axis, the place in a table of biases of one of a row's tokens.
+    place_of: Callable[[AxisPlaces, Expr], Expr]
+
+    def __init__(self, f: DirectFrame, base: list[Expr], count: list[Expr | None], along: list[AxisPlaces]) -> None:
         """Take the first token of each axis, and how many there are where that is not the same for all rows."""
         self.f, self.base, self.count = f, base, count
+        self.along = along if f.problem.has(RELATIVE_POSITION_BIAS) else []
 
     def token(self, chunk: Place, place: Place) -> list[Expr]:
         """Return where in its tensor a row of a chunk is, between the batch and the head."""
-        token: list[Expr] = []
-        for number, axis in enumerate(self.f.plan.axes):
-            index, count = chunk[number] * self.size[number] + place[number], self.count[number]
-            if count is not None:
-                index = tirx.min(index, count[0] - 1)
-            token.append(self.base[number][0] + index * axis.dilation)
+        indices = zip(self.base, self._indices(chunk, place), self.f.plan.axes, strict=True)
+        token = [base[0] + index * axis.dilation for base, index, axis in indices]
         return token[AXES - self.f.problem.rank :]
+
+    def _indices(self, chunk: Place, place: Place) -> list[Expr]:
+        """Return which of a row's tokens along each axis one of a chunk is, or in place of one beyond, the last."""
+        indices = [part * size + at for part, size, at in zip(chunk, self.size, place, strict=True)]
+        return [
+            index if count is None else tirx.min(index, count[0] - 1)
+            for index, count in zip(indices, self.count, strict=True)
+        ]
+
+    def bias(self, chunk: Place, place: Place) -> list[Expr] | None:
+        """Return where in a table of biases that of a row of a chunk is; ``None`` where rows have none."""
+        if not self.along:
+            return None
+        places = [
+            self.place_of(along, index) for along, index in zip(self.along, self._indices(chunk, place), strict=True)
+        ]
+        return places[AXES - self.f.problem.rank :]
 
     def number(self, chunk: Place, place: Place) -> Expr:
         """Return the number of the token that a row of a chunk is."""
@@ -345,7 +403,9 @@ class KeyChunks(_Interval):
             first, keys = along.keys()
             base.append(scalar(f"first_key{number}", first, "int32"))
             count.append(scalar(f"keys{number}", keys, "int32") if along.axis.masks_keys else None)
-        super().__init__(f, base, count)
+        super().__init__(f, base, count, f.places.along_axes(token))
+
+    place_of = staticmethod(AxisPlaces.bias)
 
 
 class QueryChunks(_Interval):
@@ -363,7 +423,9 @@ class QueryChunks(_Interval):
             first, queries = along.queries()
             base.append(scalar(f"first_query{number}", first, "int32"))
             count.append(scalar(f"queries{number}", queries, "int32"))
-        super().__init__(f, base, count)
+        super().__init__(f, base, count, f.places.along_axes(token))
+
+    place_of = staticmethod(AxisPlaces.bias_of_query)
 
 
 class AdditionalChunks(Chunks):
@@ -416,3 +478,21 @@ class StripChunks(Chunks):
         if self.f.plan.strip % self.size[-1] == 0:
             return inside
         return tirx.all(inside, chunk[-1] * self.size[-1] + place[-1] < self.f.plan.strip)
+
+
+def with_bias(chunks: Chunks, chunk: Place, place: Place, score: Expr, tensors: dict[str, Buffer], head: Expr) -> Expr:
+    """Return the score of a row of a chunk with its bias by relative position, where it has one."""
+    at = chunks.bias(chunk, place)
+    if at is None:
+        return score
+    return score + tensors[RELATIVE_POSITION_BIAS][[head, *at]] * T.float32(LOG2_E)
+
+
+def unless_masked(
+    chunks: Chunks, chunk: Place, place: Place, value: Expr, tensors: dict[str, Buffer], batch: Expr, hidden: float
+) -> Expr:
+    """Return a value for a row of a chunk of keys, or another one where the key mask hides it."""
+    mask = tensors.get(KEY_MASK)
+    if mask is None or not isinstance(chunks, KeyChunks):
+        return value
+    return T.if_then_else(mask[[batch, *chunks.token(chunk, place)]], value, T.float32(hidden))

@@ -89,6 +89,10 @@ class Places:
             return tirx.const(True, "bool")
         return self.exists(part * self.plan.rows + place)
 
+    def of_bias_strip(self, strip: Expr, place: Expr) -> Expr:
+        """Return the number that a token has of a strip for the gradient of biases, if there is one at a place."""
+        return strip * self.plan.bias_strip + place
+
     def of_strip(self, strip: Expr, place: Expr) -> Expr:
         """Return the number that a strip's token has, if there is one at a place."""
         return strip * self.plan.strip + place
@@ -125,6 +129,22 @@ class AxisPlaces:
         """Return where the first query that sees a key is in the layout, and how many there are."""
         start, end = query_bounds(self.index, *self._rule, minimum=tirx.min, maximum=tirx.max, choose=T.Select)
         return self._token(start), end - start
+
+    def bias(self, number: Expr) -> Expr:
+        """Return where along the axis of a table of biases that of the ``number``'th key of a query's window is."""
+        start, _ = window_bounds(self.index, *self._rule, minimum=tirx.min, maximum=tirx.max)
+        return start - self.index + number + (self.axis.kernel_size - 1)
+
+    def bias_of_query(self, number: Expr) -> Expr:
+        """Return where that of a key and the ``number``'th query that sees it is."""
+        start, _ = query_bounds(self.index, *self._rule, minimum=tirx.min, maximum=tirx.max, choose=T.Select)
+        return self.index - start - number + (self.axis.kernel_size - 1)
+
+    def key_at(self, place: Expr) -> tuple[Expr, Expr]:
+        """Return where the key is that a place of the table stands for, and whether the query sees it; else another."""
+        start, end = window_bounds(self.index, *self._rule, minimum=tirx.min, maximum=tirx.max)
+        key = self.index + place - (self.axis.kernel_size - 1)
+        return self._token(tirx.max(tirx.min(key, end - 1), start)), tirx.all(key >= start, key < end)
 
     @property
     def _rule(self) -> tuple[Expr, int, int, bool]:

@@ -17,6 +17,9 @@ from na_compiler.tensorir.axes import AXES, Extents, round_up
 
 __all__ = ["DirectAxis", "DirectPlan"]
 
+# Parts of the gradient of biases that a head leaves, where there are more than places.
+_PARTS = 1 << 16
+
 
 @dataclass(frozen=True)
 class DirectAxis:
@@ -127,6 +130,21 @@ class DirectPlan:
     def strips(self) -> int:
         """Strips of a head's tokens."""
         return -(-self.problem.tokens // self.strip)
+
+    @property
+    def offsets(self) -> int:
+        """Places of a table of biases by relative position."""
+        return math.prod(2 * axis.kernel_size - 1 for axis in self.axes)
+
+    @property
+    def bias_strips(self) -> int:
+        """Strips of a head's tokens whose parts of the gradient of biases are summed first: few where they are many."""
+        return max(1, min(-(-self.problem.tokens // self.strip), _PARTS // self.offsets))
+
+    @property
+    def bias_strip(self) -> int:
+        """Tokens of one."""
+        return -(-self.problem.tokens // self.bias_strips)
 
     @property
     def key_count(self) -> int:

@@ -22,10 +22,18 @@ __all__ = ["schedule_backward", "schedule_forward"]
 
 # All steps by name, each in one list. Their prefixes, which say what is visited, are left out.
 _PREFIXES = ("additional_", "strip_")
+# Steps of one pair of query and key, for the gradient of biases.
+_PAIR = {f"bias_{name}" for name in ("query_rows", "key_rows", "grad_rows", "value_rows")}
 # Steps that copy rows as they are, by vectors.
-_ROWS = {"grad_rows", "key_rows", "output_rows", "query_rows", "value_rows"}
+_ROWS = {"grad_rows", "key_rows", "output_rows", "query_rows", "value_rows", *_PAIR}
 # Steps whose last loop runs over the elements of a row: loads, stores, and products that are summed over the lanes.
 _LAST = {
+    "bias_grad",
+    "bias_grad_weight",
+    "bias_key",
+    "bias_query",
+    "bias_score",
+    "bias_value",
     "dot",
     "grad",
     "grad_weight",
@@ -47,6 +55,12 @@ _FIRST = {"key_part", "key_total", "query_part", "value_part", "value_total", "w
 # Steps that change a row in place, which are written as they are to run, and steps on a number for each row of a chunk.
 _EACH = {
     *(f"{name}{axis}" for name in ("first_key", "first_query", "keys", "queries") for axis in range(AXES)),
+    "bias_add",
+    "bias_store",
+    "bias_sum",
+    "bias_total",
+    "bias_weight",
+    "count",
     "delta",
     "delta_store",
     "exponent",
@@ -55,6 +69,7 @@ _EACH = {
     "inverse",
     "key_part_add",
     "lse",
+    "masked",
     "merge_highest",
     "merge_total",
     "natural",
@@ -62,10 +77,12 @@ _EACH = {
     "raised",
     "seen",
     "slope",
+    "start_bias",
     "start_highest",
     "start_key_grad",
     "start_output",
     "start_query_grad",
+    "start_seen",
     "start_total",
     "start_value_grad",
     "total",
@@ -74,7 +91,7 @@ _EACH = {
     "weighted_add",
 }
 # Sums with too many terms to unroll.
-_LONG = {"key_total", "value_total"}
+_LONG = {"bias_total", "key_total", "value_total"}
 
 
 def schedule_forward(plan: DirectPlan, config: Simt) -> tirx.PrimFunc:

@@ -61,6 +61,18 @@ SMALL = [
     Problem((8, 8, 8), 2, 16, 3, (1, 2, 1), (2, 1, 2), (True, False, False), dtype="float16"),
     Problem((5, 12, 6), 4, 17, (5, 2, 3), (1, 1, 2), (1, 5, 2), (False, True, True), 2, 9, additional_kv=True),
 ]
+# With a bias by relative position, a key mask, or both.
+OPTIONAL = [
+    problem.replace(operands=options)
+    for problem, options in (
+        (Problem(45, 2, 24, 12, 5, is_causal=True), ("relative_position_bias", "key_mask")),
+        (Problem(700, 1, 32, 255), ("relative_position_bias",)),
+        (Problem((21, 18), 2, 16, (6, 7), (2, 3), dtype="bfloat16"), ("key_mask",)),
+        (Problem((56, 56), 4, 32, 7, dtype="float16"), ("relative_position_bias", "key_mask")),
+        (Problem((16, 16), 4, 32, 16, heads_kv=2, additional_kv=True), ("relative_position_bias", "key_mask")),
+        (Problem((8, 8, 8), 2, 16, 3, (1, 2, 1), (2, 1, 2), (True, False, False)), ("relative_position_bias",)),
+    )
+]
 PLAIN = Problem((24, 28), 4, 32, 7)
 MORE = Problem((24, 28), 4, 32, 7, additional_kv=True)
 HALF = PLAIN.replace(dtype="bfloat16")
@@ -70,6 +82,8 @@ LARGE = Problem(65536, 8, 128, 2, dtype="bfloat16")
 TIMED = [
     Problem((56, 56), 4, 32, 7),
     Problem((56, 56), 4, 32, 7, dtype="bfloat16"),
+    Problem((56, 56), 4, 32, 7, dtype="bfloat16", operands=("relative_position_bias",)),
+    Problem((56, 56), 4, 32, 7, dtype="bfloat16", operands=("key_mask",)),
     Problem((64, 64), 8, 64, 13, dtype="bfloat16"),
     Problem(4096, 4, 64, 255, dtype="bfloat16"),
     Problem((16, 16, 16), 4, 32, 5, dtype="bfloat16"),
@@ -80,7 +94,7 @@ DIRECTIONS = ("forward", "backward")
 
 def specs(target: str) -> Iterator[Any]:
     """Yield what has to be in the bundle."""
-    for problem in dict.fromkeys([*SMALL, PLAIN, MORE, HALF, TRAINED, *TIMED]):
+    for problem in dict.fromkeys([*SMALL, *OPTIONAL, PLAIN, MORE, HALF, TRAINED, *TIMED]):
         for direction in DIRECTIONS:
             yield na_compiler.KernelSpec.make(problem, target, direction)
     if target.startswith("cuda"):
@@ -137,7 +151,7 @@ class Checks:
     def checks(self) -> list[tuple[str, Callable[[], str | None]]]:
         """Return the checks by name."""
         checks: list[tuple[str, Callable[[], str | None]]] = [
-            (f"{problem}", lambda problem=problem: self.accuracy(problem)) for problem in SMALL
+            (f"{problem}", lambda problem=problem: self.accuracy(problem)) for problem in [*SMALL, *OPTIONAL]
         ]
         checks += [(name, getattr(self, f"check_{name}")) for name in _names(type(self), "check_")]
         if self.device.type == "cuda":
@@ -169,14 +183,14 @@ class Checks:
             torch.empty(inputs[0].shape[:-1], device=self.device),
         )
         spaces = kernel.spaces(*inputs[:1], *inputs[3:4])
-        kernel.function(*inputs, problem.head_dim**-0.5, output, lse, *spaces)
+        kernel.function(*inputs, *example.others.values(), problem.head_dim**-0.5, output, lse, *spaces)
         return output, lse
 
     def differentiate(self, example: oracle.Example, output: torch.Tensor, lse: torch.Tensor) -> tuple[Any, ...]:
         """Call the backward kernel."""
         kernel = self.kernel(example.problem, "backward")
         arguments = (*example.inputs[:3], output, lse.contiguous(), example.grad_output, example.grad_lse)
-        return kernel(*arguments, *example.additional)
+        return kernel(*arguments, *example.additional, **example.others)
 
     def kernel(self, problem: Problem, direction: str) -> Any:
         """Return the bundle's kernel."""
