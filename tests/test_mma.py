@@ -72,7 +72,7 @@ def emulate(problem, config, *, edit=None, orders=ORDERS, spreads=False, **argum
     for order in orders:
         empty = torch.empty(example.output.shape, dtype=example.inputs[0].dtype), torch.empty(example.lse.shape)
         output, lse = poisoned(*empty)
-        emulator(*example.inputs, scale, output, lse, order=order)
+        emulator(*example.read, scale, output, lse, order=order)
         check_forward(example, output, lse, spreads=spreads)
 
 
@@ -80,6 +80,13 @@ def emulate(problem, config, *, edit=None, orders=ORDERS, spreads=False, **argum
 def test_matches_the_reference(name, seed):
     problem, config = CASES[name]
     emulate(problem, config, **_ARGUMENTS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", some(CASES, 4, "mma bias"))
+def test_bias(name, seed):
+    """By relative position: its place is right for every key that is seen, whatever the others read."""
+    problem, config = CASES[name]
+    emulate(problem.replace(operands=("relative_position_bias",)), config, **_ARGUMENTS.get(name, {}))
 
 
 @pytest.mark.parametrize(("scale", "key_tile"), some(itertools.product([0.0, -0.5, 3.0], [(16,), None]), 2, "scale"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from tvm import tirx
 
+from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.schedules.mma.plan import CHUNK, Plan
 from na_compiler.schedules.shared.trace import I, T, emit, index64, let, register
 from na_compiler.schedules.shared.work import Work
@@ -20,8 +21,9 @@ Expr = Any
 class Arguments:
     """The function's arguments.
 
-    ``main(query, key, value, [additional_keys, additional_values,] scale, output, lse)``: inputs may have any strides
-    that are multiples of 16 bytes, the last one 1; output and lse are contiguous.
+    ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] scale, output, lse)``:
+    inputs may have any strides that are multiples of 16 bytes, the last one 1; the table of biases, output and lse are
+    contiguous.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -37,6 +39,10 @@ class Arguments:
             extra = (self.batch, self.additional)
             self.keys = _input("additional_keys", (*extra, problem.heads_kv, problem.head_dim), dtype)
             self.values = _input("additional_values", (*extra, problem.heads_kv, problem.head_dim_v), dtype)
+        if problem.has(RELATIVE_POSITION_BIAS):
+            places = (2 * extent - 1 for extent in problem.kernel_size)
+            buffer = I.buffer(_wide((problem.heads, *places)), "float32", align=4)
+            self.bias = I.arg(RELATIVE_POSITION_BIAS, buffer)
         self.scale = I.arg("scale", tirx.Var("scale", "float32"))
         shape = (*tokens, problem.heads, problem.head_dim_v)
         self.output = I.arg("output", I.buffer(_wide(shape), dtype, align=16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.mma import planner
@@ -21,6 +22,7 @@ _OLDEST = (8, 0)
 
 class _Mma(Family):
     name = "mma"
+    operands = frozenset({RELATIVE_POSITION_BIAS})
 
     def is_for(self, target: Target) -> bool:
         """GPUs from sm_80 on."""
@@ -29,6 +31,8 @@ class _Mma(Family):
     def refusal(self, problem: Problem, target: Target, direction: str) -> str | None:
         """Return in a sentence why the family does not take a problem; ``None`` if it does."""
         assert isinstance(target, CudaTarget)
+        if direction == "backward" and problem.has(RELATIVE_POSITION_BIAS):
+            return "The schedule for tensor cores of single warps takes relative_position_bias in the forward only."
         return planner.refusal(problem, target, direction)
 
     def choose(self, problem: Problem, target: Target, direction: str) -> Mma:  # noqa: ARG002

@@ -15,6 +15,8 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 
+from na_compiler.operands import RELATIVE_POSITION_BIAS
+from na_compiler.schedules.mma.bias import Bias
 from na_compiler.schedules.mma.block import Arguments, Block, Source
 from na_compiler.schedules.mma.copies import Copy
 from na_compiler.schedules.mma.epilogue import Epilogue
@@ -70,7 +72,10 @@ class _Forward:
         work.first, work.low, work.high = ([register(at) for at in of] for of in (work.first, work.low, work.high))
         self.rows = Rows(plan, block.warp, block.lane)
         self.products = Products(block)
-        self.softmax = Softmax(self.products, arguments.scale)
+        self.bias: Bias | None = None
+        if problem.has(RELATIVE_POSITION_BIAS):
+            self.bias = Bias(self.products, self.rows, work, arguments.bias, arguments.scale)
+        self.softmax = Softmax(self.products, None if self.bias else arguments.scale)
         self.mask = Mask(self.products, self.rows, work, arguments.count)
         self.epilogue = Epilogue(block, self.products, self.rows)
         groups = problem.dilation, work.group
@@ -109,6 +114,9 @@ class _Forward:
         block, plan = self.block, self.plan
         block.wait(pending)
         block.sync_warp()
+        if self.softmax.is_negative is None:
+            self.products.load_queries()
+            return
         with when(self.softmax.is_negative):
             words = plan.query.bytes // 4
             first = block.warp * (plan.query_bytes // 4) + block.lane
@@ -172,6 +180,8 @@ class _Ring(_Forward):
                 self._copy_ahead(loading, tile[0] + ahead)
             with when(self._is_needed(visiting, tile[0], low, high)):
                 self.products.score(stage * (self.plan.key.bytes // 2))
+                if self.bias is not None:
+                    self._add_bias(self.bias, visiting, tile[0])
                 self.mask.apply(visiting, tile[0])
                 self.weigh()
                 self.products.weigh(stage * (self.plan.value.bytes // 2))
@@ -180,6 +190,17 @@ class _Ring(_Forward):
                 block.sync()
                 self._copy_ahead(loading, tile[0] + 1)
             put(tile, 0, tile[0] + 1)
+
+    def _add_bias(self, bias: Bias, cursor: StreamCursor, tile: Expr) -> None:
+        plan = self.plan
+        if not plan.problem.additional_kv:
+            bias.add(plan.stream_tile, list(cursor), 0, plan.streamed)
+            return
+        with I.If(tile < self.windows):
+            with I.Then():
+                bias.add(plan.stream_tile, list(cursor), 0, plan.streamed)
+            with I.Else():
+                bias.scale(plan.streamed)
 
     def _copy_ahead(self, cursor: StreamCursor, tile: Expr) -> None:
         tile = let(tile)
@@ -246,6 +267,8 @@ class _Resident(_Forward):
             rows = keys.rows_of(groups)
             self.softmax.elements = GROUP // 2 * len(groups)
             self.products.score_scattered(keys.keys_at(rows))
+            if self.bias is not None:
+                self.bias.add(plan.warp_union, keys.low, GROUP * groups.start, GROUP * len(groups))
             mask.apply(groups)
             self.weigh(is_first=first == 0)
             if first == 0:
@@ -268,6 +291,8 @@ class _Resident(_Forward):
             block.wait(0)
             block.sync()
             self.products.score(0)
+            if self.bias is not None:
+                self.bias.scale(plan.streamed)
             self.mask.tail(tile[0] * plan.streamed)
             self.weigh()
             self.products.weigh(0)

@@ -29,6 +29,13 @@ _LARGE = 2.0**27
 class Softmax:
     """Emits the softmax.
 
+    Parameters
+    ----------
+    products
+        Scores, weights and the weighted sums.
+    scale
+        Of the scores; ``None`` where these are scaled already, to units of ``log2(e)``.
+
     Attributes
     ----------
     highest
@@ -37,7 +44,7 @@ class Softmax:
         Of each row, this thread's part of the sum of weights so far.
     """
 
-    def __init__(self, products: Fragments, scale: Expr) -> None:
+    def __init__(self, products: Fragments, scale: Expr | None) -> None:
         self.products = products
         self.scores = products.scores
         self.elements = products.plan.streamed // 2
@@ -45,8 +52,8 @@ class Softmax:
         self._factor, self._step, self._offset, self._other = (local(_ROWS) for _ in range(4))
         # The highest product is the highest score if the scale is positive. A negative one is turned round, with the
         # queries; and in place of 0 stands what makes all scores equal as well, and minus infinity not a NaN.
-        self.is_negative = scale < T.float32(0)
-        magnitude = T.max(scale, T.float32(0) - scale) * T.float32(_LOG2_E)
+        self.is_negative = None if scale is None else scale < T.float32(0)
+        magnitude = T.float32(1) if scale is None else T.max(scale, T.float32(0) - scale) * T.float32(_LOG2_E)
         self._unit = local(1)
         put(self._unit, 0, T.max(magnitude, T.float32(_SMALLEST)))
         # The power of two at or above it: the exponent of the number whose mantissa it fills.
