@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from onnx import helper
-from oracle import check_forward
+from oracle import check_forward, draw_others
 
 from na_compiler.onnx import DOMAIN, VERSION, add_bodies
 from na_compiler.onnx.signature import INPUTS
@@ -83,7 +83,16 @@ def one_node(
     if p.additional_kv:
         dims += [["B", "S", p.heads_kv, p.head_dim], ["B", "S", p.heads_kv, p.head_dim_v]]
     element = ELEMENTS[p.dtype]
-    names = INPUTS[: len(dims)]
+    kinds = dict(zip(INPUTS, ((element, shape) for shape in dims), strict=False))
+    if p.has("relative_position_bias"):
+        places = [2 * extent - 1 for extent in p.kernel_size]
+        kinds["relative_position_bias"] = onnx.TensorProto.FLOAT, [p.heads, *places]
+    if p.has("key_mask"):
+        kinds["key_mask"] = onnx.TensorProto.BOOL, tokens
+    # By their places, of which the last ones may be left out.
+    names = [name if name in kinds else "" for name in INPUTS]
+    while not names[-1]:
+        names.pop()
     given = {
         "kernel_size": list(p.kernel_size),
         "stride": list(p.stride),
@@ -97,7 +106,7 @@ def one_node(
     if lse:
         outputs.append(helper.make_tensor_value_info("lse", onnx.TensorProto.FLOAT, [*tokens, p.heads]))
     node = helper.make_node(f"NA{p.rank}D", names, [o.name for o in outputs], domain=DOMAIN, name="attend", **given)
-    inputs = [helper.make_tensor_value_info(name, element, shape) for name, shape in zip(names, dims, strict=True)]
+    inputs = [helper.make_tensor_value_info(name, *kind) for name, kind in kinds.items()]
     imports = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, VERSION)]
     model = helper.make_model(helper.make_graph([node], "g", inputs, outputs), opset_imports=imports, ir_version=10)
     if body is not None:
@@ -175,9 +184,17 @@ class Forward:
             shapes += [(batch, additional, p.heads_kv, p.head_dim), (batch, additional, p.heads_kv, p.head_dim_v)]
         self.inputs = [torch.randn(shape).to(getattr(torch, p.dtype)) for shape in shapes]
         self.tokens = torch.randperm(p.tokens)[:300].sort().values if p.tokens > 4096 else None
+        self.others = draw_others(p, batch)
         exact = [tensor.double() for tensor in self.inputs]
         parameters = (p.kernel_size, p.stride, p.dilation, p.is_causal, scale)
-        self.output, self.lse = neighborhood_attention(*exact[:3], *parameters, *exact[3:], tokens=self.tokens)
+        self.output, self.lse = neighborhood_attention(
+            *exact[:3], *parameters, *exact[3:], tokens=self.tokens, **self.others
+        )
+
+    @property
+    def feeds(self) -> dict[str, np.ndarray]:
+        """All inputs, as a runtime takes them."""
+        return feeds(self.inputs) | {name: to_numpy(tensor) for name, tensor in self.others.items()}
 
     def check(self, output: np.ndarray, lse: np.ndarray) -> None:
         """Assert that a runtime's results are right, as `oracle.check_forward` does."""

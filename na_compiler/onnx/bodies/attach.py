@@ -171,6 +171,37 @@ def _add_additional(node: ir.Node, names: FreshNames) -> None:
             sliced.dtype = tensor.dtype
         if tensor.shape is not None:
             sliced.shape = ir.Shape([tensor.shape[0], 0, *tensor.shape[-2:]])
+    _give(node, names, tape, dict(zip(("additional_keys", "additional_values"), empty, strict=True)))
+
+
+def _add_bias(node: ir.Node, names: FreshNames) -> None:
+    """Give a node without a bias by relative position one of zeros."""
+    rank = node_signature(node).rank
+    tape = Tape()
+    heads = tape.op("Shape", [node.inputs[0]], {"start": rank + 1, "end": rank + 2})
+    places = [2 * extent - 1 for extent in node.attributes["kernel_size"].as_ints()]
+    shape = tape.op("Concat", [heads, tape.op("Constant", [], {"value_ints": places})], {"axis": 0})
+    bias = tape.op("ConstantOfShape", [shape], {"value": ir.tensor([0.0], dtype=ir.DataType.FLOAT)})
+    bias.dtype = ir.DataType.FLOAT
+    bias.shape = ir.Shape([None, *places])
+    _give(node, names, tape, {operands.RELATIVE_POSITION_BIAS: bias})
+
+
+def _add_mask(node: ir.Node, names: FreshNames) -> None:
+    """Give a node without a key mask one that hides nothing."""
+    rank = node_signature(node).rank
+    tape = Tape()
+    shape = tape.op("Shape", [node.inputs[0]], {"start": 0, "end": rank + 1})
+    mask = tape.op("ConstantOfShape", [shape], {"value": ir.tensor([True], dtype=ir.DataType.BOOL)})
+    mask.dtype = ir.DataType.BOOL
+    query = node.inputs[0]
+    if query is not None and query.shape is not None:
+        mask.shape = ir.Shape(query.shape[: rank + 1])
+    _give(node, names, tape, {operands.KEY_MASK: mask})
+
+
+def _give(node: ir.Node, names: FreshNames, tape: Tape, inputs: Mapping[str, ir.Value]) -> None:
+    """Give a node more inputs, by name, and put what makes them before it."""
     graph = node.graph
     assert graph is not None
     for made in tape.nodes:
@@ -178,11 +209,15 @@ def _add_additional(node: ir.Node, names: FreshNames) -> None:
         for output in made.outputs:
             output.name = names(f"{made.name}_output")
     graph.insert_before(node, tape.nodes)
-    places = [INPUTS.index(name) for name in ("additional_keys", "additional_values")]
-    node.resize_inputs(max(len(node.inputs), places[-1] + 1))
-    for place, value in zip(places, empty, strict=True):
+    places = {INPUTS.index(name): value for name, value in inputs.items()}
+    node.resize_inputs(max(len(node.inputs), max(places) + 1))
+    for place, value in places.items():
         node.replace_input_with(place, value)
 
 
 # What nodes without an option get where others of their operator have it: inputs that change nothing.
-_STAND_INS: Mapping[str, Callable[[ir.Node, FreshNames], None]] = {operands.ADDITIONAL_KV: _add_additional}
+_STAND_INS: Mapping[str, Callable[[ir.Node, FreshNames], None]] = {
+    operands.ADDITIONAL_KV: _add_additional,
+    operands.RELATIVE_POSITION_BIAS: _add_bias,
+    operands.KEY_MASK: _add_mask,
+}

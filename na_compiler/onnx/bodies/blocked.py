@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from na_compiler.onnx.bodies.expression import Expression, Interface, Writer
 from na_compiler.onnx.bodies.generic import Heads, attend, masked
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.window import group_length, window_bounds
 
@@ -92,6 +93,12 @@ class _Axis:
         group, first, last = (write.constant(each) for each in self.boxes)
         return (write("Range", 0, self.width, 1) + first).minimum(last) * self.dilation + group
 
+    def relative(self, write: Writer, kernel_size: int) -> Expression:
+        """Return places in a table of biases, ``[tiles, rows, width]``; any for what is not seen."""
+        first = self.boxes[1][..., None] - self.queries[..., None] // self.dilation + (kernel_size - 1)
+        places = write.constant(first) + write("Range", 0, self.width, 1)
+        return places.minimum(2 * kernel_size - 2).maximum(0)
+
     def visible(self, write: Writer) -> Expression:
         """Return which keys of its box a query sees, ``[tiles, rows, width]``."""
         start, end = (write.constant(each) for each in self.windows)
@@ -143,9 +150,18 @@ def blocked_body(operator: str, opset: int, problem: Problem, overload: str, int
     keys = write("Gather", heads.keys(key, tokens), boxes, axis=2)
     values = write("Gather", heads.values(value, tokens), boxes, axis=2)
     scores = write("MatMul", queries, write("Transpose", keys, perm=[0, 1, 2, 4, 3]))
-    if not all(axis.sees_all for axis in axes):
-        scores = masked(write, scores, _visible(write, axes, problem.group_size))
-    output, lse = attend(write, heads, queries, scores, values, interface)
+    for bias in write.inputs(RELATIVE_POSITION_BIAS):
+        biases = heads.biases(bias, _relative(write, axes, problem))
+        shape = write.shape(problem.heads_kv, tiles, rows * problem.group_size, width)
+        scores = scores + write("Reshape", write("Transpose", biases, perm=[0, 2, 3, 1, 4]), shape)
+    visible = None if all(axis.sees_all for axis in axes) else _visible(write, axes, problem.group_size)
+    key_mask = write.inputs(KEY_MASK)
+    for mask in key_mask:
+        seen = heads.seen(mask, tokens, boxes)
+        visible = seen if visible is None else visible & seen
+    if visible is not None:
+        scores = masked(write, scores, visible)
+    output, lse = attend(write, heads, queries, scores, values, interface, visible if key_mask else None)
     back = _places(write, axes)
     results = []
     for result, last in ((output, [problem.head_dim_v]), (lse, [])):
@@ -216,6 +232,18 @@ def _visible(write: Writer, axes: list[_Axis], group: int) -> Expression:
         combined = write("Reshape", combined, [tiles, rows, 1, keys])
         combined = write("Expand", combined, [tiles, rows, group, keys])
     return write("Reshape", combined, [tiles, rows * group, keys])
+
+
+def _relative(write: Writer, axes: list[_Axis], problem: Problem) -> Expression:
+    """Combine places in a table of biases on each axis to ``[tiles, rows, keys]`` of a flattened one."""
+    rank = len(axes)
+    combined = None
+    for axis, (each, kernel_size) in enumerate(zip(axes, problem.kernel_size, strict=True)):
+        along = write("Unsqueeze", each.relative(write, kernel_size), [i for i in range(3 * rank) if i % rank != axis])
+        combined = along if combined is None else combined * (2 * kernel_size - 1) + along
+    assert combined is not None
+    tiles, rows = (math.prod(each.queries.shape[i] for each in axes) for i in range(2))
+    return write("Reshape", combined, [tiles, rows, math.prod(each.width for each in axes)])
 
 
 def _places(write: Writer, axes: list[_Axis]) -> Expression:

@@ -14,13 +14,15 @@ import onnx_ir as ir
 
 from na_compiler.onnx.bodies.expression import Expression, Interface, Writer
 from na_compiler.onnx.signature import OPERATORS
-from na_compiler.operands import PARAMETERS
+from na_compiler.operands import KEY_MASK, PARAMETERS, RELATIVE_POSITION_BIAS
 from na_compiler.window import group_length, window_start
 
 __all__ = ["COMPUTED", "Heads", "attend", "generic_body", "masked"]
 
 # What bodies compute, by the names of inputs and attributes. What `na_compiler.operands` has beside is refused.
-COMPUTED = frozenset({"query", "key", "value", "additional_keys", "additional_values", "scale"})
+COMPUTED = frozenset(
+    {"query", "key", "value", "additional_keys", "additional_values", RELATIVE_POSITION_BIAS, KEY_MASK, "scale"}
+)
 
 
 def generic_body(operator: str, opset: int, interface: Interface) -> ir.Function:
@@ -41,14 +43,20 @@ def generic_body(operator: str, opset: int, interface: Interface) -> ir.Function
     sizes = write("Shape", query)
     layout = write("Slice", sizes, [1], [1 + rank])
     tokens = write("ReduceProd", layout, keepdims=1)
-    indices, visible = _window_tables(write, layout, rank)
+    bias, key_mask = write.inputs(RELATIVE_POSITION_BIAS), write.inputs(KEY_MASK)
+    indices, visible, places = _window_tables(write, layout, rank, with_places=bool(bias))
     heads = Heads.make(write, query, key, value, rank)
     queries = heads.queries(query, tokens)
     keys = write("Gather", heads.keys(key, tokens), indices, axis=2)
     values = write("Gather", heads.values(value, tokens), indices, axis=2)
     scores = write("MatMul", queries, write("Transpose", keys, perm=[0, 1, 2, 4, 3]))
-    scores = masked(write, scores, write("Unsqueeze", visible, [1]))
-    output, lse = attend(write, heads, queries, scores, values, interface)
+    if places is not None:
+        scores = scores + write("Transpose", heads.biases(bias[0], places), perm=[0, 2, 1, 3])
+    visible = write("Unsqueeze", visible, [1])
+    if key_mask:
+        visible = visible & heads.seen(key_mask[0], tokens, indices)
+    scores = masked(write, scores, visible)
+    output, lse = attend(write, heads, queries, scores, values, interface, visible if key_mask else None)
     # [batch, heads_kv, tokens, group, ...] back to [batch, *layout, heads, ...]
     output = write("Transpose", output, perm=[0, 2, 1, 3, 4])
     tokens_and_heads = write.shape([0], write("Slice", sizes, [1], [2 + rank]))
@@ -109,6 +117,18 @@ class Heads:
         """Return values in float32, ``[batch, heads_kv, tokens, head_dim_v]``."""
         return self._heads_first(value, write_shape=(tokens, self.heads_kv, self.head_dim_v))
 
+    def biases(self, table: Expression, places: Expression) -> Expression:
+        """Return biases of places in a flattened table, ``[heads_kv, group, *places]``."""
+        write = self.write
+        flat = write("Reshape", table, write.shape(self.heads_kv, self.group, [-1]))
+        return write("Gather", flat, places, axis=2)
+
+    def seen(self, key_mask: Expression, tokens: Expression, indices: Expression) -> Expression:
+        """Return which keys a mask lets see, of ``[blocks, keys]`` numbers: ``[batch, 1, blocks, 1, keys]``."""
+        write = self.write
+        flat = write("Reshape", key_mask, write.shape([0], tokens))
+        return write("Unsqueeze", write("Gather", flat, indices, axis=1), [1, 3])
+
     def _heads_first(self, tensor: Expression, write_shape: tuple[Expression, ...]) -> Expression:
         write = self.write
         flat = write("Cast", write("Reshape", tensor, write.shape([0], *write_shape)), to=ir.DataType.FLOAT)
@@ -127,6 +147,7 @@ def attend(
     scores: Expression,
     values: Expression,
     interface: Interface,
+    visible: Expression | None = None,
 ) -> tuple[Expression, Expression | None]:
     """Return softmax(scores) @ values and, if it is returned, the logarithm of the softmax's denominator.
 
@@ -140,11 +161,14 @@ def attend(
         ``[batch, heads_kv, blocks, rows, head_dim]``, ``[..., rows, keys]`` and ``[..., keys, head_dim_v]``.
     interface
         What the function takes and returns. Additional keys, if there are any, are more columns of scores.
+    visible
+        Which keys are seen, like scores, where a query may see none: its output is 0 then, and lse minus infinity.
     """
+    sees = None if visible is None else _any(write, visible)
     additional = write.inputs("additional_keys", "additional_values")
     if not additional:
         lse = _logarithm(write, scores) if interface.lse else None
-        return write("MatMul", write("Softmax", scores, axis=-1), values), lse
+        return _where_seen(write, sees, write("MatMul", write("Softmax", scores, axis=-1), values), lse)
     count = write("Slice", write("Shape", additional[0]), [1], [2])
     # A dimension for the blocks of queries, all of which see the same keys. Padded with one key that nobody sees:
     # products over no keys at all are not to be relied on.
@@ -161,7 +185,26 @@ def attend(
     weights = write("Softmax", together, axis=-1)
     seen = write("MatMul", write("Slice", weights, [0], window, [4]), values)
     rest = write("Slice", weights, window, write("Shape", weights, start=4), [4])
-    return seen + write("MatMul", rest, more[1]), lse
+    if sees is not None:
+        sees = sees | write("Less", 0, count)
+    return _where_seen(write, sees, seen + write("MatMul", rest, more[1]), lse)
+
+
+def _any(write: Writer, visible: Expression) -> Expression:
+    """Return whether any key is seen, with a last dimension of 1."""
+    numbers = write("Cast", visible, to=ir.DataType.FLOAT)
+    return write("Greater", write("ReduceMax", numbers, [-1], keepdims=1), np.float32(0))
+
+
+def _where_seen(
+    write: Writer, sees: Expression | None, output: Expression, lse: Expression | None
+) -> tuple[Expression, Expression | None]:
+    """Return output and lse; 0 and minus infinity for a query that sees no key."""
+    if sees is None:
+        return output, lse
+    if lse is not None:
+        lse = write("Where", write("Squeeze", sees, [-1]), lse, np.float32(-np.inf))
+    return write("Where", sees, output, np.float32(0)), lse
 
 
 def _logarithm(write: Writer, scores: Expression) -> Expression:
@@ -170,24 +213,34 @@ def _logarithm(write: Writer, scores: Expression) -> Expression:
     return write("Where", write("IsInf", lse), np.float32(np.nan), lse)
 
 
-def _window_tables(write: Writer, layout: Expression, rank: int) -> tuple[Expression, Expression]:
-    """Return for every query the numbers of the keys in its window, and which of them it sees, ``[tokens, window]``."""
+def _window_tables(
+    write: Writer, layout: Expression, rank: int, *, with_places: bool
+) -> tuple[Expression, Expression, Expression | None]:
+    """Return for every query the numbers of the keys in its window, which of them it sees, and places of their biases.
+
+    All are ``[tokens, window]``; places only where they are asked for.
+    """
     ints = ir.AttributeType.INTS
     kernel_size, stride, dilation, is_causal = (write.attribute(name, ints) for name in PARAMETERS)
-    indices = visible = None
+    indices = visible = relative = None
     for axis in range(rank):
         extent = write("Gather", layout, axis)
         kernel, step, gap, causal = (write("Gather", each, axis) for each in (kernel_size, stride, dilation, is_causal))
-        places, sees = _axis_tables(write, extent, kernel, step, gap, write("Cast", causal, to=ir.DataType.BOOL))
+        tables = _axis_tables(write, extent, kernel, step, gap, write("Cast", causal, to=ir.DataType.BOOL))
         # [1, X, 1, 1, k, 1] of this axis against those of the others
         others = [i for i in range(2 * rank) if i not in {axis, rank + axis}]
-        places, sees = write("Unsqueeze", places, others), write("Unsqueeze", sees, others)
+        places, sees = (write("Unsqueeze", table, others) for table in tables[:2])
         indices = places if indices is None else indices * extent + places
         visible = sees if visible is None else visible & sees
+        if with_places:
+            along = write("Unsqueeze", tables[2] + (kernel - 1), others)
+            relative = along if relative is None else relative * (kernel * 2 - 1) + along
     assert indices is not None
     assert visible is not None
     shape = write.shape([-1], write("ReduceProd", kernel_size, keepdims=1))
-    return write("Reshape", indices, shape), write("Reshape", visible, shape)
+    if relative is not None:
+        relative = write("Reshape", relative, shape)
+    return write("Reshape", indices, shape), write("Reshape", visible, shape), relative
 
 
 def _axis_tables(
@@ -197,8 +250,11 @@ def _axis_tables(
     stride: Expression,
     dilation: Expression,
     causal: Expression,
-) -> tuple[Expression, Expression]:
-    """Return the places of the keys in each query's window along an axis, and whether it sees them, ``[X, k]``."""
+) -> tuple[Expression, Expression, Expression]:
+    """Return the places of the keys in each query's window along an axis, whether it sees them, and how far they are.
+
+    All are ``[X, k]``; distances are counted in the dilation group.
+    """
     place = write("Range", 0, extent, 1)
     group, index = place % dilation, place // dilation
     length = group_length(extent, dilation, group)  # type: ignore[arg-type]
@@ -219,4 +275,4 @@ def _axis_tables(
     group, index, last = (write("Unsqueeze", each, [1]) for each in (group, index, length - 1))
     key = write("Unsqueeze", start, [1]) + write("Range", 0, kernel_size, 1)
     sees = write("Not", causal) | (key <= index)
-    return key.minimum(last) * dilation + group, sees
+    return key.minimum(last) * dilation + group, sees, key - index
