@@ -45,8 +45,7 @@ def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Mod
     Raises
     ------
     NotImplementedError
-        For a module with something that ours have not: relative position bias, dropout of attention weights. Nothing
-        is changed then.
+        For a module with something that ours have not: dropout of attention weights. Nothing is changed then.
 
     Notes
     -----
@@ -144,8 +143,6 @@ def _converted(module: Any) -> nn.Module:  # noqa: ANN401 - a class of NATTEN's,
     is_natten = base.__module__.partition(".")[0] == "natten"
     need(is_natten or _calls(module, base, rank), f"{base.__module__}.{base.__name__} does not call na{rank}d")
     _check_parts(module)
-    if getattr(module, "rpb", None) is not None:
-        raise _LackingError("a relative position bias (rpb)")
     dropout = getattr(module, "attn_drop", None)
     rate = getattr(dropout, "p", dropout or 0.0)
     if rate:
@@ -164,6 +161,11 @@ def _converted(module: Any) -> nn.Module:  # noqa: ANN401 - a class of NATTEN's,
         made.is_causal = flags_per_axis("is_causal", flags, rank)
     except (TypeError, ValueError) as error:
         raise DeclinedError(str(error)) from None
+    if getattr(made, "rpb", None) is None:
+        made.register_parameter("rpb", None)
+    else:
+        wanted = (made.num_heads, *(2 * size - 1 for size in made.kernel_size))
+        need(tuple(made.rpb.shape) == wanted, f"rpb has shape {tuple(made.rpb.shape)}, not {wanted}")
     if not hasattr(made, "proj_drop"):
         made.proj_drop = nn.Dropout(0.0)
     return made

@@ -44,7 +44,7 @@ class OldNeighborhoodAttention(nn.Module):
 
     Notes
     -----
-    With a bias, and while attention weights are dropped, it takes the split operators, otherwise one kernel.
+    While attention weights are dropped it takes the split operators, otherwise one kernel.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class OldNeighborhoodAttention(nn.Module):
             x = self._padded(x)
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         drops = self.training and self.attn_drop.p > 0
-        if self.rpb is not None or drops:
+        if drops:
             attended = attend(
                 query, key, value, self.kernel_size, self.dilation, self.is_causal, self.scale, self.rpb, self.attn_drop
             )
         else:
-            attended = fused(query, key, value, self.kernel_size, self.dilation, self.is_causal, scale=self.scale)
+            attended = fused(query, key, value, self.kernel_size, self.dilation, self.is_causal, self.rpb, self.scale)
         attended = attended.flatten(-2)
         for axis, extent in enumerate(layout, 1):
             attended = attended.narrow(axis, 0, extent)

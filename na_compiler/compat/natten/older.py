@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from na_compiler import functional
-from na_compiler.compat.natten.split import Flags, Ints, attend, av, qk
+from na_compiler.compat.natten.split import Flags, Ints, av, qk
 
 __all__ = ["OLD_014", "OLD_015", "OLD_017", "fused"]
 
@@ -33,22 +33,12 @@ def fused(
     additional_values: Tensor | None = None,
     xformers_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Attend, heads last, as 0.17 did: by one kernel; with a bias by relative position through the split operators.
-
-    Raises
-    ------
-    NotImplementedError
-        For a bias together with additional keys and values.
-    """
-    if rpb is None:
-        output: Tensor = _FUSED[query.dim() - 3](
-            query, key, value, kernel_size, 1, dilation, is_causal, scale, additional_keys, additional_values
-        )
-        return output
-    if additional_keys is not None or additional_values is not None:
-        raise NotImplementedError("rpb with additional_keys: leave one out, or use na*d_qk, a softmax and na*d_av")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attend(query, key, value, kernel_size, dilation, is_causal or False, scale, rpb)
+    """Attend, heads last, as 0.17 did, by one kernel."""
+    output: Tensor = _FUSED[query.dim() - 3](
+        query, key, value, kernel_size, 1, dilation, is_causal, scale, additional_keys, additional_values,
+        relative_position_bias=rpb,
+    )  # fmt: skip
+    return output
 
 
 def _checked(rank: int, name: str, tensor: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
