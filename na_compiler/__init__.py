@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # What `__getattr__` finds; type checkers do not call it.
     from na_compiler.functional import na1d, na2d, na3d
     from na_compiler.integrations import convert
     from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+    from na_compiler.ops.torchscript import fvcore_handles
     from na_compiler.runtime.bundle import load_bundle
     from na_compiler.runtime.jit import MissingKernelError, compiling
 
@@ -29,6 +30,7 @@ __all__ = [
     "compile",
     "compiling",
     "convert",
+    "fvcore_handles",
     "load_bundle",
     "na1d",
     "na2d",
@@ -47,6 +49,7 @@ _LAZY = {
     "compile": "na_compiler.compiler.kernels",
     "compiling": "na_compiler.runtime.jit",
     "convert": "na_compiler.integrations",
+    "fvcore_handles": "na_compiler.ops.torchscript",
     "load_bundle": "na_compiler.runtime.bundle",
     "na1d": "na_compiler.functional",
     "na2d": "na_compiler.functional",

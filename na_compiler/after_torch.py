@@ -23,9 +23,14 @@ _LOG = logging.getLogger("na_compiler")
 def register() -> None:
     """Register torch's operators: now if torch is imported, or else when it is."""
     if sys.modules.get("torch") is not None:
-        importlib.import_module("na_compiler.bound")
+        _register_operators()
     else:
         sys.meta_path.insert(0, _Finder())
+
+
+def _register_operators() -> None:
+    importlib.import_module("na_compiler.bound")
+    importlib.import_module("na_compiler.ops.torchscript").register_symbolics()
 
 
 class _Finder(MetaPathFinder):
@@ -70,6 +75,6 @@ class _ThenRegister(Loader):
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
         try:
-            importlib.import_module("na_compiler.bound")
+            _register_operators()
         except Exception as error:  # noqa: BLE001 - a torch that we cannot use is still one that others can.
             _LOG.warning("torch.ops.na_compiler has no operators: %s: %s", type(error).__name__, error)

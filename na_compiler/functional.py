@@ -6,15 +6,18 @@ import functools
 import logging
 import math
 import numbers
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from na_compiler import checks, operands
 from na_compiler.ops.call import call
 from na_compiler.ops.operators import refuse_unless_dense
+from na_compiler.ops.torchscript import is_tracing, refuse_scripting
 from na_compiler.problem import flags_per_axis, ints_per_axis
 
 __all__ = ["na1d", "na2d", "na3d"]
@@ -57,7 +60,8 @@ _PARAMETERS = """
     is_causal
         Whether a query sees no key after itself. Default False.
     scale
-        Of the scores. Default ``head_dim ** -0.5``; 0 is 0.
+        Of the scores. Default ``head_dim ** -0.5``; 0 is 0. One that ``torch.export`` or Dynamo does not know, as it
+        follows from a dynamic size or is a NumPy number, multiplies query instead.
     additional_keys, additional_values
         ``[batch, additional, heads_kv, head_dim]`` and ``[..., head_dim_v]``: seen by every query beside its window,
         inside the same softmax. Default none.
@@ -126,6 +130,9 @@ def _attention(
     if additional_keys is not None or additional_values is not None:
         given = {"additional_keys": additional_keys, "additional_values": additional_values}
         _check_tensors(rank, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    factor = _default_scale(query) if scale is None else checked_scale(scale)
+    if torch.compiler.is_compiling() and _is_unknown(factor):
+        query, factor = query * (float(factor) if _is_array(factor) else factor), 1.0
     result: Tensor | tuple[Tensor, Tensor] = call(
         rank,
         return_lse,
@@ -133,7 +140,7 @@ def _attention(
         key,
         value,
         *_canonical(rank, kernel_size, stride, dilation, is_causal),
-        _default_scale(query) if scale is None else _checked_scale(scale),
+        factor,
         additional_keys,
         additional_values,
         *others,
@@ -168,29 +175,85 @@ def _check_tensors(rank: int, **tensors: object) -> None:
 
 def _default_scale(query: Tensor) -> float:
     head_dim = query.shape[-1] if query.dim() else 1
+    if _is_recording():
+        with warnings.catch_warnings():  # That it becomes a constant, as a kernel's head_dim is.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            head_dim = int(head_dim)
     return head_dim**-0.5 if head_dim else 1.0  # A head_dim of 0 is refused with the rest of the shape.
 
 
-def _checked_scale(scale: object) -> float:
-    if isinstance(scale, torch.SymFloat):
-        return scale  # type: ignore[return-value]
+def checked_scale(scale: object) -> float:
+    """Return a scale as a float; one that torch does not know while it compiles or exports, as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is not a finite number.
+    """
+    if isinstance(scale, torch.SymFloat) or (torch.compiler.is_compiling() and _is_unknown(scale)):
+        return scale  # type: ignore[no-any-return]
+    if isinstance(scale, Tensor) and not scale.dim() and _is_recording():
+        return float(scale)  # A size is a tensor to torch.jit.trace, and so is what is made of one.
     # Where layers of different scales were compiled, Dynamo makes the scale an input, of which it knows no value.
     is_known = not torch.compiler.is_compiling()
-    # NumPy's are numbers.Real only.
-    is_bool = isinstance(scale, bool)
-    if isinstance(scale, (float, int, numbers.Real)) and not is_bool and (not is_known or math.isfinite(scale)):
-        return float(scale)
-    raise ValueError(f"scale must be a finite number, got {scale!r}; None is head_dim ** -0.5")
+    is_number = isinstance(scale, (float, int, numbers.Real))  # NumPy's are only the latter.
+    if not is_number or isinstance(scale, bool) or (is_known and not math.isfinite(scale)):
+        given = repr(scale) if is_known else type(scale).__name__  # Dynamo has no repr of a tensor.
+        raise ValueError(f"scale must be a finite number, got {given}; None is head_dim ** -0.5")
+    return float(scale)
+
+
+def _is_unknown(scale: object) -> bool:
+    """Return whether a scale is a number of which nothing is known while torch compiles or exports.
+
+    An operator has a plain number there, which would be the one of the example inputs. Dynamo compiles anew where a
+    size has another value; an exported program has to be right for all.
+    """
+    if _is_array(scale):
+        return True
+    if not torch.compiler.is_exporting() or not isinstance(scale, (float, int, torch.SymFloat, torch.SymInt)):
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # noqa: PLC0415 - it brings sympy
+
+    return not has_static_value(scale)
+
+
+def _is_array(value: object) -> bool:
+    """Return whether a value is what Dynamo takes a number of NumPy's for."""
+    return isinstance(value, np.ndarray) and not value.ndim
+
+
+def _is_recording() -> bool:
+    """Return whether ``torch.jit.trace`` is recording; Dynamo cannot trace the question."""
+    return not torch.compiler.is_compiling() and is_tracing()
 
 
 def _canonical(rank: int, *parameters: object) -> tuple[Any, ...]:
     """Return kernel_size, stride, dilation and is_causal with a value for each axis."""
     if torch.compiler.is_compiling():  # Dynamo traces through a cache, and warns that it does.
+        if any(map(_has_array, parameters)):
+            raise ValueError(
+                "kernel_size, stride, dilation and is_causal must be Python's ints and bools where torch compiles: "
+                "NumPy's are arrays to it; int(...) of each would work"
+            )
         return canonical_parameters(rank, *parameters)
+    if is_tracing():
+        return canonical_parameters(rank, *map(_recorded, parameters))
     try:
         return _canonical_cached(rank, *parameters)
     except TypeError:  # A list is not hashable.
         return canonical_parameters(rank, *parameters)
+
+
+def _has_array(parameter: object) -> bool:
+    return any(map(_is_array, parameter if isinstance(parameter, tuple | list) else (parameter,)))
+
+
+def _recorded(parameter: object) -> object:
+    """Return a parameter with numbers for sizes, which are tensors to ``torch.jit.trace``; torch says that it does."""
+    if isinstance(parameter, tuple | list):
+        return tuple(map(_recorded, parameter))
+    return int(parameter) if isinstance(parameter, Tensor) and not parameter.dim() else parameter
 
 
 def canonical_parameters(
@@ -338,6 +401,11 @@ def _function(rank: int) -> _Attend:
             additional_values, relative_position_bias, key_mask, return_lse, tuning,
         )  # fmt: skip
 
+    refuse_scripting(  # Layers have a form that can be scripted.
+        attend,
+        f"na{rank}d cannot be scripted: call torch.ops.na_compiler.na{rank}d, which can, with all arguments and lists "
+        f"for kernel_size, stride, dilation and is_causal; or script a layer, or use torch.jit.trace or torch.export",
+    )
     attend.__name__ = attend.__qualname__ = f"na{rank}d"
     parameters = _PARAMETERS.format(axes=_AXES[rank], offsets=_OFFSETS[rank])
     attend.__doc__ = (

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from na_compiler.functional import Flags, Ints, canonical_parameters, na1d, na2d, na3d
+from na_compiler.functional import Flags, Ints, canonical_parameters, checked_scale, na1d, na2d, na3d
+from na_compiler.ops.torchscript import Scriptable
 from na_compiler.problem import check_strides
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -76,7 +77,7 @@ class _NeighborhoodAttention(nn.Module):
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.scale = self.head_dim**-0.5 if qk_scale is None else checked_scale(qk_scale)
         parameters = canonical_parameters(self.rank, kernel_size, stride, dilation, is_causal)
         self.kernel_size, self.stride, self.dilation, self.is_causal = parameters
         check_strides(self.kernel_size, self.stride)
@@ -122,6 +123,15 @@ class _NeighborhoodAttention(nn.Module):
             relative_position_bias=self.rpb, key_mask=key_mask,
         )  # fmt: skip
         return self.proj_drop(self.proj(attended.flatten(-2)))  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what ``torch.jit.script`` compiles in place of the layer: the same in its subset of Python."""
+        scripted = Scriptable.__new__(Scriptable)
+        scripted.__dict__.update(self.__dict__)  # All that a module carries: parameters, submodules, hooks, mode.
+        scripted.rank = self.rank
+        for name in ("kernel_size", "stride", "dilation", "is_causal"):
+            setattr(scripted, name, [int(one) for one in getattr(self, name)])
+        return scripted
 
     def extra_repr(self) -> str:
         """Return what the representation shows beside the submodules."""

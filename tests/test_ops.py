@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from oracle import check_backward, check_forward, draw
@@ -446,33 +447,37 @@ class TestCompile:
             torch.compile(lambda q: na2d(q, q, q, 7), fullgraph=True)(query)
 
 
-class TestTracing:
-    """By what is older than torch.export: `torch.jit.trace`, the exporter before, counters that are made of it."""
+    @pytest.mark.parametrize("scale", [np.float32(0.25), np.float64(0.25), np.int64(2)])
+    @pytest.mark.parametrize("given", ["constant", "argument", "layer"])
+    def test_scales_of_numpy(self, scale, given, seed):
+        """To Dynamo they are arrays."""
+        query = torch.randn(1, 6, 9, 2, 8)
+        options = {"fullgraph": True, "backend": "aot_eager"}
+        if given == "layer":
+            layer = na_compiler.NeighborhoodAttention2D(16, 2, np.int64(3), qk_scale=scale, is_causal=np.bool_(True))
+            x = query.flatten(-2)
+            assert error(torch.compile(layer, **options)(x), layer(x)) < 1e-6
+        elif given == "argument":
+            found = torch.compile(lambda q, s: na2d(q, q, q, 3, scale=s), **options)(query, scale)
+            assert error(found, na2d(query, query, query, 3, scale=float(scale))) < 1e-6
+        else:
+            found = torch.compile(lambda q: na2d(q, q, q, 3, scale=scale), **options)(query)
+            assert error(found, na2d(query, query, query, 3, scale=float(scale))) < 1e-6
 
-    class Attend(torch.nn.Module):
-        def forward(self, x):
-            return na2d(x, x, 2 * x, (3, 4), is_causal=(True, False))
-
-    def test_jit(self, seed):
-        traced = torch.jit.trace(self.Attend(), torch.randn(1, 6, 9, 2, 8))
-        x = torch.randn(3, 6, 9, 2, 8)
-        assert torch.equal(traced(x), self.Attend()(x))
-        # What counters of operations look for.
-        kinds = [node.kind() for node in traced.inlined_graph.nodes()]
-        assert kinds.count("na_compiler::na2d") == 1
-
-    @pytest.mark.filterwarnings("ignore")
-    def test_the_exporter_before(self, seed):
-        import onnx
-
-        file = io.BytesIO()
-        kinds = torch.onnx.OperatorExportTypes
-        torch.onnx.export(
-            self.Attend(), (torch.randn(1, 6, 9, 2, 8),), file, dynamo=False,
-            operator_export_type=kinds.ONNX_FALLTHROUGH,
-        )  # fmt: skip
-        nodes = onnx.load_from_string(file.getvalue()).graph.node
-        assert [node.op_type for node in nodes if node.domain == "na_compiler"] == ["na2d"]
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"kernel_size": np.int64(3)}, "int.* of each would work"),
+            ({"kernel_size": (3, np.int64(3))}, "must be Python's ints and bools"),
+            ({"kernel_size": 3, "is_causal": np.bool_(True)}, "must be Python's ints and bools"),
+            ({"kernel_size": 3, "scale": np.array([0.5, 0.5])}, "scale must be a finite number, got ndarray"),
+            ({"kernel_size": 3, "scale": torch.tensor(0.5)}, "scale must be a finite number, got Tensor"),
+        ],
+    )
+    def test_what_dynamo_cannot_take_is_refused_by_name(self, options, said):
+        query = torch.randn(1, 6, 9, 2, 8)
+        with pytest.raises(Exception, match=said):
+            torch.compile(lambda q: na2d(q, q, q, **options), fullgraph=True, backend="eager")(query)
 
 
 class Whole(torch.nn.Module):
@@ -536,6 +541,35 @@ class TestExport:
         for tokens, window in ((5, 5), (12, 7)):
             (site,) = na_compiler.passes.collect(program, [{"x": (1, tokens, 9, 2, 8)}])
             assert site.problem.kernel_size == (window, 3)
+
+    @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.parametrize("make", [lambda q: q.shape[-1] ** -0.5, lambda q: 3 / q.shape[1], lambda q: None])
+    def test_a_scale_of_a_dynamic_size(self, make, strict, seed):
+        """It multiplies query, as the operator would have the scale of the example for all."""
+
+        class Scaled(torch.nn.Module):
+            def forward(self, q):
+                return na2d(q, q, q, 3, scale=make(q), return_lse=True)
+
+        dims = {1: torch.export.Dim("x", min=3, max=40), 4: torch.export.Dim("head_dim", min=2, max=64)}
+        query = torch.randn(1, 6, 9, 2, 8)
+        program = torch.export.export(Scaled(), (query,), dynamic_shapes=(dims,), strict=strict)
+        for x, head_dim in ((6, 8), (9, 12)):
+            query = torch.randn(1, x, 9, 2, head_dim)
+            for result, expected in zip(program.module()(query), Scaled()(query), strict=True):
+                torch.testing.assert_close(result, expected)
+
+    def test_a_scale_of_a_fixed_size_stays_with_the_operator(self):
+        class Scaled(torch.nn.Module):
+            def forward(self, q):
+                return na2d(q, q, q, 3, scale=q.shape[-1] ** -0.5)
+
+        dims = {1: torch.export.Dim("x", min=3, max=40)}
+        for strict in (False, True):
+            query = torch.randn(1, 6, 9, 2, 4)
+            program = torch.export.export(Scaled(), (query,), dynamic_shapes=(dims,), strict=strict)
+            (node,) = [node for node in program.graph.nodes if node.target == OPS.na2d.default]
+            assert node.args[7] == 0.5
 
     def test_decompositions_keep_the_operator(self, seed):
         program = torch.export.export(Net(), (torch.randn(2, 7, 8, 16),)).run_decompositions()

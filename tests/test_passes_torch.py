@@ -1,6 +1,7 @@
 """The passes over exported programs and FX graphs: what they find, and that what they make computes the same."""
 
 import copy
+import importlib
 import operator
 import os
 
@@ -621,6 +622,32 @@ def test_one_problem_twice_in_two_graphs_is_two_sites(seed):
     assert len(passes.collect(program, [{"query": (1, 14, 2, 8)}])) == 2
 
 
+def test_masked_attention_inside_control_flow_stays_with_a_line_that_says_why(seed, caplog):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.from_numpy(axis_mask(20, 5)))
+
+        def forward(self, flag, query):
+            attend = nn.functional.scaled_dot_product_attention
+
+            def masked(query):
+                return attend(query, query, query, attn_mask=self.mask)
+
+            def dense(query):
+                return attend(query, query, query)
+
+            return torch.cond(flag, masked, dense, (query,))
+
+    inputs = (torch.tensor(True), torch.randn(1, 2, 20, 8))
+    program = torch.export.export(Branches(), inputs)
+    with caplog.at_level("INFO", "na_compiler"):
+        assert passes.canonicalise(program) == 0
+    (said,) = [one.message for one in caplog.records if "stays as it is" in one.message]
+    assert "inside control flow (true_graph_0)" in said
+    close(program.module()(*inputs), Branches()(*inputs))
+
+
 def test_nattens_functions_that_ours_cannot_do_stay(seed, monkeypatch, caplog):
     layers = natten_stub.install(monkeypatch)
 
@@ -708,6 +735,23 @@ def test_convert_says_what_it_left_alone(caplog):
     with caplog.at_level("WARNING", "na_compiler"):
         na_compiler.convert(nn.Linear(3, 3))
     assert "no layer of Linear is one that is known here" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["015", "017"])
+def test_convert_says_nothing_of_what_is_ours(version, caplog):
+    """Layers under NATTEN's names as well: they have a bias and padding, which those of the package have not."""
+    made = importlib.import_module(f"na_compiler.compat.natten.layers_{version}")
+
+    class Own(made.NeighborhoodAttention2D):
+        pass
+
+    model, report = nn.Sequential(made.NeighborhoodAttention2D(32, 2, 3), Own(32, 2, 3), nn.Linear(32, 32)), {}
+    kinds = list(map(type, model))
+    with caplog.at_level("INFO", "na_compiler"):
+        na_compiler.convert(model, report=report)
+    assert list(map(type, model)) == kinds
+    assert not report
+    assert [(one.levelname, "is this package's" in one.message) for one in caplog.records] == [("INFO", True)]
 
 
 def test_layers_that_ours_cannot_do_do_not_keep_a_model_from_being_compiled(monkeypatch, caplog):

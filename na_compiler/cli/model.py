@@ -115,8 +115,9 @@ def _run_model(options: argparse.Namespace) -> None:
     unknown = sites.unknown()
     if unknown:
         site = unknown[0]
+        dynamic = " and ".join(site.dynamic) or "layout"
         raise ValueError(
-            f"{site.layer} has a dynamic {' and '.join(site.dynamic)}, and kernels are compiled for one layout; say "
+            f"{site.layer} has a dynamic {dynamic}, and kernels are compiled for one layout; say "
             f"which with --shape, e.g. --shape INPUT=1x3x224x224"
         )
     _compile(options, sites, f"{counted(len(sites), 'neighborhood attention')} in {options.model}", started)

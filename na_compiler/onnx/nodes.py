@@ -25,6 +25,7 @@ __all__ = [
     "node_signature",
     "problems",
     "with_functions_inlined",
+    "with_shapes",
 ]
 
 Source = str | os.PathLike[str] | ir.Model | onnx.ModelProto
@@ -108,6 +109,45 @@ def with_functions_inlined(model: ir.Model) -> ir.Model:
     return InlinePass()(made).model
 
 
+def with_shapes(model: ir.Model) -> ir.Model:
+    """Return a model with shapes inferred, where those of attention are not all known: itself, or a copy."""
+    if _is_complete(model):
+        return model
+    made = model.clone()
+    for node in attention_nodes(made):
+        for output in node.outputs:
+            output.shape = None  # It follows from the inputs; exporters may have written symbols of their own.
+    made = _inferred(made)
+    if not _is_complete(made):
+        # Inference follows the values of few operators: torch's exporter before the one on torch.export computes
+        # the shape of a Reshape with others, of constants.
+        from onnxscript.optimizer import fold_constants  # noqa: PLC0415 - it takes a second to load
+
+        fold_constants(made)
+        made = _inferred(made)
+    return made
+
+
+def _inferred(model: ir.Model) -> ir.Model:
+    return ShapeInferencePass(strict_mode=False, data_prop=True)(model).model
+
+
+def _is_complete(model: ir.Model) -> bool:
+    return not any(map(_is_unknown, attention_nodes(model)))
+
+
+def _is_unknown(node: ir.Node) -> bool:
+    """Return whether a size that is part of the problem is not known."""
+    for place, value in enumerate(node.inputs):
+        if value is None:
+            continue
+        if value.shape is None:
+            return True
+        if place < 3 and not all(isinstance(size, int) for size in list(value.shape)[1:]):
+            return True
+    return False
+
+
 def check_version(model: ir.Model) -> None:
     """Check that a model's nodes of the operators are of the version that is known here.
 
@@ -183,8 +223,7 @@ def problems(model: Source) -> dict[Problem, int]:
     loaded = load(model)
     check_version(loaded)
     loaded = with_functions_inlined(loaded)
-    if any(value is not None and value.shape is None for node in attention_nodes(loaded) for value in node.inputs):
-        loaded = ShapeInferencePass(strict_mode=False, data_prop=True)(loaded).model
+    loaded = with_shapes(loaded)
     found: dict[Problem, int] = {}
     for node in attention_nodes(loaded):
         try:

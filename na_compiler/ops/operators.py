@@ -28,6 +28,7 @@ __all__ = [
     "cast",
     "differentiate",
     "differentiate_twice",
+    "flops",
     "inputs_of",
     "refuse_tangents",
     "refuse_unless_dense",
@@ -260,7 +261,7 @@ def _has_problems_dtype(place: int) -> bool:
     return isinstance(operand, Operand) and operand.dtype == SAME
 
 
-def _flops(signature: Signature, *arguments: Any, **named: Any) -> int:
+def flops(signature: Signature, *arguments: Any, **named: Any) -> int:
     """Return the useful operations of a call; of tensors the arguments have the shapes."""
     given = signature.by_name(arguments)
     given |= {name: value for name, value in named.items() if name in given}
@@ -304,7 +305,7 @@ def _register(rank: int) -> Any:
         torch.library.register_vmap(
             f"na_compiler::{name}", functools.partial(batched, operator, signatures[i]), lib=_library
         )
-        register_flop_formula(operator.overloadpacket)(functools.partial(_flops, signatures[i]))
+        register_flop_formula(operator.overloadpacket)(functools.partial(flops, signatures[i]))
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(names[0], functools.partial(_autocast, operators[0], device), key, with_keyset=True)
     return operators[0]

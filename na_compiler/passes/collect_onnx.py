@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from na_compiler.onnx.nodes import (
     Source,
@@ -16,6 +15,7 @@ from na_compiler.onnx.nodes import (
     name_of,
     node_signature,
     with_functions_inlined,
+    with_shapes,
 )
 from na_compiler.passes.sites import Site, Sites
 
@@ -44,23 +44,11 @@ def collect_onnx(model: Source, shapes: Iterable[Mapping[str, Sequence[int]]] | 
     check_version(loaded)
     loaded = with_functions_inlined(loaded)
     if shapes is None:
-        return Sites(_sites(loaded, _inferred(loaded)))
+        return Sites(_sites(loaded, with_shapes(loaded)))
     found: dict[Site, None] = {}
     for one in shapes:
-        found |= dict.fromkeys(_sites(loaded, _inferred(_with_shapes(loaded, one))))
+        found |= dict.fromkeys(_sites(loaded, with_shapes(_with_shapes(loaded, one))))
     return Sites(found)
-
-
-def _inferred(model: ir.Model) -> ir.Model:
-    """Return the model with shapes inferred, where those of attention are not all known."""
-    for node in attention_nodes(model):
-        if any(_is_unknown(value) for value in node.inputs[:3]):
-            return ShapeInferencePass(strict_mode=False, data_prop=True)(model.clone()).model
-    return model
-
-
-def _is_unknown(value: ir.Value | None) -> bool:
-    return value is None or value.shape is None or not all(isinstance(size, int) for size in list(value.shape)[1:])
 
 
 def _sites(model: ir.Model, inferred: ir.Model) -> list[Site]:

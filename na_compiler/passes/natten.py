@@ -63,7 +63,10 @@ def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Mod
     converted, found = convert_modules(model, strict=True)
     if report is not None:
         report.update(found)
-    if not found:
+    if not found and any(map(_is_ours, converted.modules())):
+        name = type(model).__name__
+        _LOG.info("convert: the neighborhood attention in %s is this package's; nothing was changed", name)
+    elif not found:
         _LOG.warning("convert: no module in %s looks like one of NATTEN's; nothing was changed", type(model).__name__)
     return converted
 
@@ -115,13 +118,19 @@ class _LackingError(Exception):
 
 def _looks_alike(module: nn.Module) -> bool:
     """Return whether a module is NATTEN's by its name, or by half of it and nothing inside it is."""
-    if isinstance(module, tuple(_OURS.values())):
+    if _is_ours(module):
         return False
     if _base(module) is not None:
         return True
     return bool(_ALIKE.search(type(module).__name__)) and not any(
-        _base(child) is not None or isinstance(child, tuple(_OURS.values())) for child in module.modules()
+        _base(child) is not None or _is_ours(child) for child in module.modules()
     )
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Return whether a module is one of this package's layers, or of those that it has under NATTEN's names."""
+    own = (base.__name__ for base in type(module).__mro__ if base.__module__.partition(".")[0] == "na_compiler")
+    return any(map(_ALIKE.search, own))
 
 
 def _base(module: nn.Module) -> tuple[int, type] | None:

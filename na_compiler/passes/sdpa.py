@@ -19,6 +19,7 @@ from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.passes.graph import (
     attempt,
     graph_module,
+    graph_modules,
     layer_of,
     operator_node,
     propagate,
@@ -89,7 +90,20 @@ def replace_sdpa(
             used |= constants.inputs_of(mask) & set(held or ())
     if count:
         module.graph.eliminate_dead_code()
+    _tell_of_branches(module)
     return count
+
+
+def _tell_of_branches(module: fx.GraphModule) -> None:
+    """Say that attention inside control flow stays as it is: what is constant there is not known in its graph."""
+    for path, branch in graph_modules(module):
+        for node in branch.graph.nodes if path else ():
+            if node.op == "call_function" and _is_sdpa(node.target) and _arguments(node)["attn_mask"] is not None:
+                _LOG.info(
+                    "%s: attention with a mask stays as it is: it is inside control flow (%s), where its mask is an "
+                    "input and no constant",
+                    layer_of(node), path,
+                )  # fmt: skip
 
 
 def _is_sdpa(target: object) -> bool:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 from onnx_ir.tape import Tape
 
 from na_compiler import operands
@@ -15,7 +14,7 @@ from na_compiler.onnx.bodies.blocked import blocked_body
 from na_compiler.onnx.bodies.expression import Interface
 from na_compiler.onnx.bodies.generic import COMPUTED, generic_body
 from na_compiler.onnx.names import FreshNames
-from na_compiler.onnx.nodes import attention_nodes, check_version, name_of, node_signature
+from na_compiler.onnx.nodes import attention_nodes, check_version, name_of, node_signature, with_shapes
 from na_compiler.onnx.signature import DOMAIN, INPUTS, VERSION, Signature, default_attribute
 from na_compiler.operands import PARAMETERS
 from na_compiler.problem import Problem
@@ -71,8 +70,10 @@ def _prepare(model: ir.Model, nodes: list[ir.Node]) -> None:
     model.opset_imports.setdefault(DOMAIN, VERSION)
     for identifier in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[identifier]
-    if any(value is not None and value.shape is None for node in nodes for value in node.inputs):
-        ShapeInferencePass(strict_mode=False, data_prop=True)(model)
+    for node, known in zip(nodes, attention_nodes(with_shapes(model)), strict=True):
+        for value, inferred in zip(node.inputs, known.inputs, strict=True):
+            if value is not None and inferred is not None and inferred.shape is not None:
+                value.shape, value.dtype = inferred.shape, inferred.dtype
     for node in nodes:
         node.overload = ""
         _complete(node)

@@ -73,6 +73,10 @@ OrtStatus* infer(const OrtCustomOp* custom_op, OrtShapeInferContext* context) {
         symbols.back() = names.back();
       }
     }
+    // A size that is neither a number nor a symbol would be taken for -1.
+    for (size_t axis = 0; axis < sizes.size(); ++axis) {
+      if (sizes[axis] < 0 && symbols[axis][0] == '\0') return;
+    }
     OrtTensorTypeAndShapeInfo* info = nullptr;
     check(api, api.CreateTensorTypeAndShapeInfo(&info));
     std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> owner(
