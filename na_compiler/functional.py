@@ -177,7 +177,7 @@ def _default_scale(query: Tensor) -> float:
     head_dim = query.shape[-1] if query.dim() else 1
     if _is_recording():
         with warnings.catch_warnings():  # That it becomes a constant, as a kernel's head_dim is.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
             head_dim = int(head_dim)
     return head_dim**-0.5 if head_dim else 1.0  # A head_dim of 0 is refused with the rest of the shape.
 

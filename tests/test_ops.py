@@ -446,7 +446,6 @@ class TestCompile:
         with pytest.raises(Exception, match="kernel_size=6 would work"):
             torch.compile(lambda q: na2d(q, q, q, 7), fullgraph=True)(query)
 
-
     @pytest.mark.parametrize("scale", [np.float32(0.25), np.float64(0.25), np.int64(2)])
     @pytest.mark.parametrize("given", ["constant", "argument", "layer"])
     def test_scales_of_numpy(self, scale, given, seed):

@@ -28,6 +28,9 @@ _OPSET = 9
 class Scriptable(nn.Module):
     """A layer of `na_compiler.modules`, with what that has inside, for ``torch.jit.script``."""
 
+    qkv: nn.Linear
+    proj: nn.Linear
+    proj_drop: nn.Dropout
     rank: int
     embed_dim: int
     num_heads: int
@@ -66,7 +69,7 @@ def refuse_scripting(function: Any, said: str) -> None:
 
 def register_symbolics() -> None:
     """Tell ``torch.onnx.export(..., dynamo=False)`` what our operators become: those of the domain na_compiler."""
-    from torch.onnx import register_custom_op_symbolic  # noqa: PLC0415
+    from torch.onnx import register_custom_op_symbolic  # type: ignore[attr-defined]  # noqa: PLC0415
 
     for rank in (1, 2, 3):
         register_custom_op_symbolic(f"na_compiler::na{rank}d", functools.partial(_symbolic, rank), _OPSET)

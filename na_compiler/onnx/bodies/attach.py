@@ -73,7 +73,9 @@ def _prepare(model: ir.Model, nodes: list[ir.Node]) -> None:
     for node, known in zip(nodes, attention_nodes(with_shapes(model)), strict=True):
         for value, inferred in zip(node.inputs, known.inputs, strict=True):
             if value is not None and inferred is not None and inferred.shape is not None:
-                value.shape, value.dtype = inferred.shape, inferred.dtype
+                value.shape = inferred.shape
+                if inferred.dtype is not None:
+                    value.dtype = inferred.dtype
     for node in nodes:
         node.overload = ""
         _complete(node)
