@@ -14,11 +14,23 @@ from na_compiler import checks, operands
 from na_compiler.checks import MAX_RANK, TensorLike
 from na_compiler.counting import group_lengths, visible_pairs
 
-__all__ = ["DTYPES", "MAX_RANK", "Problem", "check_strides", "dtype_name", "flags_per_axis", "ints_per_axis", "shown"]
+__all__ = [
+    "DTYPES",
+    "LONGEST_HEAD",
+    "MAX_RANK",
+    "Problem",
+    "check_strides",
+    "dtype_name",
+    "flags_per_axis",
+    "ints_per_axis",
+    "shown",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 # ONNX, torch and TensorIR count in 64 bits.
 _LARGEST = 2**63 - 1
+# Kernels keep a row of a head in registers, and are as long as it: at this one compiling takes a minute.
+LONGEST_HEAD = 8192
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Problem:
     heads
         Query heads.
     head_dim
-        Length of a query and of a key, at least 1.
+        Length of a query and of a key, from 1 to 8192.
     kernel_size
         Window per axis, in tokens of one dilation group; ``1 <= kernel_size`` and
         ``kernel_size * dilation <= layout``.
@@ -108,7 +120,7 @@ class Problem:
         layout = _layout(self.layout)
         rank = len(layout)
         heads = _positive("heads", self.heads)
-        head_dim = _positive("head_dim", self.head_dim)
+        head_dim = _head("head_dim", self.head_dim)
         heads_kv = heads if self.heads_kv is None else _positive("heads_kv", self.heads_kv)
         if heads % heads_kv:
             raise ValueError(
@@ -124,7 +136,7 @@ class Problem:
             "dilation": ints_per_axis("dilation", self.dilation, rank),
             "is_causal": flags_per_axis("is_causal", self.is_causal, rank),
             "heads_kv": heads_kv,
-            "head_dim_v": head_dim if self.head_dim_v is None else _positive("head_dim_v", self.head_dim_v),
+            "head_dim_v": head_dim if self.head_dim_v is None else _head("head_dim_v", self.head_dim_v),
             "additional_kv": _flag("additional_kv", self.additional_kv),
             "dtype": dtype_name(self.dtype),
             "operands": _operands(self.operands),
@@ -334,13 +346,20 @@ def _is_flag(value: object) -> bool:
 
 def _positive(name: str, value: object) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an int, got {shown(value)}")
+        raise ValueError(f"{name} must be an int, got {shown(value)}; e.g. {name}=4")
     number = int(value)
     if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
+        raise ValueError(f"{name} must be at least 1, got {shown(number)}; e.g. {name}=4")
     if number > _LARGEST:
-        raise ValueError(f"{name} must be less than 2**63, got {number}")
+        raise ValueError(f"{name} must be less than 2**63, got {shown(number)}; e.g. {name}=4")
     return number
+
+
+def _head(name: str, value: object) -> int:
+    length = _positive(name, value)
+    if length > LONGEST_HEAD:
+        raise ValueError(f"{name} must be at most {LONGEST_HEAD}, got {length}; {name}={LONGEST_HEAD} would work")
+    return length
 
 
 def _flag(name: str, value: object) -> bool:
@@ -361,9 +380,11 @@ def _layout(value: object) -> tuple[int, ...]:
     if not isinstance(axes, Sequence) or isinstance(axes, str) or not 1 <= len(axes) <= MAX_RANK:
         raise ValueError(f"layout must have 1, 2 or 3 axes, got {shown(value)}; e.g. (56, 56)")
     if not all(map(_is_int, axes)) or min(axes) < 1:
-        raise ValueError(f"layout must have at least one token on each axis, got {shown(tuple(axes))}")
+        raise ValueError(f"layout must have at least one token on each axis, got {shown(tuple(axes))}; e.g. (56, 56)")
     if max(axes) > _LARGEST:
-        raise ValueError(f"layout must have less than 2**63 tokens on each axis, got {shown(tuple(axes))}")
+        raise ValueError(
+            f"layout must have less than 2**63 tokens on each axis, got {shown(tuple(axes))}; e.g. (56, 56)"
+        )
     return tuple(map(int, axes))
 
 
@@ -375,19 +396,19 @@ def ints_per_axis(name: str, value: object, rank: int) -> tuple[int, ...]:
     ValueError
         If it is neither, or less than 1.
     """
+    example = (3,) * rank if name == "kernel_size" else (1,) * rank
     if _is_int(value):
         axes: tuple[Any, ...] = (value,) * rank
     elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == rank and all(map(_is_int, value)):
         axes = tuple(value)
     else:
-        example = (3,) * rank if name == "kernel_size" else (1,) * rank
         raise ValueError(f"{name} must be an int or {rank} ints (one per axis of the layout), got {shown(value)}; "
                          f"e.g. {example}")  # fmt: skip
     for axis, extent in enumerate(axes):
         if extent < 1:
-            raise ValueError(f"{name} must be at least 1, got {extent} on axis {axis}")
+            raise ValueError(f"{name} must be at least 1, got {shown(extent)} on axis {axis}; e.g. {example}")
         if extent > _LARGEST:
-            raise ValueError(f"{name} must be less than 2**63, got {extent} on axis {axis}")
+            raise ValueError(f"{name} must be less than 2**63, got {shown(extent)} on axis {axis}; e.g. {example}")
     return tuple(map(int, axes))
 
 

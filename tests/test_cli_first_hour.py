@@ -235,12 +235,22 @@ def test_numbers_that_no_operator_counts_with(value):
     for name in ("kernel_size", "stride", "dilation"):
         for given in (value, (value, 3)):
             parameters = {"kernel_size": 3, name: given}
-            with pytest.raises(ValueError, match=name):
+            with pytest.raises(ValueError, match=rf"{name} must be .{{,99}}; e\.g\. \(") as caught:
                 na_compiler.na2d(*tensors, **parameters)
+            assert len(str(caught.value)) < 200
     for name in ("layout", "heads", "head_dim", "heads_kv", "head_dim_v"):
         parameters = {"layout": 8, "heads": 1, "head_dim": 8, "kernel_size": 3, name: value}
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(ValueError, match=rf"{name} must .{{,99}}; e\.g\. "):
             Problem(**parameters)
+
+
+@pytest.mark.parametrize("name", ["head_dim", "head_dim_v"])
+def test_a_head_is_no_longer_than_what_compiles(name):
+    parameters = {"layout": 8, "heads": 1, "head_dim": 8, "kernel_size": 3}
+    assert Problem(**parameters | {name: 8192})
+    for length in (8193, 10**9):
+        with pytest.raises(ValueError, match=f"{name} must be at most 8192, got {length}; {name}=8192 would work"):
+            Problem(**parameters | {name: length})
 
 
 def test_messages_are_short_whatever_was_given():

@@ -214,6 +214,7 @@ NOT_OURS = {
     "scores that are read": (attention([LIKE] * 3, mask=BAND, outputs=["output", "", "", "scores"]), "more than one"),
     "counts of keys": (attention([LIKE] * 3, mask=BAND, more=["", "", "counts"]), "a cache"),
     "a newer opset": (attention([LIKE] * 3, mask=BAND, opset=99), "opset 99 is not known"),
+    "long heads": (attention([["B", 1, 20, 9000]] * 3, mask=BAND), "head_dim is at most 8192 here, and it is 9000"),
     "double": (attention([LIKE] * 3, mask=BAND, element=DOUBLE), "in double"),
     "a value with one head": (attention([LIKE, LIKE, [2, 1, 20, 8]], mask=BAND), "heads of query, key and value"),
     "a value with batch 1": (attention([LIKE, LIKE, [1, 4, 20, 8]], mask=BAND), "one batch"),

@@ -423,6 +423,7 @@ NOT_OURS = {
     "a value with one head": (heads_first(LIKE, LIKE, (2, 1, 20, 8)), {}, "value are 4, 4 and 1"),
     "a query with one head": (heads_first((2, 1, 20, 8), LIKE, LIKE), {}, "value are 1, 4 and 4"),
     "dropout": (heads_first(LIKE, LIKE, LIKE), {"dropout_p": 1.0}, "dropout"),
+    "long heads": (heads_first(*[(1, 1, 20, 9000)] * 3), {}, "head_dim is at most 8192 here, and it is 9000"),
     "a scale of infinity": (heads_first(LIKE, LIKE, LIKE), {"scale": float("inf")}, "scale is inf"),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.passes.masks import LARGEST, Mask, Neighborhood, mask_of_bias, recognize
+from na_compiler.problem import LONGEST_HEAD
 
 __all__ = ["MaskedAttention", "match"]
 
@@ -239,6 +240,8 @@ def _check(found: MaskedAttention) -> None:
         need(shapes[0][-1] // heads == shapes[1][-1] // heads_kv, "query and key differ in head_dim")
     else:
         need(shapes[0][-1] == shapes[1][-1], "query and key differ in head_dim")
+    width = max(found.widths())
+    need(width <= LONGEST_HEAD, f"head_dim is at most {LONGEST_HEAD} here, and it is {width}")
     need(found.scale is None or math.isfinite(found.scale), f"its scale is {found.scale}")
 
 

@@ -28,7 +28,7 @@ from na_compiler.passes.graph import (
     tensor_of,
 )
 from na_compiler.passes.masks import LARGEST, Mask, Neighborhood, mask_of_bias, recognize
-from na_compiler.problem import DTYPES
+from na_compiler.problem import DTYPES, LONGEST_HEAD
 
 __all__ = ["replace_sdpa"]
 
@@ -151,6 +151,8 @@ def _check_tensors(tensors: list[torch.Tensor], tokens: int, is_grouped: bool) -
     fits = value.shape[1] == heads_kv and heads % heads_kv == 0 and (is_grouped or heads_kv in {1, heads})
     need(fits, f"heads of query, key and value are {heads}, {heads_kv} and {value.shape[1]}")
     need(key.shape[3] == query.shape[3], "query and key differ in head_dim")
+    width = max(query.shape[3], value.shape[3])
+    need(width <= LONGEST_HEAD, f"head_dim is at most {LONGEST_HEAD} here, and it is {width}")
 
 
 def _neighborhood(constants: Constants, node: fx.Node) -> Neighborhood | None:
