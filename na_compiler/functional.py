@@ -191,16 +191,17 @@ def checked_scale(scale: object) -> float:
         If it is not a finite number.
     """
     if isinstance(scale, torch.SymFloat) or (torch.compiler.is_compiling() and _is_unknown(scale)):
-        return scale  # type: ignore[no-any-return]
+        return scale  # type: ignore[return-value]
     if isinstance(scale, Tensor) and not scale.dim() and _is_recording():
         return float(scale)  # A size is a tensor to torch.jit.trace, and so is what is made of one.
     # Where layers of different scales were compiled, Dynamo makes the scale an input, of which it knows no value.
     is_known = not torch.compiler.is_compiling()
-    is_number = isinstance(scale, (float, int, numbers.Real))  # NumPy's are only the latter.
-    if not is_number or isinstance(scale, bool) or (is_known and not math.isfinite(scale)):
-        given = repr(scale) if is_known else type(scale).__name__  # Dynamo has no repr of a tensor.
-        raise ValueError(f"scale must be a finite number, got {given}; None is head_dim ** -0.5")
-    return float(scale)
+    # NumPy's are numbers.Real only.
+    is_bool = isinstance(scale, bool)
+    if isinstance(scale, (float, int, numbers.Real)) and not is_bool and (not is_known or math.isfinite(scale)):
+        return float(scale)
+    given = repr(scale) if is_known else type(scale).__name__  # Dynamo has no repr of a tensor.
+    raise ValueError(f"scale must be a finite number, got {given}; None is head_dim ** -0.5")
 
 
 def _is_unknown(scale: object) -> bool:

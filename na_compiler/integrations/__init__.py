@@ -49,7 +49,7 @@ def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Mod
     >>> report = {}
     >>> model = na_compiler.convert(model, report=report)  # doctest: +SKIP
     """
-    from na_compiler.passes.natten import convert_modules  # noqa: PLC0415
+    from na_compiler.passes.natten import convert_modules, is_ours  # noqa: PLC0415
 
     model, found = convert_modules(model, strict=True)
     others: dict[str, str] = {}
@@ -62,7 +62,10 @@ def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Mod
     _tell(others)
     if report is not None:
         report.update(found | others)
-    if not found | others:
+    if not found | others and any(map(is_ours, model.modules())):
+        name = type(model).__name__
+        _LOG.info("convert: the neighborhood attention in %s is this package's; nothing was changed", name)
+    elif not found | others:
         _LOG.warning("convert: no layer of %s is one that is known here; nothing was changed", type(model).__name__)
     return model
 

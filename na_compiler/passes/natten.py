@@ -13,7 +13,7 @@ from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.problem import flags_per_axis, ints_per_axis
 
-__all__ = ["convert", "convert_modules"]
+__all__ = ["convert", "convert_modules", "is_ours"]
 
 _LOG = logging.getLogger("na_compiler")
 _MODULE = re.compile(r"NeighborhoodAttention([123])D")
@@ -63,7 +63,7 @@ def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Mod
     converted, found = convert_modules(model, strict=True)
     if report is not None:
         report.update(found)
-    if not found and any(map(_is_ours, converted.modules())):
+    if not found and any(map(is_ours, converted.modules())):
         name = type(model).__name__
         _LOG.info("convert: the neighborhood attention in %s is this package's; nothing was changed", name)
     elif not found:
@@ -118,16 +118,16 @@ class _LackingError(Exception):
 
 def _looks_alike(module: nn.Module) -> bool:
     """Return whether a module is NATTEN's by its name, or by half of it and nothing inside it is."""
-    if _is_ours(module):
+    if is_ours(module):
         return False
     if _base(module) is not None:
         return True
     return bool(_ALIKE.search(type(module).__name__)) and not any(
-        _base(child) is not None or _is_ours(child) for child in module.modules()
+        _base(child) is not None or is_ours(child) for child in module.modules()
     )
 
 
-def _is_ours(module: nn.Module) -> bool:
+def is_ours(module: nn.Module) -> bool:
     """Return whether a module is one of this package's layers, or of those that it has under NATTEN's names."""
     own = (base.__name__ for base in type(module).__mro__ if base.__module__.partition(".")[0] == "na_compiler")
     return any(map(_ALIKE.search, own))
