@@ -4,13 +4,14 @@ import contextvars
 import json
 import queue
 import shutil
+import signal
 import threading
 
 import numpy as np
 import pytest
 import torch
 from oracle import check_forward, draw
-from processes import WITHOUT_TORCH, run_python
+from processes import WITHOUT_TORCH, run_python, start_python
 
 import na_compiler
 from na_compiler import KernelSpec, Problem, cli, load_bundle, save_bundle
@@ -370,6 +371,45 @@ def rewrite(folder, change):
     change(data)
     data["digest"] = manifest_module.digest_of(data)
     path.write_text(json.dumps(data))
+
+
+KILLED = """
+    import os, signal, sys
+    from na_compiler import KernelSpec, Problem, save_bundle
+    from na_compiler.compiler import bundle
+
+    def killing(function, before):
+        def call(*arguments):
+            if before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            function(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call
+
+    if sys.argv[2] == "no exchange":
+        bundle._exchange = lambda *_: False
+        bundle.Path.replace = killing(bundle.Path.replace, False)
+    else:
+        bundle._exchange = killing(bundle._exchange, sys.argv[2] == "before")
+    problems = [Problem((5, 6), 2, 8, 3), Problem(20, 2, 8, 5, additional_kv=True)]
+    save_bundle(sys.argv[1], map(KernelSpec.make, problems))
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after", "no exchange"])
+def test_a_process_that_is_killed_while_it_replaces_a_bundle_leaves_one(when, tmp_path):
+    folder = tmp_path / "kernels"
+    save_bundle(folder, [KernelSpec.make(PROBLEM)])
+    process = start_python(KILLED, str(folder), when)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    if when != "no exchange":
+        assert len(load_bundle(folder)) == (1 if when == "before" else 2)
+        return
+    assert not folder.exists(), "a file system that cannot exchange folders has a moment without any"
+    with pytest.raises(AttributeError):
+        save_bundle(folder, ["no spec"])
+    assert len(load_bundle(folder)) == 1, "it is back, whatever becomes of the new one"
 
 
 def test_replaces_a_bundle_and_nothing_else(folder, tmp_path):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 
 from na_compiler import na2d
 from na_compiler.devices import CPU, CUDA, DEVICES, cpu, cuda
 from na_compiler.devices.cpu import best_instruction_set
 from na_compiler.ops import kernels
 from na_compiler.runtime import native
-from na_compiler.runtime.host import cxx_compiler
+from na_compiler.runtime.host import c_compiler, cxx_compiler
 from na_compiler.target import CudaTarget, Target, target_of
 
 # System V ABI, AMD64 architecture processor supplement, table 3.1, as Linux names the features.
@@ -163,3 +164,37 @@ def test_features_that_the_system_hides_are_not_there(monkeypatch):
         assert not Target.parse("llvm:aarch64").runs_here
     finally:
         cpu._host_instruction_set.cache_clear()
+
+
+TWO_RUNTIMES = """
+    import ctypes, os, sys
+    import na_compiler.devices.cuda as cuda
+    # As a torch for CUDA 12 has loaded its own, for everybody.
+    ctypes.CDLL(f"{sys.argv[1]}/libcudart.so.12", ctypes.RTLD_GLOBAL)
+    cuda._load_cudart()
+    print(ctypes.CDLL(f"{sys.argv[1]}/kernels.so").version())
+    print(ctypes.CDLL(f"{sys.argv[1]}/others.so").version())
+"""
+
+
+def test_two_runtimes_of_cuda_in_one_process(tmp_path):
+    """A torch for CUDA 12 has its own: each library calls the one that it was linked with, by name and version."""
+    compiler = c_compiler()
+    if compiler is None:
+        pytest.skip("no C compiler")
+
+    def build(name, code, *options):
+        (tmp_path / f"{name}.c").write_text(code)
+        command = [*compiler, "-shared", "-fPIC", "-o", tmp_path / name, tmp_path / f"{name}.c", *options]
+        subprocess.run(command, check=True)
+
+    for number, user in ((12, "others.so"), (13, "kernels.so")):
+        runtime = f"libcudart.so.{number}"
+        (tmp_path / f"{runtime}.map").write_text(f"{runtime} {{ global: cuda*; local: *; }};")
+        build(
+            runtime, f"int cudaRuntimeGetVersion(void) {{ return {number}; }}", f"-Wl,-soname,{runtime}",
+            f"-Wl,--version-script={tmp_path / runtime}.map",
+        )  # fmt: skip
+        code = "int cudaRuntimeGetVersion(void); int version(void) { return cudaRuntimeGetVersion(); }"
+        build(user, code, f"-L{tmp_path}", f"-l:{runtime}")
+    assert run_python(TWO_RUNTIMES, str(tmp_path), LD_LIBRARY_PATH=tmp_path) == "13\n12\n"

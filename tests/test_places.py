@@ -9,7 +9,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from onnx_models import one_node
 from processes import run_python
+
+from na_compiler import KernelSpec, NeighborhoodAttention1D, Problem, save_bundle
+from na_compiler.onnx.ort.build import build_library
+from na_compiler.whole import compile_whole
 
 USE = """
     import logging, sys
@@ -67,6 +73,53 @@ def test_nowhere_to_load_from(tmp_path):
     variables = {"NA_COMPILER_CACHE": folder / "cache", "TMPDIR": temporary}
     output = run_python(code, str(temporary), prefix=mounted(folder, "noexec"), **variables)
     assert "both are mounted noexec; set NA_COMPILER_CACHE or TMPDIR to a folder that is not" in output
+
+
+def test_programs_without_python_say_what_to_do(tmp_path):
+    """The C++ reader has no place to copy to."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    problem = Problem(8, 1, 8, 3)
+    save_bundle(tmp_path / "kernels", [KernelSpec.make(problem)])
+    (tmp_path / "model.onnx").write_bytes(one_node(problem, dynamic_layout=False).SerializeToString())
+    code = """
+        import shutil, sys, onnxruntime
+        bundle, model, library, disk = sys.argv[1:]
+        shutil.copytree(bundle, disk + "/kernels")
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("na_compiler.bundle", disk + "/kernels")
+        options.register_custom_ops_library(library)
+        try:
+            onnxruntime.InferenceSession(model, options)
+        except Exception as error:
+            print(error)
+    """
+    arguments = [tmp_path / "kernels", tmp_path / "model.onnx", build_library(), folder]
+    output = run_python(code, *map(str, arguments), prefix=mounted(folder, "noexec"))
+    assert "is mounted noexec, from which no library can be loaded: copy the folder to one that is not" in output
+
+
+def test_a_whole_model(tmp_path):
+    """One that lies where nothing can be run is loaded from a copy; or it is said what to set."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    model = NeighborhoodAttention1D(16, 2, 3).eval()
+    compile_whole(torch.export.export(model, (torch.randn(1, 9, 16),)), tmp_path / "model.so")
+    code = """
+        import os, shutil, sys
+        import numpy as np
+        from na_compiler.runtime.whole import load_whole
+        shutil.copy(sys.argv[1], sys.argv[2])
+        os.makedirs(os.environ["TMPDIR"], exist_ok=True)
+        try:
+            print(np.from_dlpack(load_whole(sys.argv[2] + "/model.so")(np.ones((1, 9, 16), np.float32))).shape)
+        except OSError as error:
+            print(error)
+    """
+    arguments = (str(tmp_path / "model.so"), str(folder))
+    nowhere = "both are mounted noexec; set NA_COMPILER_CACHE"
+    for temporary, said in ((tmp_path, "(1, 9, 16)\n"), (folder / "tmp", nowhere)):
+        assert said in run_python(code, *arguments, prefix=mounted(folder, "noexec"), TMPDIR=temporary)
 
 
 def test_a_user_without_a_home(request):

@@ -93,6 +93,93 @@ def test_not_finite_where_pytorch_is(tmp_path, seed):
             torch.testing.assert_close(result, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
+# Operators that compare, or might make a number of NaN: what torch returns for NaN and infinities.
+ORDERS = {
+    "max": lambda x: x.max(),
+    "min": lambda x: x.min(),
+    "max of an axis": lambda x: x.max(1)[0],
+    "argmax": lambda x: x.argmax(-1),
+    "argmin": lambda x: x.argmin(1),
+    "max_pool1d": lambda x: functional.max_pool1d(x, 2),
+    "max_pool2d": lambda x: functional.max_pool2d(x[:, None], 3, 2, 1, ceil_mode=True),
+    "max_pool3d": lambda x: functional.max_pool3d(x[None, None], 2),
+    "sort": lambda x: x.sort(-1)[0],
+    "sort, descending": lambda x: x.sort(1, descending=True)[0],
+    "argsort": lambda x: x.argsort(-1),
+    "topk": lambda x: x.topk(3, -1)[0],
+    "topk, the least": lambda x: x.topk(3, -1, largest=False)[0],
+    "places of topk": lambda x: x.topk(3, -1)[1],
+    "bucketize": lambda x: torch.bucketize(x, torch.tensor([-1.0, 0.0, 1.0])),
+    "ne": lambda x: x != x.roll(1, -1),
+    "ne, itself": lambda x: x != x,  # noqa: PLR0124
+    "eq": lambda x: x == x.roll(1, -1),
+    "lt": lambda x: x < x.roll(1, -1),
+    "ge": lambda x: x >= x.roll(1, -1),
+    "isnan": torch.isnan,
+    "where": lambda x: torch.where(x > 0, x, 2 * x),
+    "masked_fill": lambda x: x.masked_fill(x > 0, 1.0),
+    "clamp_min": lambda x: x.clamp_min(0.1),
+    "clamp_max": lambda x: x.clamp_max(0.1),
+    "hardtanh": functional.hardtanh,
+    "hardswish": functional.hardswish,
+    "hardsigmoid": functional.hardsigmoid,
+    "leaky_relu": functional.leaky_relu,
+    "prelu": lambda x: functional.prelu(x, torch.full((1,), 0.2)),
+    "elu": lambda x: functional.elu(x, 0.7),
+    "selu": functional.selu,
+    "celu": lambda x: functional.celu(x, 0.7),
+    "softplus": functional.softplus,
+    "sign": torch.sign,
+    "round": torch.round,
+    "sum": lambda x: x.sum(-1),
+    "mean": lambda x: x.mean(1),
+    "cumsum": lambda x: x.cumsum(-1),
+    "var": lambda x: x.var(-1),
+    "log_softmax": lambda x: x.log_softmax(-1),
+}
+
+
+class Orders(nn.Module):
+    """All of them, behind attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = NeighborhoodAttention1D(16, 2, 3)
+
+    def forward(self, x):
+        return (self.attn(torch.ones_like(x)), *(function(x) for function in ORDERS.values()))
+
+
+def test_orders_with_numbers_that_are_not_finite(tmp_path, seed):
+    model, x = Orders().eval(), 3 * torch.randn(4, 8, 16)
+    x[0, 3, 5], x[1, 4, 2], x[2, 0, 7], x[2, 0, 9], x[3, 1, 15] = math.nan, math.inf, -math.inf, math.nan, -math.nan
+    with torch.no_grad():
+        compile_whole(torch.export.export(model, (x,)), tmp_path / "model.so")
+        results = list(map(torch.from_dlpack, load_whole(tmp_path / "model.so")(x)))[1:]
+    wrong = []
+    for name, result in zip(ORDERS, results, strict=True):
+        expected = ORDERS[name](x)
+        if not torch.allclose(result.double(), expected.double(), rtol=1e-5, atol=1e-5, equal_nan=True):
+            wrong.append(name)
+    assert not wrong
+
+
+def test_a_median_is_refused(seed):
+    """TVM's code for it ends the process."""
+
+    class Median(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = NeighborhoodAttention1D(16, 2, 3)
+
+        def forward(self, x):
+            return self.attn(x).median(-1)[0]
+
+    program = torch.export.export(Median().eval(), (torch.randn(1, 8, 16),))
+    with pytest.raises(RuntimeError, match=r"median.dim cannot be compiled.*sort would do"):
+        compile_whole(program, "model.so")
+
+
 def test_attention_is_the_scheduled_function_and_linear_layers_are_ours(seed):
     """Of the default lowering there would be functions of those names."""
     from na_compiler.whole.attention import Attention

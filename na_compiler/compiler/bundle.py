@@ -7,10 +7,12 @@ what is in the manifest.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,12 +27,16 @@ from na_compiler.runtime.bundle import FORMAT, MANIFEST, read_bundle
 from na_compiler.runtime.folders import runtime_library
 from na_compiler.runtime.kernel import ABI
 from na_compiler.runtime.manifest import digest_of
-from na_compiler.runtime.temporary import clear_leftovers, temporary_folder
+from na_compiler.runtime.temporary import clear_leftovers, in_use, temporary_folder
 from na_compiler.target import CpuTarget, Target
 
 __all__ = ["check_place", "save_bundle"]
 
 _LOG = logging.getLogger("na_compiler")
+# A temporary folder beside the bundle, and in it what is replaced.
+_PREFIX, _ASIDE = ".bundle-", "replaced"
+# renameat2: paths that begin at the root need no folder (AT_FDCWD), and RENAME_EXCHANGE.
+_HERE, _EXCHANGE = -100, 2
 # Of an ELF header: what kind of file it is, and for which architecture.
 _SHARED = 3
 _MACHINES = {62: "x86-64", 183: "aarch64"}
@@ -83,10 +89,11 @@ def save_bundle(
     """
     folder = Path(folder)
     check_place(folder)
-    clear_leftovers(folder.parent, ".bundle-")
+    _restore(folder)
+    clear_leftovers(folder.parent, _PREFIX)
     with (
         compile_all(specs, jobs, progress) as compiled,
-        temporary_folder(_parent(folder), ".bundle-") as temporary,
+        temporary_folder(_parent(folder), _PREFIX) as temporary,
     ):
         made = temporary / "bundle"
         made.mkdir()
@@ -97,7 +104,7 @@ def save_bundle(
         (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="ascii")
         # What a reader would refuse is refused here.
         read_bundle(made)
-        _replace(made, folder, temporary / "replaced")
+        _replace(made, folder, temporary / _ASIDE)
     return compiled
 
 
@@ -119,17 +126,40 @@ def _parent(folder: Path) -> Path:
 
 
 def _replace(made: Path, folder: Path, aside: Path) -> None:
-    """Put a folder in its place, and the one that is there aside: back, if that fails."""
+    """Put a folder in the place of another, in one step: whoever is killed leaves one of them there."""
     if not folder.exists():
         made.replace(folder)
         return
-    folder.replace(aside)
+    if _exchange(made, folder):
+        return
+    # Where the file system cannot: the one that is there goes aside under its own name, for `_restore` to find.
+    aside.mkdir()
+    folder.replace(aside / folder.name)
     try:
         made.replace(folder)
     except OSError:
         with contextlib.suppress(OSError):
-            aside.replace(folder)
+            (aside / folder.name).replace(folder)
         raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places, by what Linux has for that; return whether they did."""
+    try:
+        function = ctypes.CDLL(None).renameat2
+    except AttributeError:  # Before glibc 2.28.
+        return False
+    return not function(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE)
+
+
+def _restore(folder: Path) -> None:
+    """Put a bundle back that was aside when the process that was replacing it was killed."""
+    if not folder.exists():
+        for kept in sorted(folder.parent.glob(f"{_PREFIX}*/{_ASIDE}/{folder.name}")):
+            if not in_use(kept.parent.parent):
+                _LOG.warning("%s was being replaced by a process that was killed: it is back", folder)
+                kept.replace(folder)
+                return
 
 
 def _versions() -> dict[str, str]:

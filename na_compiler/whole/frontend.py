@@ -27,8 +27,35 @@ def from_program(program: Any, attention: Attention) -> Any:
         tensors = {name: None if one is None else importer.env[one] for name, one in nodes.items()}
         return attention.emit(importer.block_builder, given | tensors)
 
-    converters = {f"na{rank}d.default": convert for rank in (1, 2, 3)}
+    converters: dict[str, Any] = {f"na{rank}d.default": convert for rank in (1, 2, 3)}
+    converters |= _CORRECTED
     return from_exported_program(program, custom_convert_map=converters, unwrap_unit_return_tuple=True)
+
+
+def _elu(node: Any, importer: Any) -> Any:
+    """Convert ``elu(x, alpha, scale, input_scale)``, which selu is made of; TVM's importer leaves the scales out."""
+    from tvm.relax import const, op  # noqa: PLC0415
+
+    given = dict(enumerate(node.args)) | {
+        ("alpha", "scale", "input_scale").index(k) + 1: v for k, v in node.kwargs.items()
+    }
+    x = importer.env[given[0]]
+    alpha, scale, input_scale = (const(float(given.get(place, 1.0)), str(x.ty.dtype)) for place in (1, 2, 3))
+    below = op.nn.relu(op.subtract(const(1.0, str(x.ty.dtype)), op.exp(op.multiply(input_scale, x))))
+    whole = op.multiply(scale, op.subtract(op.nn.relu(x), op.multiply(alpha, below)))
+    return importer.block_builder.emit(whole)
+
+
+def _refused(node: Any, importer: Any) -> Any:  # noqa: ARG001 - as the importer calls it
+    raise RuntimeError(f"{node.target} cannot be compiled: what TVM makes of it ends the process; sort would do")
+
+
+# What TVM's importer gets wrong.
+_CORRECTED = {
+    "elu.default": _elu,
+    "median.default": _refused,
+    "median.dim": _refused,
+}
 
 
 def from_onnx(model: Any, attention: Attention) -> Any:

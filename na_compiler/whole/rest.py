@@ -17,6 +17,7 @@ from tvm.tirx import IterVar
 
 from na_compiler.target import CpuTarget
 from na_compiler.tensorir.arithmetic import LOG2_E, exp2
+from na_compiler.whole.order import ORDERED, ordered
 
 __all__ = ["legalize", "schedule_rest"]
 
@@ -132,6 +133,16 @@ def _of_two(name: str, wins: Callable[[Any, Any], Any]) -> Any:
     return legalized
 
 
+def _not_equal(builder: relax.BlockBuilder, call: relax.Call) -> Any:
+    """Lower a comparison by which NaN differs from itself: LLVM gets one from TVM that is false beside NaN."""
+
+    def compute(a: te.Tensor, b: te.Tensor) -> te.Tensor:
+        same = topi.cast(topi.equal(a, b), "int8")
+        return topi.cast(topi.subtract(topi.full_like(same, 1), same), "bool")
+
+    return builder.call_te(compute, *call.args, primfunc_name_hint="not_equal")
+
+
 def _default(name: str) -> Any:
     from tvm.ir import Op  # noqa: PLC0415
 
@@ -187,7 +198,9 @@ def legalize(module: IRModule) -> IRModule:
     custom["relax.clip"] = _clipped
     custom["relax.maximum"] = _of_two("relax.maximum", topi.greater)
     custom["relax.minimum"] = _of_two("relax.minimum", topi.less)
+    custom["relax.not_equal"] = _not_equal
     custom["relax.nn.layer_norm"] = _layer_norm
+    custom |= {name: ordered(name, _default(name)) for name in ORDERED}
     module = relax.transform.LegalizeOps(custom)(module)
     for transform in (
         relax.transform.AnnotateTIROpPattern(),

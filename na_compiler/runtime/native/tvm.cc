@@ -1,6 +1,7 @@
 #include "tvm.h"
 
 #include <dlfcn.h>
+#include <sys/statvfs.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <unistd.h>
 
@@ -39,6 +40,15 @@ std::string own_folder() {
   return slash == std::string::npos ? "." : path.substr(0, slash);
 }
 
+// What to do about a library that cannot be loaded, where the reason is where it lies; dlopen's own sentence tells of a
+// segment.
+std::string advice(const std::string& path) {
+  struct statvfs system;
+  if (statvfs(path.c_str(), &system) != 0 || (system.f_flag & ST_NOEXEC) == 0) return "";
+  return "; its file system is mounted noexec, from which no library can be loaded: copy the folder to one that is not, "
+         "and name that";
+}
+
 // Where TVM's libraries may be: what the user says, what came with the bundle, beside this library, where they were
 // when it was built.
 std::vector<std::string> places(const std::vector<std::string>& folders) {
@@ -59,7 +69,7 @@ void* load_global(const char* name, const std::vector<std::string>& folders) {
     std::string path = folder + "/" + name;
     if (access(path.c_str(), F_OK) != 0) continue;
     if (void* loaded = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL)) return loaded;
-    problems += std::string("; ") + dlerror();
+    problems += std::string("; ") + dlerror() + advice(path);
   }
   if (void* loaded = dlopen(name, RTLD_NOW | RTLD_GLOBAL)) return loaded;  // Where the system looks.
   std::string message = std::string("cannot load ") + name + problems + "; looked in";
@@ -144,7 +154,12 @@ Function load_function(const std::string& library, bool is_cuda, const std::vect
   if (is_cuda) load_global("libtvm_runtime_cuda.so", folders);
   TVMFFIAny path = make(kTVMFFIRawStr);
   path.v_c_str = library.c_str();
-  TVMFFIAny module = call_global("ffi.ModuleLoadFromFile", &path, 1);
+  TVMFFIAny module;
+  try {
+    module = call_global("ffi.ModuleLoadFromFile", &path, 1);
+  } catch (const Error& error) {
+    throw Error(error.what() + advice(library));
+  }
   TVMFFIAny arguments[3] = {module, make(kTVMFFIRawStr), make(kTVMFFIBool)};
   arguments[1].v_c_str = "main";
   arguments[2].v_int64 = 1;  // Look into imported modules as well.
