@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 LAYERS = [
     (lambda: NeighborhoodAttention1D(16, 2, 3, dilation=2), (9, 16)),
     (lambda: NeighborhoodAttention2D(16, 2, (3, 4), (1, 2), is_causal=(True, False), proj_drop=0.5), (7, 6, 16)),
+    (lambda: NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True), (7, 6, 16)),
     (lambda: NeighborhoodAttention3D(16, 2, (3, 1, 2), qkv_bias=False, qk_scale=0.5), (4, 5, 3, 16)),
 ]
 
@@ -139,13 +140,15 @@ class TestExporterBefore:
     """`torch.onnx.export(..., dynamo=False)`."""
 
     @pytest.mark.parametrize("opset", [None, 13])
-    @pytest.mark.parametrize("name", ["plain", "sizes", "scripted"])
+    @pytest.mark.parametrize("name", ["plain", "sizes", "scripted", "biased"])
     def test_runs(self, name, opset, tmp_path, seed):
         inputs = (torch.randn(1, 6, 9, 2, 8), torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8))
         model = {"plain": Attend(), "sizes": Sizes()}.get(name)
         if name == "scripted":
-            layer = NeighborhoodAttention2D(16, 2, 3).eval()
+            layer = nn.Sequential(NeighborhoodAttention2D(16, 2, 3)).eval()
             model, inputs = torch.jit.script(layer), (torch.randn(1, 6, 9, 16),)
+        if name == "biased":
+            model, inputs = NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True).eval(), (torch.randn(1, 6, 9, 16),)
         inputs = inputs if name == "sizes" else inputs[:1]
         proto = exported(model, inputs, opset_version=opset)
         (node,) = [node for node in proto.graph.node if node.domain]

@@ -6,7 +6,7 @@ compiler reads source in its subset of Python, and annotations as objects: they 
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ _OPSET = 9
 class Scriptable(nn.Module):
     """A layer of `na_compiler.modules`, with what that has inside, for ``torch.jit.script``."""
 
-    qkv: nn.Linear
-    proj: nn.Linear
-    proj_drop: nn.Dropout
+    if TYPE_CHECKING:  # TorchScript finds these by what they are.
+        qkv: nn.Linear
+        proj: nn.Linear
+        proj_drop: nn.Dropout
     rank: int
     embed_dim: int
     num_heads: int
@@ -41,7 +42,7 @@ class Scriptable(nn.Module):
     dilation: list[int]
     is_causal: list[int]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Attend."""
         if x.dim() != self.rank + 2 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"the input must be [batch, *layout, {self.embed_dim}], got shape {x.shape}")
@@ -49,16 +50,19 @@ class Scriptable(nn.Module):
         query, key, value = qkv.unbind(-3)
         if self.rank == 1:
             attended, _ = torch.ops.na_compiler.na1d(
-                query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale
-            )
+                query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
+                relative_position_bias=self.rpb, key_mask=key_mask,
+            )  # fmt: skip
         elif self.rank == 2:
             attended, _ = torch.ops.na_compiler.na2d(
-                query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale
-            )
+                query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
+                relative_position_bias=self.rpb, key_mask=key_mask,
+            )  # fmt: skip
         else:
             attended, _ = torch.ops.na_compiler.na3d(
-                query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale
-            )
+                query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
+                relative_position_bias=self.rpb, key_mask=key_mask,
+            )  # fmt: skip
         return self.proj_drop(self.proj(attended.flatten(-2)))  # type: ignore[no-any-return]
 
 

@@ -1,7 +1,7 @@
 """Maxima, minima and orders with NaN as torch has it: the result of a maximum and of a minimum, and greatest in order.
 
 TensorIR's own maximum may return either operand beside NaN, and a sort by ``<`` goes wrong where there is one. Here
-they are computed on integers of the same order: the bits of a float, with those of a negative number the other way round.
+they are computed on integers of the same order: the bits of a float, those of a negative number the other way round.
 """
 
 from __future__ import annotations
