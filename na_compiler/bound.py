@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from na_compiler import operands
+from na_compiler.operands import FREE
 from na_compiler.ops.kernels import on_cuda, reading
 from na_compiler.ops.operators import OPERATORS
 from na_compiler.ops.schema import BOUND, FORWARD
@@ -25,7 +26,8 @@ def _bound(*arguments: object) -> tuple[Tensor, Tensor]:
     given = BOUND.by_name(arguments)
     found = kernel_by_key(given["kernel"])
     assert isinstance(found, ForwardKernel)
-    tensors = {o.name: given[o.name] for o in operands.inputs() if given[o.name] is not None}
+    there = [operand for operand in operands.inputs() if given[operand.name] is not None]
+    tensors = {o.name: given[o.name] if o.strides == FREE else given[o.name].contiguous() for o in there}
     numbers = {o.name: given[o.name] for o in operands.scalars() if given[o.name] is not None}
 
     def run(*read: Tensor) -> tuple[Tensor, Tensor]:

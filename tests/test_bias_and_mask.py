@@ -16,8 +16,10 @@ from torch import nn
 import na_compiler
 from na_compiler import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D, Problem, na2d
 from na_compiler.compiler.spec import KernelSpec
-from na_compiler.passes import collect
+from na_compiler.passes import bind, collect
 from na_compiler.reference import neighborhood_attention
+from na_compiler.runtime.whole import load_whole
+from na_compiler.whole import compile_whole
 
 BIAS, MASK = ("relative_position_bias",), ("key_mask",)
 OPTIONS = (BIAS, MASK, BIAS + MASK)
@@ -224,6 +226,30 @@ def test_ways_that_torch_calls(seed, tmp_path):
         torch.ops.na_compiler.na2d.default, (*given[:3], [3, 5], [1, 1], [2, 1], [0, 0], 0.5),
         {"relative_position_bias": bias, "key_mask": given[4]},
     )  # fmt: skip
+
+
+def test_tables_and_masks_that_are_not_contiguous(seed):
+    """They are copied, also where a contiguous one of the shape was there before; in bound programs as well."""
+    query, key, value, bias, mask = inputs()
+    expected = exact(query, key, value, bias, mask)
+    strided = bias.transpose(0, 2).contiguous().transpose(0, 2), mask.transpose(1, 2).contiguous().transpose(1, 2)
+    program = torch.export.export(Layer(), (query, key, value, bias, mask))
+    assert bind(program) == 1
+    for call in (attend, program.module()):
+        for given in ((bias, mask), strided, (bias, strided[1])):
+            with torch.inference_mode():
+                torch.testing.assert_close(call(query, key, value, *given).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_models(seed, tmp_path):
+    """The table is a weight of the model, and the mask an input."""
+    layer = NeighborhoodAttention2D(12, 3, (3, 5), rel_pos_bias=True).eval()
+    nn.init.normal_(layer.rpb)
+    x, mask = torch.randn(2, 8, 9, 12), torch.rand(2, 8, 9) < 0.6
+    with torch.no_grad():
+        compile_whole(torch.export.export(layer, (x, mask)), tmp_path / "layer.so")
+        result = torch.from_dlpack(load_whole(tmp_path / "layer.so")(x, mask))
+        torch.testing.assert_close(result, layer(x, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_a_table_in_half_precision(seed):
