@@ -101,7 +101,7 @@ def torchs(folder, bundle):
     calls = [
         (query, key, value, *parameters, None, None, None, None, gain, mask, 1.5, 7),
         (query, key, value, *parameters, None, None, None, None, gain, mask, 1.5),
-        (query, key, value, *parameters, None, None, torch.ones(3), mask, 1.5),
+        (query, key, value, *parameters, None, None, None, None, torch.ones(3), mask, 1.5),
         (query, key, value, *parameters, None, None, None, None, gain.double(), mask, 1.5),
         (query, key, value, *parameters, None, None, None, None, gain),
         (query, key, value, *parameters),
