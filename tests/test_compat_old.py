@@ -200,12 +200,15 @@ def test_layers_with_bias_load_checkpoints_strictly(seed, rank):
         assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-def test_layer_without_bias_pads_and_takes_one_kernel(seed, monkeypatch):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layers_pad_and_take_one_kernel(has_bias, seed, monkeypatch):
     from na_compiler.compat.natten import layer as module
 
     monkeypatch.setattr(module, "attend", None)
-    layer = contents("0.15.1")[""]["NeighborhoodAttention2D"](8, 2, 3, 2, False)
-    assert "rpb" not in layer.state_dict()
+    layer = contents("0.15.1")[""]["NeighborhoodAttention2D"](8, 2, 3, 2, has_bias)
+    assert ("rpb" in layer.state_dict()) == has_bias
+    if has_bias:
+        nn.init.normal_(layer.rpb)
     x = torch.randn(1, 4, 7, 8)
     assert error(layer.eval()(x), by_hand(layer, x, 3, 2)) < 1e-5
 
