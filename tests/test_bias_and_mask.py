@@ -128,6 +128,11 @@ def test_a_query_that_sees_nothing(problem, seed):
     check("lse", lse, expected_lse, "float32")
     assert lse.isnan().any()
     assert lse.isneginf().any()
+    if problem.additional_kv:
+        more = torch.full((1, 2, 2, 8), -math.inf), torch.ones(1, 2, 2, 8)
+        output, lse = forward(query, key, value, *more, key_mask=torch.zeros_like(mask))
+        assert output.isnan().all()
+        assert lse.isnan().all()
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
@@ -144,9 +149,12 @@ def test_biases_that_are_not_finite(number, seed):
 
 
 def test_the_same_bits_whatever_the_number_of_threads(seed):
-    problem = Problem((23, 17), 4, 16, 5, heads_kv=2, operands=BIAS + MASK)
+    """And the right ones, where several tiles share staged keys and begin at different ones of them."""
+    problem = Problem((30, 28), 4, 16, 5, heads_kv=2, operands=BIAS + MASK)
     example = draw(problem, batch=2)
     forward, backward = (na_compiler.compile(problem, direction=d) for d in ("forward", "backward"))
+    plan = KernelSpec.make(problem).plan
+    assert any(axis.tile_box < axis.strip_box < axis.longest for axis in plan)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 8):
@@ -158,6 +166,8 @@ def test_the_same_bits_whatever_the_number_of_threads(seed):
         torch.set_num_threads(threads)
     for others in results[1:]:
         assert all(map(torch.equal, others, results[0]))
+    check_forward(example, *results[0][:2])
+    check_backward(example, results[0][2:])
 
 
 def inputs(batch=2):
