@@ -123,13 +123,16 @@ def _attention(
         tuning["relative_position_bias"] = relative_position_bias.float() if is_half else relative_position_bias
     if key_mask is not None:
         tuning["key_mask"] = key_mask
-    others = _others(rank, tuning) if tuning else ()
+    later = _others(rank, tuning) if tuning else ()
     is_usual = type(query) is type(key) is type(value) is Tensor
     if not is_usual or query.is_nested or key.is_nested or value.is_nested:
         _check_tensors(rank, query=query, key=key, value=value)
     if additional_keys is not None or additional_values is not None:
         given = {"additional_keys": additional_keys, "additional_values": additional_values}
         _check_tensors(rank, **{name: tensor for name, tensor in given.items() if tensor is not None})
+        later = (additional_keys, additional_values, *later)
+    elif later:
+        later = (None, None, *later)
     factor = _default_scale(query) if scale is None else checked_scale(scale)
     if torch.compiler.is_compiling() and _is_unknown(factor):
         query, factor = query * (float(factor) if _is_array(factor) else factor), 1.0
@@ -141,9 +144,7 @@ def _attention(
         value,
         *_canonical(rank, kernel_size, stride, dilation, is_causal),
         factor,
-        additional_keys,
-        additional_values,
-        *others,
+        *later,
     )
     return result
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from na_compiler.ops.kernels import Launch, find
-from na_compiler.ops.operators import OPERATORS, differentiate, inputs_of, save_for_backward
+from na_compiler.ops.operators import OPERATORS, differentiate, save_for_backward
 from na_compiler.ops.schema import BACKWARD, FORWARD
 
 __all__ = ["PLAIN", "call"]
@@ -39,6 +39,10 @@ PLAIN = frozenset(
 )
 
 
+# Of the arguments of a forward: the tensors that have to be given, and all that has to be.
+_FIRST, _GIVEN = FORWARD.parameters, FORWARD.later
+
+
 def call(rank: int, return_lse: bool, *arguments: Any) -> Any:
     """Call the operator of a rank; or its implementation, where nothing in between has anything to do.
 
@@ -47,12 +51,15 @@ def call(rank: int, return_lse: bool, *arguments: Any) -> Any:
     Tensor or (Tensor, Tensor)
         Output, or output and lse.
     """
-    if not torch.compiler.is_compiling() and _are_plain(arguments) and _is_quiet():
+    tensors = arguments[:_FIRST]
+    if len(arguments) > _GIVEN:
+        tensors += tuple([one for one in arguments[_GIVEN:] if isinstance(one, Tensor)])
+    if not torch.compiler.is_compiling() and _are_plain(tensors) and _is_quiet():
         launch = find(FORWARD, rank, arguments)
         if torch.is_grad_enabled():
-            for one in arguments:
-                if isinstance(one, Tensor) and one.requires_grad:
-                    return _Attention.apply(launch, rank, return_lse, *arguments)  # type: ignore[attr-defined]
+            for one in tensors:
+                if one.requires_grad:
+                    return _Attention.apply((launch, rank, return_lse, arguments), *tensors)  # type: ignore[attr-defined]
         results: Any = launch(arguments)
     else:
         results = OPERATORS[rank](*arguments)
@@ -80,13 +87,10 @@ def _is_quiet() -> bool:
     return forward_ad._current_level < 0
 
 
-def _are_plain(arguments: tuple[Any, ...]) -> bool:
-    """Return whether the dispatcher would do nothing with the tensors among some arguments but differentiate."""
-    for one in arguments:
-        if type(one) in _TYPES:
-            if _dispatch_keys(one).raw_repr() not in PLAIN:
-                return False
-        elif isinstance(one, Tensor):
+def _are_plain(tensors: tuple[Any, ...]) -> bool:
+    """Return whether the dispatcher would do nothing with some tensors but differentiate."""
+    for one in tensors:  # noqa: SIM110 - a generator takes longer
+        if type(one) not in _TYPES or _dispatch_keys(one).raw_repr() not in PLAIN:
             return False
     return True
 
@@ -104,8 +108,9 @@ class _Attention(torch.autograd.function._SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, launch: Launch, rank: int, return_lse: bool, *arguments: Any) -> Any:
+    def forward(ctx: Any, called: tuple[Any, ...], *tensors: Tensor) -> Any:  # noqa: ARG004 - autograd looks at them
         """Attend."""
+        launch, rank, return_lse, arguments = called
         results = launch(arguments)
         save_for_backward(ctx, arguments, results)
         # Hooks may give back other tensors than were saved.
@@ -114,12 +119,13 @@ class _Attention(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
-        """Return the gradients of all arguments."""
+        """Return the gradients of all tensors."""
         launch, rank = ctx.call
 
         def run(*arguments: Any) -> Any:
+            grads = (grad_output,) if grad_lse is None else arguments[:_OUTPUTS]
             # What differentiates a gradient is refused by the operator.
-            if launch is None or torch.is_grad_enabled() or not _are_plain(arguments[:_GRADIENTS]) or not _is_quiet():
+            if launch is None or torch.is_grad_enabled() or not _are_plain(grads) or not _is_quiet():
                 return getattr(torch.ops.na_compiler, f"na{rank}d_backward").default(*arguments)
             at = (launch, *[one.stride() for one in arguments if isinstance(one, Tensor)])
             found = _backwards.get(at)
@@ -129,11 +135,11 @@ class _Attention(torch.autograd.function._SingleLevelFunction):
                 found = _backwards[at] = find(BACKWARD, rank, arguments)
             return found(arguments)
 
-        if grad_output is None and grad_lse is None:
-            return (None,) * (3 + int(ctx.count))
-        inputs, results = inputs_of(ctx)
-        return (None, None, None, *differentiate(run, inputs, results, (grad_output, grad_lse)))
+        gradients = differentiate(run, ctx, grad_output, grad_lse)
+        if len(gradients) > _FIRST:  # Of the numbers there are none.
+            gradients = (*gradients[:_FIRST], *[gradients[_FIRST + place] for place in ctx.places])
+        return (None, *gradients)
 
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_GRADIENTS = len(FORWARD.results)
+_OUTPUTS = len(FORWARD.results)

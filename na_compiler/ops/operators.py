@@ -29,7 +29,6 @@ __all__ = [
     "differentiate",
     "differentiate_twice",
     "flops",
-    "inputs_of",
     "refuse_tangents",
     "refuse_unless_dense",
     "save_for_backward",
@@ -45,6 +44,8 @@ _library = torch.library.Library("na_compiler", "DEF")
 # Of the arguments, where those with gradients are, and whether each batch entry has its own.
 _DIFFERENTIABLE = [(FORWARD.names.index(operand.name), operand.is_batched) for operand in differentiable()]
 _OUTPUTS = len(outputs())
+# Of these, those whose gradients kernels have to be given.
+_NEEDED = tuple(place for place, operand in enumerate(outputs()) if not operand.gradient_is_optional)
 # The only level of forward mode that torch has. It is named, since forward_ad itself does not know that there is one
 # where a program that Dynamo made has entered it.
 _LEVEL = 0
@@ -121,52 +122,51 @@ def save_for_backward(ctx: Any, arguments: tuple[Any, ...], results: tuple[Tenso
     """Keep what the backward needs of a forward's arguments and results."""
     first = FORWARD.parameters
     rest = arguments[first:]
-    places = [place for place, one in enumerate(rest) if isinstance(one, Tensor)]
-    ctx.save_for_backward(*arguments[:first], *[rest[place] for place in places], *results)
-    # Tensors are kept nowhere else: they would never be freed.
-    ctx.rest = [None if place in places else one for place, one in enumerate(rest)] if places else rest
-    ctx.places = places
-    ctx.count = len(arguments)
+    places: tuple[int, ...] = ()
+    if len(arguments) > FORWARD.later:
+        places = tuple(place for place, one in enumerate(rest) if isinstance(one, Tensor))
+    if places:
+        # Tensors are kept nowhere but where autograd keeps them: they would never be freed.
+        ctx.save_for_backward(*arguments[:first], *results, *[rest[place] for place in places])
+        rest = tuple(None if place in places else one for place, one in enumerate(rest))
+    else:
+        ctx.save_for_backward(*arguments[:first], *results)
+    ctx.rest, ctx.places = rest, places
     ctx.set_materialize_grads(False)
 
 
-def inputs_of(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    """Return the arguments and results of which `save_for_backward` kept what is needed."""
-    saved, first = ctx.saved_tensors, FORWARD.parameters
-    inputs = [*saved[:first], *ctx.rest]
-    for place, tensor in zip(ctx.places, saved[first:], strict=False):
-        inputs[first + place] = tensor
-    return inputs, saved[-_OUTPUTS:]
+def differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a forward's arguments, by what computes the backward operator.
+
+    They are those of query, key and value only, where nothing that may be left out was given.
+    """
+    first, saved = FORWARD.parameters, ctx.saved_tensors
+    if [place for place in _NEEDED if grads[place] is None]:
+        if all(grad is None for grad in grads):
+            return (None,) * first
+        grads = tuple(
+            torch.zeros_like(saved[first + place]) if place in _NEEDED and grad is None else grad
+            for place, grad in enumerate(grads)
+        )
+    if not ctx.places:
+        return tuple(operator(*grads, *saved, *ctx.rest)[:first])
+    given, rest = first + _OUTPUTS, list(ctx.rest)
+    for place, tensor in zip(ctx.places, saved[given:], strict=True):
+        rest[place] = tensor
+    made = operator(*grads, *saved[:given], *rest)
+    gradients: list[Tensor | None] = [None] * (first + len(rest))
+    for (place, is_batched), gradient in zip(_DIFFERENTIABLE, made, strict=True):
+        if place < first or place - first in ctx.places:
+            # What all batch entries share has what each adds to its gradient.
+            shared = None if is_batched else rest[place - first]
+            gradients[place] = gradient if shared is None else gradient.sum(0).to(shared.dtype)
+    return tuple(gradients)
 
 
 def _differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Return the gradients of an operator's arguments, by its backward operator."""
-    if not any(grad is not None for grad in grads):
-        return (None,) * int(ctx.count)
-    inputs, results = inputs_of(ctx)
-    while inputs[-1] is None:
-        inputs.pop()
-    gradients = differentiate(operator, inputs, results, grads)
-    return (*gradients, *[None] * (ctx.count - len(gradients)))
-
-
-def differentiate(
-    operator: Any, inputs: list[Any], results: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
-) -> list[Tensor | None]:
-    """Return the gradients of a forward's arguments, by what computes the backward operator."""
-    if any(grad is None for grad in grads):
-        grads = tuple(
-            torch.zeros_like(result) if grad is None and not operand.gradient_is_optional else grad
-            for operand, grad, result in zip(FORWARD.results, grads, results, strict=True)
-        )
-    first = FORWARD.parameters
-    made = operator(*grads, *inputs[:first], *results, *inputs[first:])
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for (place, is_batched), gradient in zip(_DIFFERENTIABLE, made, strict=True):
-        if place < len(inputs) and inputs[place] is not None:
-            # What all batch entries share has what each adds to its gradient.
-            gradients[place] = gradient if is_batched else gradient.sum(0).to(inputs[place].dtype)
-    return gradients
+    gradients = differentiate(operator, ctx, *grads)
+    return (*gradients, *[None] * (FORWARD.parameters + len(ctx.rest) - len(gradients)))
 
 
 def differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
