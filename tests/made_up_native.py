@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from na_compiler import operands
-from na_compiler.operands import COMPACT, INPUT, SCALAR, Operand
+from na_compiler.operands import COMPACT, INPUT, OUTPUT, SCALAR, Operand
 
 OLD = operands.TABLE
 operands.TABLE = (
@@ -98,13 +98,15 @@ def torchs(folder, bundle):
     """The operators for programs without Python: schema, marshalling, checks."""
     library = aot.build_library()
     parameters = ([3, 3], [1, 1], [1, 1], [0, 0], 0.25)
+    # What the table has before the made-up ones may be left out.
+    before = (query, key, value, *parameters, *[None for operand in OLD if operand.role != OUTPUT and operand.is_later])
     calls = [
-        (query, key, value, *parameters, None, None, None, None, gain, mask, 1.5, 7),
-        (query, key, value, *parameters, None, None, None, None, gain, mask, 1.5),
-        (query, key, value, *parameters, None, None, None, None, torch.ones(3), mask, 1.5),
-        (query, key, value, *parameters, None, None, None, None, gain.double(), mask, 1.5),
-        (query, key, value, *parameters, None, None, None, None, gain),
-        (query, key, value, *parameters),
+        (*before, gain, mask, 1.5, 7),
+        (*before, gain, mask, 1.5),
+        (*before, torch.ones(3), mask, 1.5),
+        (*before, gain.double(), mask, 1.5),
+        (*before, gain),
+        (*before,),
     ]
     torch.save(calls, folder / "calls.pt")
     command = [sys.executable, "-c", TORCH, library, bundle, folder / "calls.pt", folder / "results.pt"]
@@ -130,7 +132,8 @@ def onnx_runtimes(bundle):
     """ONNX Runtime's: inputs, attributes, checks."""
 
     def session(size, **attributes):
-        inputs = ["q", "k", "v", "", "", "", "", "gain", "mask"]
+        absent = ["" for operand in OLD if operand.role == INPUT and operand.is_later]
+        inputs = ["q", "k", "v", *absent, "gain", "mask"]
         node = helper.make_node("NA2D", inputs, ["y", "l"], domain="na_compiler", kernel_size=[3, 3], **attributes)
         kinds = onnx.TensorProto
         shapes = {name: (kinds.FLOAT, ["B", 6, 9, 2, 8]) for name in "qkv"}

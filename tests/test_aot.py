@@ -86,6 +86,19 @@ def test_results(library, bundle, tmp_path, seed):
         assert copies == 0
 
 
+def test_other_operands(library, tmp_path, seed):
+    """By their places; one that is not contiguous is copied."""
+    problem = Problem((6, 9), 2, 8, 3, operands=("relative_position_bias", "key_mask"))
+    na_compiler.save_bundle(tmp_path / "bundle", [na_compiler.KernelSpec.make(problem)])
+    example = draw(problem, batch=2, scale=0.3)
+    bias, mask = example.others.values()
+    columns = bias.transpose(-1, -2).contiguous().transpose(-1, -2)
+    calls = [(*call(problem, example.inputs), None, None, one, mask) for one in (bias, columns)]
+    for copies, (output, lse, copied) in enumerate(run(library, tmp_path / "bundle", calls, tmp_path)):
+        check_forward(example, output, lse)
+        assert copied == copies
+
+
 def test_tensors_that_a_kernel_cannot_read_are_copied(library, bundle, tmp_path, seed):
     """Those of a GPU cannot read all; a manifest that says so is believed of any."""
     problem = PROBLEMS[2]
