@@ -213,6 +213,8 @@ def test_tokens_of_images_are_left(seed, calls, caplog):
         custom = create_sliding_window_causal_mask(**arguments, and_mask_function=lambda b, h, q, k: k != 5)
         assert type(custom) is torch.Tensor
         assert "a mask that is not known here" in caplog.text
+        either = create_causal_mask(**arguments, or_mask_function=sliding_window_overlay(9))
+        assert type(either) is torch.Tensor
         # The same mask in other words is the same mask.
         assert isinstance(create_causal_mask(**arguments, and_mask_function=sliding_window_overlay(9)), WindowMask)
 
@@ -253,6 +255,26 @@ def test_a_mask_of_other_tokens_is_made(seed, calls):
     wanted = torch.nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask)
     close(output, wanted.transpose(1, 2))
     assert not calls
+
+
+def test_keys_behind_the_last_query(seed, calls):
+    """As a static cache hands them over: nobody sees them."""
+    from transformers.masking_utils import sliding_window_causal_mask_function
+
+    query, key, value = torch.randn(2, 4, 80, 16), torch.randn(2, 4, 96, 16), torch.randn(2, 4, 96, 16)
+    mask = na_mask(2, 80, 96, mask_function=sliding_window_causal_mask_function(WINDOW))
+    output, _ = na_attention_forward(torch.nn.Module(), query, key, value, mask)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.made())
+    close(output, wanted.transpose(1, 2))
+    assert len(calls) == 1
+    with pytest.raises(RuntimeError):  # SDPA's, of shapes that do not fit.
+        na_attention_forward(torch.nn.Module(), query, key[:, :, :90], value[:, :, :90], mask)
+    assert len(calls) == 1
+
+
+def test_while_a_graph_is_made_masks_are_made(monkeypatch):
+    monkeypatch.setattr(masks, "is_tracing", lambda _: True)
+    assert type(window_mask()) is torch.Tensor
 
 
 def test_few_numbers_of_tokens_are_compiled_for():

@@ -362,10 +362,10 @@ def _mask(value: ir.Value, tokens: int) -> Mask:
     if mask.dtype == bool:
         return np.asarray(mask, bool)
     try:
-        lowest = ml_dtypes.finfo(mask.dtype).min  # type: ignore[no-untyped-call]  # Of bfloat16 too, which NumPy does not know.
+        ml_dtypes.finfo(mask.dtype)  # type: ignore[no-untyped-call]  # Of bfloat16 too, which NumPy does not know.
     except ValueError:
         raise DeclinedError(f"its mask is of {mask.dtype}") from None
-    found = mask_of_bias(mask.astype(np.float64), float(lowest))
+    found = mask_of_bias(mask.astype(np.float64))
     if found is None:
-        raise DeclinedError("its mask adds to scores")
+        raise DeclinedError("its mask adds more to scores than 0 and, to hide, -1e4 or less")
     return found

@@ -21,7 +21,8 @@ __all__ = ["backend"]
 
 # For the device that tensors are on: the CPU, or the GPU present.
 _TARGETS = {"cpu": "llvm", "cuda": "cuda"}
-_BUFFER = re.compile(r"\._buffers\['\w+'\]$")
+# Buffers of modules, and what block masks of FlexAttention are made of.
+_BUFFER = re.compile(r"\._buffers\['\w+'\]$|\.(?:full_)?(?:kv|q)_(?:num_blocks|indices)$")
 _LOG = logging.getLogger("na_compiler")
 
 
@@ -107,7 +108,7 @@ def _guarded(
 
 
 def _buffers(module: fx.GraphModule, inputs: list[Any]) -> dict[str, int]:
-    """Return the inputs of a graph that are buffers of modules, by the names of their nodes, and their places."""
+    """Return the places of inputs that are buffers of modules or of block masks, by the names of their nodes."""
     found = {}
     for place, node in enumerate(module.graph.find_nodes(op="placeholder")):
         source = getattr(node.meta.get("grapharg"), "source", None)

@@ -10,7 +10,9 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from na_compiler.passes.flex import replace_flex
 from na_compiler.passes.graph import finish, graph_module
+from na_compiler.passes.multi_head import open_multi_head
 from na_compiler.passes.natten_nodes import replace_natten
 from na_compiler.passes.sdpa import replace_sdpa
 from na_compiler.passes.views import copies, drop_copies
@@ -47,7 +49,8 @@ def canonicalise_torch(
     After it `na_compiler.passes.views.copies` finds no node but those that something else reads as well.
     """
     module = graph_module(program)
-    count = replace_natten(module) + replace_sdpa(program, held, used)
+    count = replace_natten(module) + open_multi_head(module)
+    count += replace_sdpa(program, held, used) + replace_flex(program, held, used)
     dropped = drop_copies(module)
     finish(program)
     left = copies(module)

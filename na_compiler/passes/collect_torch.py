@@ -94,7 +94,9 @@ def site_of(found: Attention, symbols: dict[sympy.Symbol, int] | None = None) ->
     problem, parameters = None, _parameters(found, symbols, hints=hints)
     layout = [size for size in known[1:] if size is not None]
     if len(layout) == found.rank and parameters is not None:
-        problem = _problem(found, parameters, layer, layout, query, key, value)
+        # Heads too are dynamic under torch.compile(dynamic=True).
+        shapes = [[_value(size, symbols, hints=hints) for size in sizes] for sizes in (query, key, value)]
+        problem = _problem(found, parameters, layer, layout, *shapes)
     device = getattr(tensor_of(found.arguments["query"]), "device", None)
     kind = "cpu" if device is None else device.type
     where = (tuple(dynamic), known[0], kind, found.graph)
@@ -107,9 +109,7 @@ def _parameters(found: Attention, symbols: dict[sympy.Symbol, int], *, hints: bo
     for name in operands.PARAMETERS:
         given = found.arguments[name]
         if isinstance(given, (list, tuple)):
-            given = [
-                _value(one.meta["val"], symbols, hints=hints) if isinstance(one, fx.Node) else one for one in given
-            ]
+            given = [_value(tensor_of(one), symbols, hints=hints) if isinstance(one, fx.Node) else one for one in given]
             if None in given:
                 return None
         parameters[name] = given
@@ -153,8 +153,8 @@ def _sizes(argument: object) -> Sequence[Size] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def _value(size: Size, symbols: dict[sympy.Symbol, int], *, hints: bool) -> int | None:
-    if isinstance(size, int):
+def _value(size: Size | None, symbols: dict[sympy.Symbol, int], *, hints: bool) -> int | None:
+    if size is None or isinstance(size, int):
         return size
     value = size.node.expr.subs(symbols)
     if value.is_number:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +11,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from na_compiler.passes.graph import graph_module, is_pure, tensor_of, writes
+from na_compiler.passes.decline import DeclinedError, need
+from na_compiler.passes.effects import (
+    asks_for_dtype,
+    asks_only,
+    is_pure,
+    shares_memory_with,
+    writes,
+    writes_constantly,
+    written_by,
+)
+from na_compiler.passes.graph import graph_module, tensor_of
 from na_compiler.passes.masks import LARGEST
 
 __all__ = ["Constants"]
@@ -32,6 +40,8 @@ class Constants:
 
     def __init__(self, program: ExportedProgram | fx.GraphModule, held: Mapping[str, torch.Tensor]) -> None:
         self.module = graph_module(program)
+        # Dynamo checks what is found out here about sizes before each call; an exported program keeps its promises.
+        self.may_guard = not isinstance(program, ExportedProgram)
         self.held: dict[str, torch.Tensor] = dict(held)
         if isinstance(program, ExportedProgram):
             signature = program.graph_signature
@@ -41,65 +51,134 @@ class Constants:
                 for node, name in names.items():
                     if name in everything and name not in mutated:
                         self.held[node] = everything[name]
-        self.values: dict[fx.Node, Any] = {}  # Whatever nodes return.
-        # What something writes into, or may: all that such a value was computed from may be the same memory.
-        self.written = self._before(*(node for node in self.module.graph.nodes if writes(node)))
+        self.place = {node: place for place, node in enumerate(self.module.graph.nodes)}
+        # What is written into, and may have one memory with other nodes.
+        self.writes = {node: _memory(written_by(node)) for node in self.place if writes(node)}
+        self.values: dict[frozenset[fx.Node], object] = {}
 
-    def value(self, node: fx.Node) -> torch.Tensor | None:
-        """Return the value of a node; ``None`` if it is no constant, or takes more memory than a mask may."""
-        before = self._before(node)
-        if before & self.written or not all(map(self._is_constant, before)):
-            return None
-        with torch.no_grad(), contextlib.suppress(RuntimeError, TypeError, ValueError, NotImplementedError):
-            for each in self.module.graph.nodes:
-                if each in before and each not in self.values:
-                    self.values[each] = self._compute(each)
-        value = self.values.get(node)
-        return value if isinstance(value, torch.Tensor) else None
+    def value(self, node: fx.Node, at: fx.Node) -> torch.Tensor:
+        """Return the value of a node.
 
-    def inputs_of(self, node: fx.Node) -> set[str]:
-        """Return the names of the inputs that a node is computed from."""
-        return {each.name for each in self._before(node) if each.op == "placeholder"}
+        Parameters
+        ----------
+        node
+            Whose value.
+        at
+            The node that reads it: what is written later has no effect on it.
 
-    def _before(self, *nodes: fx.Node) -> set[fx.Node]:
-        """Return some nodes and all that they are computed from; each is looked at once."""
-        found: set[fx.Node] = set()
-        pending = list(nodes)
-        while pending:
-            node = pending.pop()
-            if node not in found:
-                found.add(node)
-                pending += node.all_input_nodes
-        return found
+        Raises
+        ------
+        DeclinedError
+            If it is no constant, or takes more memory than a mask may; says why.
+        """
+        needed = self.needed(node, at)
+        for each in needed:
+            self._check(each)
+        key = frozenset(needed)
+        if key not in self.values:
+            try:
+                with torch.no_grad():
+                    self.values[key] = self._run(sorted(needed, key=self.place.__getitem__), node)
+            except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+                raise DeclinedError(f"its mask cannot be computed here: {str(error).partition(chr(10))[0]}") from error
+        value = self.values[key]
+        if not isinstance(value, torch.Tensor):
+            raise DeclinedError("its mask is no tensor")
+        return value
 
-    def _is_constant(self, node: fx.Node) -> bool:
+    def needed(self, node: fx.Node, at: fx.Node) -> set[fx.Node]:
+        """Return what a node's value is computed from, itself and what is written into any of it before among them."""
+        found = _before([node])
+        pending = {write: memory for write, memory in self.writes.items() if self.place[write] < self.place[at]}
+        while True:
+            more = [write for write, memory in pending.items() if memory & found]
+            if not more:
+                return found
+            for write in more:
+                del pending[write]
+            found |= _before(more)
+
+    def inputs_of(self, node: fx.Node, at: fx.Node) -> set[str]:
+        """Return the names of the inputs that a node is computed from; see `value`."""
+        return {each.name for each in self.needed(node, at) if each.op == "placeholder"}
+
+    def _check(self, node: fx.Node) -> None:
         described = tensor_of(node)
-        if isinstance(described, torch.Tensor) and not _is_small(described):
-            return False
-        if node.op == "placeholder":
-            return node.name in self.held and _is_plain(self.held[node.name])
-        if node.op == "get_attr":
-            return _is_plain(self._attribute(node))
-        return node.op == "call_function" and (is_pure(node.target) or node.target is operator.getitem)
+        if isinstance(described, torch.Tensor):
+            fixed = all(isinstance(size, int) for size in described.shape)
+            need(fixed, f"its mask depends on a size that is dynamic, in {node.name}")
+            need(described.numel() <= LARGEST, f"its mask is too large to look at, in {node.name}")
+        if node.op in {"placeholder", "get_attr"}:
+            is_held = node.name in self.held if node.op == "placeholder" else True
+            need(is_held, f"its mask depends on the input {node.name}")
+            need(_is_plain(self._leaf(node)), f"its mask depends on {node.name}, which is no constant")
+            # Also after it was read: then it is another in the next call.
+            is_written = any(node in memory for memory in self.writes.values())
+            need(not is_written, f"its mask depends on {node.name}, which is written to")
+            return
+        known = is_pure(node) or writes_constantly(node) or asks_only(node)
+        need(known, f"its mask depends on {node.name}, which is not known to give the same each time")
 
-    def _attribute(self, node: fx.Node) -> object:
+    def _leaf(self, node: fx.Node) -> object:
+        if node.op == "placeholder":
+            return self.held[node.name]
         value: object = self.module
         for name in str(node.target).split("."):
             value = getattr(value, name, None)
         return value
 
-    def _compute(self, node: fx.Node) -> object:
-        if node.op == "placeholder":
-            return self.held[node.name]
-        if node.op == "get_attr":
-            return self._attribute(node)
-        target: Any = node.target
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.values.__getitem__)
-        return target(*args, **kwargs)
+    def _run(self, nodes: Iterable[fx.Node], wanted: fx.Node) -> object:
+        values: dict[fx.Node, Any] = {}
+        for node in nodes:
+            if node.op in {"placeholder", "get_attr"}:
+                values[node] = self._leaf(node)
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: values.get(each, each))
+            if asks_only(node):  # Of a tensor that has a value only when the model runs.
+                args = (_stand_in(node, args[0]), *args[1:])
+            target: Any = node.target
+            values[node] = (
+                getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+            )
+        return values[wanted]
 
 
-def _is_small(tensor: torch.Tensor) -> bool:
-    return all(isinstance(size, int) for size in tensor.shape) and tensor.numel() <= LARGEST
+def _before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return some nodes and all that they are computed from; each is looked at once."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            asked = node.args[0] if asks_only(node) else None
+            pending += [each for each in node.all_input_nodes if each is not asked]
+    return found
+
+
+def _memory(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return some nodes and those that may be views of the same memory, or what it came from."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += shares_memory_with(node)
+    return found
+
+
+def _stand_in(asking: fx.Node, tensor: object) -> torch.Tensor:
+    """Return a tensor like the one that a node asks something of, without memory for its elements."""
+    described = tensor_of(tensor) if isinstance(tensor, fx.Node) else tensor
+    if not isinstance(described, torch.Tensor):
+        raise DeclinedError(f"its mask is made like a tensor that is not known, in {asking.name}")
+    one = torch.zeros((), dtype=described.dtype, device=described.device)
+    if asks_for_dtype(asking):
+        return one
+    fixed = all(isinstance(size, int) for size in described.shape)
+    need(fixed, f"its mask depends on a size that is dynamic, in {asking.name}")
+    return one.expand(described.shape)
 
 
 def _is_plain(value: object) -> bool:

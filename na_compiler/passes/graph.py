@@ -23,19 +23,19 @@ __all__ = [
     "Attention",
     "attempt",
     "attentions",
+    "fake_mode_of",
     "finish",
     "graph_module",
     "graph_modules",
-    "is_pure",
     "layer_of",
     "operator_node",
     "propagate",
+    "range_of",
     "refresh",
     "replace_node",
     "same_size",
     "tensor_of",
     "without_defaults",
-    "writes",
 ]
 
 # NATTEN's functions and operators are known by their names and signatures, as it may be loaded under any name.
@@ -198,6 +198,13 @@ def same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     return bool(one.node.expr == other.node.expr)
 
 
+def range_of(size: torch.SymInt) -> tuple[int, int]:
+    """Return the least and the largest value that a size may have; the latter is very large where it has no bound."""
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    lowest, highest = (int(each) if each.is_Integer else None for each in (found.lower, found.upper))
+    return (0 if lowest is None else lowest), (1 << 62 if highest is None else highest)
+
+
 def propagate(node: fx.Node, like: fx.Node) -> None:
     """Give a new node the tensors that its operator returns for its arguments', and the origin of another."""
     node.meta = {name: like.meta[name] for name in ("nn_module_stack", "stack_trace") if name in like.meta}
@@ -220,14 +227,15 @@ def _kind_of_tensor(node: fx.Node) -> str | None:
 def _compute(node: fx.Node, name: str) -> None:
     args, kwargs = fx.map_arg((node.args, node.kwargs), tensor_of)
     target: Any = node.target
-    with _fake_mode((args, kwargs)) or contextlib.nullcontext():
+    with fake_mode_of((args, kwargs)) or contextlib.nullcontext():
         if node.op == "call_function":
             node.meta[name] = target(*args, **kwargs)
         elif node.op == "call_method":
             node.meta[name] = getattr(args[0], target)(*args[1:], **kwargs)
 
 
-def _fake_mode(arguments: object) -> FakeTensorMode | None:
+def fake_mode_of(arguments: object) -> FakeTensorMode | None:
+    """Return the mode that the first fake tensor among some belongs to; ``None`` where there is none."""
     leaves = torch.utils._pytree.tree_leaves(arguments)  # noqa: SLF001
     return next((leaf.fake_mode for leaf in leaves if hasattr(leaf, "fake_mode")), None)
 
@@ -283,52 +291,3 @@ def without_defaults(names: Sequence[str], arguments: Mapping[str, Any]) -> tupl
     while names[len(values) - 1] in later and values[-1] == later[names[len(values) - 1]]:
         values.pop()
     return tuple(values)
-
-
-# What these return is whatever the memory held.
-_UNDEFINED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
-# Of module operator.
-_IN_PLACE = {
-    "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift",
-    "isub", "itruediv", "ixor", "setitem",
-}  # fmt: skip
-_BUILTINS = {"abs", "len", "max", "min", "pow", "round", "sum"}
-
-
-def is_pure(target: object) -> bool:
-    """Return whether an operator computes the same from the same, with no effect besides; False where unknown."""
-    if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
-        name = target._schema.name.partition("::")[2]  # noqa: SLF001
-        is_random = torch.Tag.nondeterministic_seeded in target.tags
-        return not target._schema.is_mutable and not is_random and name not in _UNDEFINED  # noqa: SLF001
-    name, module = getattr(target, "__name__", ""), getattr(target, "__module__", None)
-    if not inspect.isbuiltin(target):
-        return False
-    if module in {"_operator", "math"}:
-        return not _is_in_place(target)
-    if module == "builtins":
-        return name in _BUILTINS
-    # One of torch's functions, as Dynamo's graphs call them: some are random, some write into what they are given.
-    packet = getattr(torch.ops.aten, name, None) if module is None or module.startswith("torch") else None
-    overloads = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
-    plain = [overload for overload in overloads if not overload._schema.is_mutable]  # noqa: SLF001
-    return bool(plain) and all(map(is_pure, plain))
-
-
-def writes(node: fx.Node) -> bool:
-    """Return whether a node writes into a tensor that it is given."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
-        return bool(target._schema.is_mutable)  # noqa: SLF001
-    name = str(target) if node.op == "call_method" else getattr(target, "__name__", "")
-    if node.op == "call_function" and getattr(target, "__module__", "") in {"_operator", "operator"}:
-        return _is_in_place(target)
-    if isinstance(target, torch._ops.HigherOrderOperator):  # noqa: SLF001
-        return "mutat" in name
-    if "out" in node.kwargs or (node.op == "call_method" and name.strip("_") in _IN_PLACE and name.endswith("__")):
-        return True
-    return node.op in {"call_function", "call_method"} and name.endswith("_") and not name.startswith("_")
-
-
-def _is_in_place(target: object) -> bool:
-    return getattr(target, "__name__", "") in _IN_PLACE

@@ -22,6 +22,8 @@ LARGEST = 1 << 28
 # Elements that a search looks at before it gives up: in sizes of the mask, and some more for the smallest ones. Masks
 # of models take three to six; the rest is for layouts that look right until the whole is compared.
 _EFFORT, _EFFORT_MORE = 16, 10_000
+# -1e4 is -9984 in bfloat16.
+_HIDING = -9984.0
 _LOG = logging.getLogger("na_compiler")
 
 
@@ -46,17 +48,20 @@ def axis_mask(tokens: int, kernel_size: int, stride: int = 1, dilation: int = 1,
     return mask
 
 
-def mask_of_bias(bias: NDArray[Any], lowest: float) -> Mask | None:
+def mask_of_bias(bias: NDArray[Any]) -> Mask | None:
     """Return which scores a bias leaves as they are, where it hides the others; ``None`` where it does more.
 
     Parameters
     ----------
     bias
         What is added to scores, in a dtype of NumPy's own.
-    lowest
-        The lowest number of the dtype that it came in: it stands for minus infinity as well.
+
+    Notes
+    -----
+    Minus infinity hides, and so do finite numbers from -1e4 downwards, which models write in its place: the exponential
+    of what is lower than others by that much is 0 in float32, unless scores themselves differ by nearly as much.
     """
-    hidden = np.isneginf(bias) | (bias == lowest)
+    hidden = bias <= _HIDING
     return ~hidden if bool((hidden | (bias == 0)).all()) else None
 
 

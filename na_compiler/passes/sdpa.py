@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,14 @@ from na_compiler.passes.graph import (
     graph_module,
     graph_modules,
     layer_of,
-    operator_node,
-    propagate,
+    range_of,
     replace_node,
     same_size,
     tensor_of,
 )
+from na_compiler.passes.lengths import LONGEST, corner
+from na_compiler.passes.masked import attend, check_tensors, drop_unused, one_of
 from na_compiler.passes.masks import LARGEST, Mask, Neighborhood, mask_of_bias, recognize
-from na_compiler.problem import DTYPES, LONGEST_HEAD
 
 __all__ = ["replace_sdpa"]
 
@@ -63,7 +62,8 @@ def replace_sdpa(
     """
     module = graph_module(program)
     constants = Constants(program, held or {})
-    known: dict[fx.Node, Neighborhood | None] = {}
+    known: dict[int, Neighborhood | None] = {}
+    replaced: dict[fx.Node, None] = {}
     count = 0
     for node in list(module.graph.nodes):
         if node.op != "call_function" or not _is_sdpa(node.target):
@@ -73,23 +73,24 @@ def replace_sdpa(
         if not isinstance(mask, fx.Node):
             continue
         try:
-            if mask not in known:
-                known[mask] = _neighborhood(constants, mask)
-            neighborhood = known[mask]
-            need(neighborhood is not None, "its mask is no neighborhood, or not constant")
-            assert neighborhood is not None
-            _check(arguments, math.prod(neighborhood.layout))
+            neighborhood = _neighborhood(constants, mask, node, known)
+            tokens = tensor_of(mask).shape[-1]
+            if constants.may_guard:
+                _guard(arguments, tokens)
+            _check(arguments, tokens)
+            needed, inputs = constants.needed(mask, node), constants.inputs_of(mask, node)
             with attempt(node.graph):
-                _replace(node, arguments, neighborhood)
+                replace_node(node, attend(node, arguments, neighborhood))
         except DeclinedError as why:
             _LOG.info("%s: attention with a mask stays as it is: %s", layer_of(node), why)
             continue
         _LOG.info("%s: its mask is a neighborhood, %s", layer_of(node), neighborhood)
         count += 1
+        replaced |= dict.fromkeys(needed)
         if used is not None:
-            used |= constants.inputs_of(mask) & set(held or ())
+            used |= inputs & set(held or ())
     if count:
-        module.graph.eliminate_dead_code()
+        drop_unused(module.graph, replaced)
     _tell_of_branches(module)
     return count
 
@@ -119,7 +120,15 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return _ARGUMENTS | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
-def _check(arguments: dict[str, Any], tokens: int) -> None:
+def _guard(arguments: dict[str, Any], tokens: int | torch.SymInt) -> None:
+    """Let it be checked before each call that sizes which are called differently are as long as the mask."""
+    for name in ("query", "key", "value"):
+        tensor = tensor_of(arguments[name])
+        if isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and isinstance(tokens, torch.SymInt):
+            need(bool(tensor.shape[2] == tokens), f"its mask is of {tokens} tokens, and {name} of {tensor.shape[2]}")
+
+
+def _check(arguments: dict[str, Any], tokens: int | torch.SymInt) -> None:
     """Decline attention with a neighborhood for a mask that our operators could not compute."""
     unknown = sorted(set(arguments) - set(_ARGUMENTS))
     need(not unknown, f"it has arguments that are not known here: {', '.join(unknown)}")
@@ -131,82 +140,79 @@ def _check(arguments: dict[str, Any], tokens: int) -> None:
     tensors = [tensor_of(arguments[name]) for name in ("query", "key", "value")]
     known = all(isinstance(tensor, torch.Tensor) and tensor.dim() == 4 for tensor in tensors)
     need(known, "query, key and value are not known to be [batch, heads, tokens, head_dim]")
-    _check_tensors(tensors, tokens, is_grouped)
+    check_tensors(tensors, tokens, is_grouped)
 
 
-def _check_tensors(tensors: list[torch.Tensor], tokens: int, is_grouped: bool) -> None:
-    query, key, value = tensors
-    for one in tensors:
-        same = one.dtype == query.dtype and one.device == query.device and one.layout is torch.strided
-        need(same, "query, key and value differ in dtype or device, or are not dense")
-        need(same_size(one.shape[0], query.shape[0]), "query, key and value are not known to have one batch")
-        need(same_size(one.shape[2], tokens), f"query, key and value have not the {tokens} tokens of the mask")
-        fixed = all(isinstance(size, int) and size > 0 for size in (one.shape[1], one.shape[3]))
-        need(fixed, "heads or head_dim are dynamic, or 0")
-    dtype, device = str(query.dtype).removeprefix("torch."), query.device.type
-    need(dtype in DTYPES, f"kernels compute in {', '.join(DTYPES)}, and it is in {dtype}")
-    need(device in {"cpu", "cuda"}, f"kernels are for the CPU and CUDA, and it is on {device}")
-    heads, heads_kv = query.shape[1], key.shape[1]
-    # Without the flag one head for all is broadcast, which is the same.
-    fits = value.shape[1] == heads_kv and heads % heads_kv == 0 and (is_grouped or heads_kv in {1, heads})
-    need(fits, f"heads of query, key and value are {heads}, {heads_kv} and {value.shape[1]}")
-    need(key.shape[3] == query.shape[3], "query and key differ in head_dim")
-    width = max(query.shape[3], value.shape[3])
-    need(width <= LONGEST_HEAD, f"head_dim is at most {LONGEST_HEAD} here, and it is {width}")
+def _neighborhood(
+    constants: Constants, mask: fx.Node, at: fx.Node, known: dict[int, Neighborhood | None]
+) -> Neighborhood:
+    """Return the neighborhood that a mask is for one of its readers.
 
-
-def _neighborhood(constants: Constants, node: fx.Node) -> Neighborhood | None:
-    described = tensor_of(node)
+    Raises
+    ------
+    DeclinedError
+        If it is none; says why.
+    """
+    described = tensor_of(mask)
     need(isinstance(described, torch.Tensor), "the graph does not say what its mask is")
     shape = tuple(described.shape)
-    known = 2 <= len(shape) <= 4 and all(isinstance(size, int) for size in shape)
-    square = known and math.prod(shape[:-2]) == 1 and shape[-1] == shape[-2]
-    need(square, f"its mask is {list(shape)}, and not one of all tokens for all heads and batch entries")
+    square = 2 <= len(shape) <= 4 and same_size(shape[-1], shape[-2])
+    need(square, f"its mask is {list(shape)}, and not one of all tokens")
+    _check_broadcast(shape, tensor_of(_arguments(at)["query"]))
+    if not isinstance(shape[-1], int):
+        return _of_any_length(constants, mask, at, shape[-1])
     need(shape[-1] ** 2 <= LARGEST, f"a mask of {shape[-1]} tokens is too large to look at")
-    tensor = constants.value(node)
-    mask = None if tensor is None else _as_bool(tensor.detach().reshape(shape[-2:]))
-    return None if mask is None else recognize(mask)
+    while _is_expand(mask) and not all(isinstance(size, int) for size in tensor_of(mask).shape):
+        # For a batch of any size: what is expanded is the same for all of it.
+        mask = mask.args[0]  # type: ignore[assignment]
+    value = constants.value(mask, at)
+    if id(value) not in known:  # Constants keep their values, so that there is no other with this one's place.
+        known[id(value)] = recognize(_as_bool(one_of(value.detach())))
+    neighborhood = known[id(value)]
+    need(neighborhood is not None, "its mask is no neighborhood")
+    assert neighborhood is not None
+    return neighborhood
 
 
-def _as_bool(mask: torch.Tensor) -> Mask | None:
-    """Return a mask as booleans; ``None`` where it adds more to scores than nothing and minus infinity."""
+def _of_any_length(constants: Constants, mask: fx.Node, at: fx.Node, length: torch.SymInt) -> Neighborhood:
+    """Return the neighborhood that a mask is for all lengths that it may have; its layout is of the largest."""
+    lowest, highest = range_of(length)
+    bound = min(highest, LONGEST)
+    found = recognize(_as_bool(one_of(corner(constants, mask, at, length, bound).detach())))
+    need(found is not None, "its mask is no neighborhood")
+    assert found is not None
+    (tokens, *others), size = found.layout, found.kernel_size[0]
+    plain = not others and found.is_causal == (True,) and found.stride == (1,)
+    need(plain, "its length is dynamic, and its mask is no causal window along one axis")
+    need(size < tokens, "its length is dynamic, and its mask hides nothing but what comes later")
+    fits = bool(length <= tokens) if constants.may_guard else highest <= tokens
+    need(fits, f"its length may be more than {tokens}: a dimension with a max would do, of {LONGEST} at most")
+    large = bool(length >= size * found.dilation[0]) if constants.may_guard else lowest >= size * found.dilation[0]
+    need(large, f"its length may be less than its window of {size} tokens: a dimension with a min would do")
+    return found
+
+
+def _check_broadcast(shape: tuple[Any, ...], query: object) -> None:
+    """Decline a mask with a batch or heads that query has not."""
+    if not isinstance(query, torch.Tensor) or query.dim() != 4:
+        raise DeclinedError("query, key and value are not known to be [batch, heads, tokens, head_dim]")
+    for size, own in zip(reversed(shape[:-2]), (query.shape[1], query.shape[0]), strict=False):
+        need(same_size(size, 1) or same_size(size, own), f"its mask is {list(shape)}, and query {list(query.shape)}")
+
+
+def _is_expand(node: fx.Node) -> bool:
+    target = node.target
+    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else str(target)  # noqa: SLF001
+    return name in {"aten::expand", "expand"} and isinstance(node.args[0], fx.Node)
+
+
+def _as_bool(mask: torch.Tensor) -> Mask:
+    """Return a mask as booleans; decline one that adds more to scores than nothing and minus infinity."""
     if mask.dtype is torch.bool:
         return np.asarray(mask.cpu().numpy())
-    if not mask.is_floating_point():
-        return None
+    need(mask.is_floating_point(), f"its mask is in {mask.dtype}")
     bias = mask.cpu().to(torch.promote_types(mask.dtype, torch.float32))  # NumPy has no bfloat16.
-    return mask_of_bias(bias.numpy(), torch.finfo(mask.dtype).min)
-
-
-def _replace(node: fx.Node, arguments: dict[str, Any], neighborhood: Neighborhood) -> None:
-    graph = node.graph
-    aten = torch.ops.aten
-
-    def called(target: Callable[..., object], *parameters: fx.node.Argument) -> fx.Node:
-        made = graph.call_function(target, parameters)
-        propagate(made, node)
-        return made
-
-    layout, rank = list(neighborhood.layout), len(neighborhood.layout)
-    with graph.inserting_before(node):
-        tensors = {}
-        for name in ("query", "key", "value"):
-            tokens_first = called(aten.transpose.int, arguments[name], 1, 2)
-            tensors[name] = called(aten.unflatten.int, tokens_first, 1, layout) if rank > 1 else tokens_first
-        scale = arguments["scale"]
-        if scale is None:
-            scale = float(tensor_of(arguments["query"]).shape[-1]) ** -0.5
-        parameters = {
-            "kernel_size": list(neighborhood.kernel_size),
-            "stride": list(neighborhood.stride),
-            "dilation": list(neighborhood.dilation),
-            "is_causal": list(neighborhood.is_causal),
-            "scale": scale,
-        }
-        attended = operator_node(graph, rank, {**tensors, **parameters})
-        propagate(attended, node)
-        output = called(operator.getitem, attended, 0)
-        if rank > 1:
-            output = called(aten.flatten.using_ints, output, 1, rank)
-        output = called(aten.transpose.int, output, 1, 2)
-    replace_node(node, output)
+    found = mask_of_bias(bias.numpy())
+    need(found is not None, "its mask adds more to scores than 0 and, to hide, -1e4 or less")
+    assert found is not None
+    return found

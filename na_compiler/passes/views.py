@@ -6,6 +6,7 @@ attention, which other kernels need, is a copy of three tensors for nothing.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterator
 
@@ -14,7 +15,8 @@ from torch import fx
 
 from na_compiler import operands
 from na_compiler.ops.operators import OPERATORS
-from na_compiler.passes.graph import attentions, refresh, tensor_of, writes
+from na_compiler.passes.effects import writes
+from na_compiler.passes.graph import attentions, refresh, tensor_of
 
 __all__ = ["copies", "drop_copies"]
 
@@ -134,11 +136,20 @@ def _is_copy(node: fx.Node) -> bool:
     if name in {"reshape", "flatten"}:
         source, result = tensor_of(node.args[0]), tensor_of(node)
         if isinstance(source, torch.Tensor) and isinstance(result, torch.Tensor):
-            try:
-                source.view(result.shape)
-            except RuntimeError:
-                return True
+            return not _is_view(source, result)
     return False
+
+
+def _is_view(source: torch.Tensor, result: torch.Tensor) -> bool:
+    """Return whether a tensor can be looked at in another shape; False where that depends on what is not known."""
+    environment = getattr(getattr(source, "fake_mode", None), "shape_env", None)
+    # Asking must not make sizes that are free any less so.
+    with environment.suppress_guards() if environment is not None else contextlib.nullcontext():
+        try:
+            source.view(result.shape)
+        except (RuntimeError, ValueError):  # The latter is what fake tensors raise.
+            return False
+    return True
 
 
 def _reads_rows(node: fx.Node) -> bool:

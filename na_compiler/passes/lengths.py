@@ -1,0 +1,161 @@
+"""Masks that are made for a length which is dynamic: what they are for every length up to a bound.
+
+A mask whose elements do not depend on the length, but for how many of them there are, is for each length the corner of
+one large mask. So one of the bound's size tells what all shorter ones are. Which nodes keep that property is listed
+here: those that look at elements one by one, that make numbers from 0 on, and that insert, swap or expand dimensions. A
+length that is used as a number, or is counted from its end, is declined.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from na_compiler.passes.constants import Constants
+from na_compiler.passes.decline import DeclinedError, need
+from na_compiler.passes.effects import asks_for_dtype, asks_only, name_of
+from na_compiler.passes.graph import tensor_of
+from na_compiler.passes.masks import LARGEST
+
+__all__ = ["LONGEST", "corner"]
+
+# Looking at a mask of so many tokens takes half a second.
+LONGEST = 4096
+_ELEMENTWISE = {
+    "__and__", "__or__", "__xor__", "_to_copy", "abs", "add", "alias", "and_", "bitwise_and", "bitwise_not",
+    "bitwise_or", "bitwise_xor", "bool", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "detach", "div",
+    "eq", "float", "floor_divide", "floordiv", "ge", "gt", "half", "int", "invert", "le", "logical_and", "logical_not",
+    "logical_or", "logical_xor", "long", "lt", "masked_fill", "maximum", "minimum", "mod", "mul", "ne", "neg", "or_",
+    "remainder", "rsub", "sub", "to", "truediv", "where", "xor",
+}  # fmt: skip
+_TURNING = {"mT", "permute", "swapaxes", "t", "transpose", "tril", "triu", "unsqueeze"}
+_SIZED = {"expand", "new_ones", "new_zeros", "ones", "zeros"}
+_FILLED = {"full": 1, "new_full": 2}  # Which argument they are filled with.
+
+
+def corner(constants: Constants, mask: fx.Node, at: fx.Node, length: torch.SymInt, bound: int) -> torch.Tensor:
+    """Return a mask as it is for a bound of its length; for shorter ones it is the corner of that.
+
+    Parameters
+    ----------
+    constants
+        Values of what does not depend on inputs.
+    mask, at
+        The mask's node, and the node that reads it.
+    length
+        The size that is dynamic.
+    bound
+        What it is taken to be; tensors that are sliced may be smaller, and the mask is then.
+
+    Raises
+    ------
+    DeclinedError
+        If the mask is made in another way; says of which node that is.
+    """
+    return _Corner(constants, at, length, bound).tensor(mask)
+
+
+class _Corner:
+    def __init__(self, constants: Constants, at: fx.Node, length: torch.SymInt, bound: int) -> None:
+        self.constants, self.at, self.bound = constants, at, bound
+        self.length = length.node.expr
+        self.known: dict[fx.Node, torch.Tensor] = {}
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        """Return what a node is for the bound."""
+        if node not in self.known:
+            described = tensor_of(node)
+            if not isinstance(described, torch.Tensor):
+                raise DeclinedError(f"its mask depends on {node.name}, of which the size is not known")
+            is_fixed = all(isinstance(size, int) for size in described.shape)
+            is_written = any(node in memory for memory in self.constants.writes.values())
+            value = self.constants.value(node, self.at) if is_fixed or is_written else self._made(node)
+            self.known[node] = value
+        return self.known[node]
+
+    def _made(self, node: fx.Node) -> torch.Tensor:
+        self._check(node)
+        is_expanded = name_of(node) == "expand"  # Which takes no memory.
+        sizes = [size if isinstance(size, int) else self._taken(size) for size in tensor_of(node).shape]
+        need(is_expanded or math.prod(sizes) <= LARGEST, f"its mask is too large to look at, in {node.name}")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: self._value(each, node))
+        target: Any = node.target
+        if node.op == "call_method":
+            target = getattr(torch.Tensor, target)
+        try:
+            with torch.no_grad():
+                made = target(*args, **kwargs)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise DeclinedError(f"its mask cannot be computed here: {str(error).partition(chr(10))[0]}") from error
+        if not isinstance(made, torch.Tensor):
+            raise DeclinedError(f"its mask depends on {node.name}, which is no tensor")
+        return made
+
+    def _value(self, each: fx.Node, user: fx.Node) -> Any:  # noqa: ANN401 - what a node is called with
+        if asks_only(user) and each is user.args[0]:
+            need(asks_for_dtype(user), f"its length is dynamic, and {user.name} has that of {each.name}")
+            described = tensor_of(each)
+            return torch.zeros((), dtype=described.dtype, device=described.device)
+        return self._size(each) if _is_size(each) else self.tensor(each)
+
+    def _size(self, node: fx.Node) -> int:
+        """Return what a size is taken to be: the bound for the length, and 1 for others, which only expand."""
+        value = tensor_of(node)
+        return value if isinstance(value, int) else self._taken(value)
+
+    def _taken(self, size: torch.SymInt) -> int:
+        expression = size.node.expr
+        if expression == self.length:
+            return self.bound
+        need(not expression.has(self.length), f"its mask has a size of {expression}, which is computed from its length")
+        return 1
+
+    def _check(self, node: fx.Node) -> None:
+        """Decline a node whose elements may depend on the length."""
+        name, said = name_of(node), "its length is dynamic"
+        if name == "arange":
+            need(self._counts(node), f"{said}, and {node.name} does not count to it from 0")
+        elif name in {"getitem", "slice"}:
+            need(self._begins(node, name), f"{said}, and {node.name} may count from its end")
+        elif name in {"reshape", "view"}:
+            source, result = (
+                [str(size) for size in tensor_of(each).shape if str(size) != "1"] for each in (node.args[0], node)
+            )
+            need(source == result, f"{said}, and {node.name} may change the order of elements")
+        elif name in _FILLED:
+            values = [node.kwargs.get("fill_value"), *node.args[_FILLED[name] :]]
+            need(not any(isinstance(each, fx.Node) for each in values), f"{said}, and {node.name} has it inside")
+        elif name in _ELEMENTWISE | _TURNING:
+            numbers = [each for each in node.all_input_nodes if _is_size(each)]
+            need(not numbers, f"{said}, and {node.name} computes with a size")
+        else:
+            need(name in _SIZED, f"{said}, and {node.name} may depend on it otherwise than in size")
+
+    def _counts(self, node: fx.Node) -> bool:
+        """Return whether an arange has the numbers from 0 to the length."""
+        numbers = [*node.args, *(node.kwargs[each] for each in ("start", "end", "step") if each in node.kwargs)]
+        first, end, step = {1: (0, *numbers, 1), 2: (*numbers, 1), 3: tuple(numbers)}.get(len(numbers), (1, 1, 1))
+        length = tensor_of(end)
+        is_length = isinstance(length, torch.SymInt) and length.node.expr == self.length
+        return isinstance(first, int) and isinstance(step, int) and first == 0 and step == 1 and bool(is_length)
+
+    def _begins(self, node: fx.Node, name: str) -> bool:
+        """Return whether only dimensions are inserted, and slices taken of all or from the beginning to the length."""
+        index: Any = node.args[1] if name == "getitem" else slice(*(*node.args[2:], None, None, None)[:3])
+        for item in index if isinstance(index, tuple) else (index,):
+            if not isinstance(item, slice):
+                if item is not None and item is not Ellipsis:
+                    return False
+                continue
+            is_whole = item.stop is None or (isinstance(item.stop, int) and item.stop > 1 << 62)
+            is_length = isinstance(item.stop, fx.Node) and self._size(item.stop) == self.bound
+            if item.start not in {None, 0} or item.step not in {None, 1} or not (is_whole or is_length):
+                return False
+        return True
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(tensor_of(node), (int, torch.SymInt))
