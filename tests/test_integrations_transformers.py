@@ -222,7 +222,8 @@ def test_tokens_of_images_are_left(seed, calls, caplog):
 def window_mask(count=80, kernel_size=WINDOW):
     from transformers.masking_utils import sliding_window_causal_mask_function
 
-    return na_mask(2, count, count, mask_function=sliding_window_causal_mask_function(kernel_size))
+    window = sliding_window_causal_mask_function(kernel_size)
+    return na_mask(2, count, count, mask_function=window, local_size=kernel_size)
 
 
 def test_a_mask_of_a_window_is_a_mask():
@@ -294,6 +295,27 @@ def test_compiled_models_have_masks_that_passes_read(seed, calls):
     assert not calls
     with torch.no_grad():
         close(program.module()(input_ids=ids, use_cache=False)[0], model.model(ids, use_cache=False)[0])
+
+
+def test_passes_find_the_windows_of_compiled_models(seed, calls):
+    from na_compiler import passes
+    from na_compiler.passes.canonicalise_torch import canonicalise_torch
+
+    found = []
+
+    def backend(module, inputs):
+        canonicalise_torch(module)
+        found.extend(site.problem.kernel_size for site in passes.collect(module))
+        return module.forward
+
+    torch._dynamo.reset()
+    model, ids = make("Mistral").model, tokens(70)
+    model.set_attn_implementation(NAME)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False)[0]
+        compiled = torch.compile(model, backend=backend)
+        close(compiled(ids, use_cache=False)[0], expected)
+    assert found == [(WINDOW,)] * 2
 
 
 def test_convert_chooses_and_reports(seed, calls, caplog):

@@ -100,17 +100,14 @@ def na_mask(
     Tensor or None
         ``[batch, 1, queries, keys]``, booleans; ``None`` where ``is_causal`` says it all.
     """
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+    if is_tracing(attention_mask):  # Passes look at masks by their content; anything else would break the graph.
+        traced: Tensor | None = sdpa_mask(
+            *sizes, mask_function, attention_mask, device=device, config=config, **options
+        )
+        return traced
     make: Callable[..., Tensor | None] = functools.partial(
-        sdpa_mask,
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        mask_function,
-        attention_mask,
-        device=device,
-        config=config,
+        sdpa_mask, *sizes, mask_function, attention_mask, device=device, config=config
     )
     try:
         window = _window(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
@@ -131,7 +128,6 @@ def _window(
     attention_mask: Tensor | None,
 ) -> Window:
     """Return the window that a kernel computes; decline what it does not."""
-    need(not is_tracing(attention_mask), "models that are being compiled or exported: passes look at their masks")
     need(type(queries) is int and type(keys) is int, "sizes that are not known")
     window = window_of(mask_function)
     # Keys that are there already: the window begins before the first query.

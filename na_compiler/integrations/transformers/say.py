@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 __all__ = ["say"]
 
 _LOG = logging.getLogger("na_compiler")
@@ -22,6 +24,6 @@ def say(model: str, what: str, to: str = "SDPA") -> None:
     to
         What computes it.
     """
-    if (model, what, to) not in _said:
+    if not torch.compiler.is_compiling() and (model, what, to) not in _said:
         _said.add((model, what, to))
         _LOG.info("%s: left to %s: %s", model, to, what)
