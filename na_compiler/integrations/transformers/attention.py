@@ -16,7 +16,7 @@ from na_compiler.integrations.transformers.masks import WindowMask
 from na_compiler.integrations.transformers.patterns import Window
 from na_compiler.integrations.transformers.say import say
 from na_compiler.passes.decline import DeclinedError, need
-from na_compiler.problem import DTYPES
+from na_compiler.problem import DTYPES, LONGEST_HEAD
 
 __all__ = ["na_attention_forward"]
 
@@ -93,6 +93,8 @@ def _check(
     dtype = str(query.dtype).removeprefix("torch.")
     need(dtype in DTYPES and query.dtype == key.dtype == value.dtype, f"layers in {dtype}")
     need(query.device.type in {"cpu", "cuda"}, f"layers on {query.device.type}")
+    width = max(query.shape[3], value.shape[3])
+    need(width <= LONGEST_HEAD, f"layers with a head_dim of {width}")
     need(dropout == 0, "dropout of attention weights, in training")
     for name, what in (_NOT_IN_SDPA | {"position_bias": "a bias by position"}).items():
         need(name == "s_aux" or options.get(name) is None, f"layers with {what}")
