@@ -129,6 +129,28 @@ def test_a_static_cache_hands_over_keys_that_nobody_sees(seed, calls):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", ["Mistral", "GptOss", "Llama4Text"])
+def test_padding_is_a_key_mask(name, seed, calls):
+    """On the left, where prompts have it, and on the right, where batches in training have it."""
+    model, ids = theirs(make(name)), tokens()
+    left, right = torch.ones_like(ids), torch.ones_like(ids)
+    left[0, :30], right[1, 80:] = 0, 0
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        expected = model.generate(ids, attention_mask=left, **options)
+        logits = [model(ids, attention_mask=mask).logits for mask in (left, right)]
+        model.set_attn_implementation(NAME)
+        assert torch.equal(model.generate(ids, attention_mask=left, **options), expected)
+        for mask, wanted in zip((left, right), logits, strict=True):
+            # What queries that are padding see is nobody's affair.
+            close(model(ids, attention_mask=mask).logits[mask.bool()], wanted[mask.bool()])
+    # Chunks that begin behind each sequence's padding are no chunks of all of them.
+    assert len(calls) == {"Mistral": 6, "GptOss": 3, "Llama4Text": 1}[name]
+    model.train()
+    model(ids, attention_mask=right, labels=ids.masked_fill(right == 0, -100)).loss.backward()
+    assert all(bool(each.grad.isfinite().all()) for each in model.parameters() if each.grad is not None)
+
+
 def test_conversations_and_checkpointing(seed, calls):
     """More tokens after a cache are left to SDPA; and a mask goes through torch's checkpoints."""
     model, ids = theirs(make("Mistral")), tokens(140)
@@ -146,7 +168,6 @@ def test_conversations_and_checkpointing(seed, calls):
 
 
 LEFT = {
-    "padding": ("batches with padding", dict(attention_mask=True)),
     "packed": ("packed positions", dict(position_ids=True)),
     "short": ("at most 24 tokens, which is the window", dict(count=24)),
     "few": ("less than 64 tokens", dict(count=40)),
@@ -163,10 +184,6 @@ def test_what_is_left_is_right_and_said_once(kind, seed, calls, caplog):
     model = theirs(make("Mistral", attention_dropout=options.pop("attention_dropout", 0.0)))
     model.to(options.pop("dtype", torch.float32))
     ids = tokens(options.pop("count", 100))
-    if options.pop("attention_mask", False):
-        options["attention_mask"] = torch.ones_like(ids)
-        options["attention_mask"][0, :30] = 0
-        options["attention_mask"][1, 90:] = 0
     if options.pop("position_ids", False):
         options["position_ids"] = torch.cat([torch.arange(60), torch.arange(40)]).expand(2, -1)
     if kind == "dropout":
@@ -241,6 +258,7 @@ def test_a_mask_of_a_window_is_a_mask():
     assert mask.to("cpu") is mask
     moved = mask.to("meta")
     assert isinstance(moved, WindowMask)
+    assert moved.window == mask.window
     assert moved.device.type == "meta"
     assert "Window(kernel_size=24" in repr(mask)
     query = torch.randn(2, 4, 80, 16)

@@ -13,7 +13,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from na_compiler.functional import na1d
 from na_compiler.integrations.transformers.masks import WindowMask
-from na_compiler.integrations.transformers.patterns import Window
 from na_compiler.integrations.transformers.say import say
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.problem import DTYPES, LONGEST_HEAD
@@ -69,7 +68,7 @@ def na_attention_forward(
     if isinstance(attention_mask, WindowMask):
         try:
             _check(query, key, value, attention_mask, dropout, options)
-            return _attend(query, key, value, attention_mask.window, scaling, options.get("s_aux")), None
+            return _attend(query, key, value, attention_mask, scaling, options.get("s_aux")), None
         except DeclinedError as why:
             say(_kind(module), str(why))
             attention_mask = attention_mask.made()
@@ -102,15 +101,17 @@ def _check(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, scaling: float | None, sink: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, mask: WindowMask, scaling: float | None, sink: Tensor | None
 ) -> Tensor:
-    tokens = query.shape[2]
+    tokens, window, keys = query.shape[2], mask.window, mask.keys
     # A static cache hands over all of its keys; none behind the last query is seen.
     rows = [tensor[:, :, :tokens].transpose(1, 2) for tensor in (query, key, value)]
     more = window.padded(tokens) - tokens
     if more:
         rows = [functional.pad(row, (0, 0, 0, 0, 0, more)) for row in rows]
-    attend = functools.partial(na1d, *rows, window.kernel_size, window.stride, is_causal=True, scale=scaling)
+        keys = None if keys is None else functional.pad(keys, (0, more))
+    parameters = (window.kernel_size, window.stride)
+    attend = functools.partial(na1d, *rows, *parameters, is_causal=True, scale=scaling, key_mask=keys)
     output: Tensor
     if sink is None:
         output = attend()

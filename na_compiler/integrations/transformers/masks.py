@@ -32,7 +32,9 @@ class WindowMask(Tensor):
     Parameters
     ----------
     window
-        What it is.
+        What it is, but for padding.
+    keys
+        ``[batch, queries]``: False hides a key, which is padding, from all queries; ``None`` without padding.
     make
         Returns the mask. Called once, when it is needed.
     shape
@@ -42,14 +44,20 @@ class WindowMask(Tensor):
     """
 
     window: Window
+    keys: Tensor | None
 
     @staticmethod
     def __new__(
-        cls: type[WindowMask], window: Window, make: Callable[[], Tensor], shape: tuple[int, ...], device: torch.device
+        cls: type[WindowMask],
+        window: Window,
+        keys: Tensor | None,
+        make: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        device: torch.device,
     ) -> WindowMask:
         """Return a tensor without memory."""
         made: WindowMask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # noqa: SLF001
-        made.window = window
+        made.window, made.keys = window, keys
         made._make = functools.cache(make)
         return made
 
@@ -68,7 +76,8 @@ class WindowMask(Tensor):
         options = kwargs or {}
         if function is torch.ops.aten._to_copy.default and options.get("dtype") in {None, torch.bool}:  # noqa: SLF001
             source, device = args[0], options.get("device") or args[0].device
-            return cls(source.window, lambda: source.made().to(device), tuple(source.shape), device)
+            keys = None if source.keys is None else source.keys.to(device)
+            return cls(source.window, keys, lambda: source.made().to(device), tuple(source.shape), device)
         args, kwargs = tree_map_only(WindowMask, WindowMask.made, (args, options))
         return function(*args, **kwargs)
 
@@ -110,22 +119,18 @@ def na_mask(
         sdpa_mask, *sizes, mask_function, attention_mask, device=device, config=config
     )
     try:
-        window = _window(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+        window = _window(q_length, kv_length, q_offset, kv_offset, mask_function)
+        keys = _keys(q_length, attention_mask)
     except DeclinedError as why:
         say(getattr(config, "model_type", "a model"), str(why))
         return make(**options)
     always = options | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     whole: Callable[[], Any] = functools.partial(make, **always)
-    return WindowMask(window, whole, (batch_size, 1, q_length, kv_length), torch.device(device))
+    return WindowMask(window, keys, whole, (batch_size, 1, q_length, kv_length), torch.device(device))
 
 
 def _window(
-    queries: int,
-    keys: int,
-    first_query: int | Tensor,
-    first_key: int,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None,
+    queries: int, keys: int, first_query: int | Tensor, first_key: int, mask_function: Callable[..., Any]
 ) -> Window:
     """Return the window that a kernel computes; decline what it does not."""
     need(type(queries) is int and type(keys) is int, "sizes that are not known")
@@ -134,6 +139,12 @@ def _window(
     need(int(first_query) == 0 and first_key == 0 and keys >= queries, "steps with keys of before (decoding)")
     need(queries > window.kernel_size, f"sequences of at most {window.kernel_size} tokens, which is the window")
     need(queries >= FEWEST_TOKENS, f"sequences of less than {FEWEST_TOKENS} tokens")
-    is_padded = attention_mask is not None and not bool(attention_mask[:, :queries].all())
-    need(not is_padded, "batches with padding")
     return window
+
+
+def _keys(queries: int, attention_mask: Tensor | None) -> Tensor | None:
+    """Return which tokens are no padding, ``[batch, queries]``; ``None`` where all are."""
+    if attention_mask is None or bool(attention_mask[:, :queries].all()):
+        return None
+    need(attention_mask.shape[1] >= queries, "sequences that are longer than the mask of their tokens")
+    return attention_mask[:, :queries].bool()
