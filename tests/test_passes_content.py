@@ -343,6 +343,7 @@ OF_LENGTHS = {
     "ones": (lambda model, x, length: (1.0 - x.new_ones(length, length).tril().triu(1 - WINDOW)) * -1e4, None),
     "sliced": (lambda model, x, length: model.large[:length, :length], None),
     "from the end": (from_the_end, "computes with a size"),
+    "up to 0": (lambda model, x, length: (torch.arange(-length, 0) > -9) & model.large[:length, :length], "from 0"),
     "of the length": (
         lambda model, x, length: torch.ones(length, length, dtype=torch.bool).tril().triu(-(length // 4)), "a size",
     ),
