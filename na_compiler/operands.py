@@ -39,6 +39,7 @@ __all__ = [
     "Argument",
     "Operand",
     "arguments",
+    "check_direction",
     "defaults",
     "differentiable",
     "inputs",
@@ -137,6 +138,11 @@ class Operand:
         if self.is_batched:
             return Operand(name, OUTPUT, text, self.shape, self.dtype, COMPACT, self.option)
         return Operand(name, OUTPUT, text, (BATCH, *self.shape), "float32", COMPACT, self.option)
+
+    def tangent(self) -> Operand:
+        """Return its tangent, as forward mode takes it of an input, or returns it of an output."""
+        text = f"tangent of {self.name}"
+        return Operand(f"tangent_{self.name}", self.role, text, self.shape, self.dtype, self.strides, self.option)
 
 
 _TOKENS = (BATCH, "layout")
@@ -257,7 +263,7 @@ def arguments(problem: Problem, direction: str, workspace: Workspace | None = No
         What it computes.
     direction
         ``"forward"``: inputs, scalars, outputs. ``"backward"``: inputs, each output followed by its gradient, scalars,
-        the gradients of the inputs.
+        the gradients of the inputs. ``"tangent"``: inputs, their tangents, scalars, outputs, their tangents.
     workspace
         The buffers that come last; default none.
 
@@ -272,8 +278,7 @@ def arguments(problem: Problem, direction: str, workspace: Workspace | None = No
     >>> [argument.name for argument in arguments(Problem((8, 8), 2, 16, 3), "forward")]
     ['query', 'key', 'value', 'scale', 'output', 'lse']
     """
-    if direction not in _ORDERS:
-        raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+    check_direction(direction)
     present = [operand for operand in _ORDERS[direction]() if operand.option is None or problem.has(operand.option)]
     extents = _extents(problem)
     made = [
@@ -301,8 +306,30 @@ def _backward() -> tuple[Operand, ...]:
     return (*inputs(), *read, *scalars(), *(operand.gradient() for operand in differentiable()))
 
 
-_ORDERS: Mapping[str, Callable[[], tuple[Operand, ...]]] = {"forward": _forward, "backward": _backward}
+def _tangent() -> tuple[Operand, ...]:
+    given = (operand.tangent() for operand in differentiable())
+    return (*inputs(), *given, *scalars(), *outputs(), *(output.tangent() for output in outputs()))
+
+
+_ORDERS: Mapping[str, Callable[[], tuple[Operand, ...]]] = {
+    "forward": _forward,
+    "backward": _backward,
+    "tangent": _tangent,
+}
 DIRECTIONS = tuple(_ORDERS)
+
+
+def check_direction(direction: str) -> None:
+    """Check the name of a direction.
+
+    Raises
+    ------
+    ValueError
+        If it is none of `DIRECTIONS`.
+    """
+    if direction not in DIRECTIONS:
+        *first, last = map(repr, DIRECTIONS)
+        raise ValueError(f"direction must be {', '.join(first)} or {last}, got {direction!r}")
 
 
 def _read(output: Operand) -> Operand:

@@ -188,19 +188,18 @@ class Problem:
             Additional keys of each batch entry.
         direction
             ``"forward"`` counts the two products (scores, output), ``"backward"`` the five (scores, and the
-            gradients of the probabilities, query, key and value).
+            gradients of the probabilities, query, key and value), ``"tangent"`` the six (the two, and their
+            derivatives by either factor).
 
         Raises
         ------
         ValueError
             For another direction.
         """
+        operands.check_direction(direction)
         pairs = batch * self.heads * (self.pairs() + self.tokens * additional)
-        if direction == "forward":
-            return 2 * pairs * (self.head_dim + self.head_dim_v)
-        if direction == "backward":
-            return 2 * pairs * (3 * self.head_dim + 2 * self.head_dim_v)
-        raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+        keys, values = {"forward": (1, 1), "backward": (3, 2), "tangent": (3, 3)}[direction]
+        return 2 * pairs * (keys * self.head_dim + values * self.head_dim_v)
 
     @classmethod
     def of_tensors(

@@ -185,7 +185,7 @@ def neighborhood_attention(
         highest = scores.detach().amax(-1, keepdim=True)
         weights = torch.where(mask, (scores - highest).exp(), 0.0)
         total = weights.sum(-1, keepdim=True)
-        output, lse = _apply(_Sums, weights, values, mask) / total, (highest + total.log()).squeeze(-1)
+        output, lse = _apply(_Means, weights, total, values, mask), (highest + total.log()).squeeze(-1)
         sees = mask.any(-1)
         return torch.where(sees[..., None], output, 0.0), torch.where(sees, lse, -math.inf)
 
@@ -209,9 +209,13 @@ class _Scores(torch.autograd.Function):
     """Products of queries with the keys that they see; minus infinity for the others."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(queries, keys, mask)
+    def forward(queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.where(mask, queries @ keys.mT, -math.inf)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # noqa: ANN401 - torch says no type
@@ -219,19 +223,84 @@ class _Scores(torch.autograd.Function):
         slopes = torch.where(mask, grad, 0.0)
         return _apply(_Sums, slopes, keys, mask), _apply(_Sums, slopes.mT, queries, mask.mT), None
 
+    @staticmethod
+    def jvp(
+        ctx: Any,  # noqa: ANN401
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        mask: None,  # noqa: ARG004
+    ) -> torch.Tensor:
+        own_queries, own_keys, own_mask = ctx.saved_tensors
+        return torch.where(own_mask, queries @ own_keys.mT + own_queries @ keys.mT, 0.0)
+
 
 class _Sums(torch.autograd.Function):
     """Weighted sums of the rows that are seen: a weight of 0 that hides a row hides a NaN and an infinity as well."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, weights: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weights, rows, mask)
+    def forward(weights: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return _sums(weights, rows, mask)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # noqa: ANN401 - torch says no type
         weights, rows, mask = ctx.saved_tensors
         return torch.where(mask, grad @ rows.mT, 0.0), _apply(_Sums, weights.mT, grad, mask.mT), None
+
+    @staticmethod
+    def jvp(
+        ctx: Any,  # noqa: ANN401
+        weights: torch.Tensor,
+        rows: torch.Tensor,
+        mask: None,  # noqa: ARG004
+    ) -> torch.Tensor:
+        own_weights, own_rows, own_mask = ctx.saved_tensors
+        return _sums(weights, own_rows, own_mask) + _sums(own_weights, rows, own_mask)
+
+
+class _Means(torch.autograd.Function):
+    """Weighted sums over the total of the weights.
+
+    Forward mode multiplies a value with the derivative of its weight over the total: with an infinite value that is
+    infinite, where the derivative of a quotient would be a difference of two infinities.
+    """
+
+    @staticmethod
+    def forward(weights: torch.Tensor, total: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return _sums(weights, rows, mask) / total
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(
+        ctx: Any,  # noqa: ANN401
+        grad: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        weights, total, rows, mask, output = ctx.saved_tensors
+        slopes = grad / total
+        by_weights = torch.where(mask, slopes @ rows.mT, 0.0)
+        by_total = -(slopes * output).sum(-1, keepdim=True)
+        return by_weights, by_total, _apply(_Sums, weights.mT, slopes, mask.mT), None
+
+    @staticmethod
+    def jvp(
+        ctx: Any,  # noqa: ANN401
+        weights: torch.Tensor,
+        total: torch.Tensor,
+        rows: torch.Tensor,
+        mask: None,  # noqa: ARG004
+    ) -> torch.Tensor:
+        own_weights, own_total, own_rows, own_mask = ctx.saved_tensors
+        change = torch.where(own_mask, weights - own_weights * (total / own_total), 0.0)
+        sums = _sums(change, own_rows, own_mask) + _sums(own_weights, rows, own_mask)
+        return torch.div(sums, own_total)
 
 
 def _sums(weights: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

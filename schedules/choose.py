@@ -50,7 +50,7 @@ def choose(problem: Problem, target: Target, direction: str) -> Choice:
     target
         What to compile for.
     direction
-        ``"forward"`` or ``"backward"``.
+        ``"forward"``, ``"backward"`` or ``"tangent"``.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def candidates(problem: Problem, target: Target, direction: str, count: int = 8)
     target
         What to compile for.
     direction
-        ``"forward"`` or ``"backward"``.
+        ``"forward"``, ``"backward"`` or ``"tangent"``.
     count
         How many at most.
 

@@ -29,7 +29,7 @@ from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import Target
 
-__all__ = ["Family", "Lowered"]
+__all__ = ["Family", "Lowered", "without_tangents"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ class Lowered:
     options: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     nvcc: tuple[str, ...] = ()
+
+
+def without_tangents(problem: Problem, direction: str) -> str | None:
+    """Return in a sentence that further operands have no tangents, if that is what a problem has and wants."""
+    if direction != "tangent" or not problem.operands:
+        return None
+    return f"Forward mode takes no {', '.join(problem.operands)} yet: use backward."
 
 
 class Family(ABC):
@@ -87,7 +94,7 @@ class Family(ABC):
         target
             A machine that the family is for.
         direction
-            ``"forward"`` or ``"backward"``.
+            ``"forward"``, ``"backward"`` or ``"tangent"``.
         """
 
     @abstractmethod
@@ -140,5 +147,5 @@ class Family(ABC):
         config
             One of this family: the one that `choose` returned, or another that a caller tries.
         direction
-            ``"forward"`` or ``"backward"``.
+            ``"forward"``, ``"backward"`` or ``"tangent"``.
         """

@@ -144,6 +144,39 @@ def draw_others(problem: Problem, batch: int, device: torch.device | str = "cpu"
     return found
 
 
+@dataclasses.dataclass
+class Tangents:
+    """Tangents of an example's inputs, and what the reference makes of them in float64."""
+
+    example: Example
+    inputs: list[torch.Tensor]
+    output: torch.Tensor
+    lse: torch.Tensor
+
+
+def draw_tangents(
+    example: Example, *, scale: float | None = None, spoiled: dict[str, float] | None = None, only: str | None = None
+) -> Tangents:
+    """Draw tangents of an example's inputs, in its dtype.
+
+    ``spoiled`` is as for `draw`, of tangents. With ``only``, the name of an input, the others have tangents of 0.
+    """
+    inputs = [torch.randn_like(tensor.float()).to(tensor.dtype) for tensor in example.inputs]
+    for name, number in (spoiled or {}).items():
+        spoil(inputs[NAMES.index(name)], number)
+    if only is not None:
+        inputs = [
+            tensor if name == only else torch.zeros_like(tensor) for name, tensor in zip(NAMES, inputs, strict=False)
+        ]
+
+    def attend(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return neighborhood_attention(*tensors[:3], *example.parameters, scale, *tensors[3:], tokens=example.tokens)
+
+    exact = (tuple(tensor.detach().double() for tensor in tensors) for tensors in (example.inputs, inputs))
+    _, (output, lse) = torch.func.jvp(attend, *exact)
+    return Tangents(example, inputs, output, lse)
+
+
 def spoil(tensor: torch.Tensor, number: float) -> None:
     """Write a number into a random element; a NaN with random bits, as memory that nobody wrote may have."""
     place = torch.randint(tensor.numel(), ()).item()
@@ -238,6 +271,22 @@ def check_backward(example: Example, grads, *, spreads: bool = False, repeats: b
     return {
         name: check(name, grad, reference, example.problem.dtype, floor=magnitude, spreads=spreads, repeats=repeats)
         for name, grad, reference, magnitude in each
+    }
+
+
+def check_tangents(
+    tangents: Tangents, output: torch.Tensor, lse: torch.Tensor, *, spreads: bool = False, repeats: bool = False
+) -> dict[str, float]:
+    """Check the tangents of output and lse; returns their errors."""
+    example = tangents.example
+    if example.tokens is not None:
+        assert torch.isfinite(output).all(), "tangent_output: not finite: not written, or overflowed"
+        assert torch.isfinite(lse).all(), "tangent_lse: not finite: not written, or overflowed"
+        output, lse = output.flatten(1, -3)[:, example.tokens], lse.flatten(1, -2)[:, example.tokens]
+    dtype = example.problem.dtype
+    return {
+        "tangent_output": check("tangent_output", output, tangents.output, dtype, spreads=spreads, repeats=repeats),
+        "tangent_lse": check("tangent_lse", lse, tangents.lse, "float32", repeats=repeats),
     }
 
 

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from oracle import check_backward, check_forward, draw, poisoned
+from oracle import check_backward, check_forward, check_tangents, draw, draw_tangents, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
@@ -42,16 +42,17 @@ def test_the_place_after_one_is_the_next_that_loops_visit(extents):
         assert tuple(following(place, extents)) == after
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "tangent"])
 @pytest.mark.parametrize("tiling", [WHOLE, TILED, CHUNKED], ids=["whole", "tiled", "chunked"])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_description_is_right_as_it_is(problem, tiling, direction, seed):
     tvm = pytest.importorskip("tvm")
     from na_compiler.schedules.cpu.backward import backward
     from na_compiler.schedules.cpu.forward import forward
+    from na_compiler.schedules.cpu.tangent import tangent
 
     plan = TilingPlan.make(problem, tiling)
-    description = (forward if direction == "forward" else backward)(plan)
+    description = {"forward": forward, "backward": backward, "tangent": tangent}[direction](plan)
     module = tvm.compile(description, target="llvm")
     spec = KernelSpec(problem, direction, Target.parse("llvm"), QueriesInLanes(tiling, 1))
     kernel = make_kernel(spec.info, module["main"])
@@ -60,6 +61,12 @@ def test_description_is_right_as_it_is(problem, tiling, direction, seed):
         output, lse = poisoned(example.output.float(), example.lse.float())
         kernel.function(*example.inputs, problem.head_dim**-0.5, output, lse)
         check_forward(example, output, lse)
+    elif direction == "tangent":
+        tangents = draw_tangents(example)
+        results = poisoned(*(example.output.float(), example.lse.float()) * 2)
+        kernel.function(*example.inputs, *tangents.inputs, problem.head_dim**-0.5, *results)
+        check_forward(example, *results[:2])
+        check_tangents(tangents, *results[2:])
     else:
         lse = example.lse.float().contiguous()
         grads = kernel(

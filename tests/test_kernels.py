@@ -291,7 +291,7 @@ def test_bad_arguments_are_refused():
     kernel = na_compiler.compile(Problem((6, 10), 2, 16, 3, additional_kv=True))
     with pytest.raises(ValueError, match="needs additional_keys and additional_values"):
         kernel(good, good, good)
-    with pytest.raises(ValueError, match="direction must be 'forward' or 'backward', got 'up'"):
+    with pytest.raises(ValueError, match="direction must be 'forward', 'backward' or 'tangent', got 'up'"):
         na_compiler.compile(Problem(8, 1, 8, 3), direction="up")
 
 

@@ -225,7 +225,7 @@ def test_what_is_no_file_in_the_cache(tmp_path, monkeypatch):
     [
         ({"alignment": -8}, "alignment must be a power of two"),
         ({"target": 3}, "target must be llvm:INSTRUCTION_SET or cuda:ARCHITECTURE, got 3"),
-        ({"direction": "sideways"}, "direction must be forward or backward, got 'sideways'"),
+        ({"direction": "sideways"}, "direction must be forward or backward or tangent, got 'sideways'"),
         ({"border": "wrap"}, "border is unknown; known are"),
         ({"workspace": None}, "workspace must be an object, got None"),
     ],

@@ -33,7 +33,7 @@ def test_order_of_a_kernels_arguments():
         "scale", "grad_query", "grad_key", "grad_value", "grad_additional_keys", "grad_additional_values",
         "workspace0", "workspace1",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="direction must be 'forward' or 'backward', got 'sideways'"):
+    with pytest.raises(ValueError, match="direction must be 'forward', 'backward' or 'tangent', got 'sideways'"):
         arguments(PLAIN, "sideways")
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from oracle import check_backward, check_forward, draw
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import na_compiler.ops.operators
@@ -142,32 +141,6 @@ def test_no_gradient_of_lse_is_one_of_zeros(seed):
         OPS.na2d_backward(example.grad_output, torch.cat([lse, lse]), *rest)
     with pytest.raises(ValueError, match="grad_output must be a tensor"):
         OPS.na2d_backward(None, lse, *rest)
-
-
-class TestRefused:
-    def test_double_backward(self, seed):
-        query = torch.randn(1, 6, 9, 2, 8, requires_grad=True)
-        (grad,) = torch.autograd.grad(na2d(query, query, query, 3).square().sum(), query, create_graph=True)
-        with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
-            grad.sum().backward()
-
-    @pytest.mark.parametrize("place", range(3))
-    def test_forward_mode(self, place, seed):
-        tensors = [torch.randn(1, 6, 9, 2, 8) for _ in range(3)]
-        with forward_ad.dual_level():
-            tensors[place] = forward_ad.make_dual(tensors[place], torch.ones_like(tensors[place]))
-            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-                na2d(*tensors, 3)
-
-    def test_forward_mode_through_additional_keys(self, seed):
-        query, extra = torch.randn(1, 6, 9, 2, 8), torch.randn(1, 5, 2, 8)
-        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-            na2d(query, query, query, 3, additional_keys=forward_ad.make_dual(extra, extra), additional_values=extra)
-
-    def test_jvp(self, seed):
-        query = torch.randn(1, 6, 9, 2, 8)
-        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-            torch.func.jvp(lambda x: na2d(x, x, x, 3), (query,), (query,))
 
 
 class TestAutocast:
@@ -315,20 +288,6 @@ class TestFunctionalTransforms:
         x = torch.randn(1, 6, 9, 2, 8)
         grad = torch.func.grad(lambda x: torch.func.grad_and_value(self.loss)(x)[1])(x)
         assert error(grad, self.gradient(x)) < 1e-6
-
-    def test_tangents_of_a_compiled_program_are_refused(self):
-        """Where Dynamo entered the level, forward_ad says that there is none."""
-        x = torch.randn(1, 6, 2, 8)
-        compiled = torch.compile(lambda x: torch.func.jvp(lambda y: na1d(y, y, y, 3), (x,), (x,)), backend="eager")
-        with pytest.raises(Exception, match="no forward-mode derivative"):
-            compiled(x)
-
-    def test_second_derivatives_are_refused(self, seed):
-        x = torch.randn(1, 4, 1, 2)
-        with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
-            torch.func.jacrev(torch.func.jacrev(lambda x: na1d(x, x, x, 3).square().sum()))(x)
-        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-            torch.func.hessian(lambda x: na1d(x, x, x, 3).square().sum())(x)
 
 
 @pytest.mark.parametrize("mode", MODES)

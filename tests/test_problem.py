@@ -50,7 +50,7 @@ def test_flops_count_the_pairs_of_the_mask(seed):
 
 
 def test_unknown_direction():
-    with pytest.raises(ValueError, match="direction must be 'forward' or 'backward', got 'sideways'"):
+    with pytest.raises(ValueError, match="direction must be 'forward', 'backward' or 'tangent', got 'sideways'"):
         Problem(8, 1, 8, 3).flops(direction="sideways")
 
 

@@ -1,4 +1,4 @@
-"""`na_compiler.schedules.simt.schedule`: its CUDA in the emulator, forward and backward, against the reference."""
+"""`na_compiler.schedules.simt.schedule`: its CUDA in the emulator, all directions, against the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_emulator import ORDERS, Emulator
 from draws import some
-from oracle import NAMES, check_backward, check_forward, draw, poisoned
+from oracle import NAMES, check_backward, check_forward, check_tangents, draw, draw_tangents, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
@@ -60,6 +60,16 @@ def backward(example):
     return grads
 
 
+def tangent(example, tangents, emulator=None):
+    """Emulate the forward with its derivative."""
+    problem = example.problem
+    output, lse = torch.empty(example.output.shape, dtype=example.inputs[0].dtype), example.lse.float()
+    results = poisoned(output, lse, output, lse)
+    emulator = emulator or Emulator.of(make(problem, "tangent"))
+    emulator(*example.inputs, *tangents.inputs, problem.head_dim**-0.5, *results, order=ORDERS[0])
+    return results
+
+
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_forward(problem, seed):
     example = draw(problem, batch=2 if problem.rank == 1 else 1, additional=3)
@@ -70,6 +80,29 @@ def test_forward(problem, seed):
 def test_backward(problem, seed):
     example = draw(problem, additional=3, lse_has_grad=bool(torch.randint(2, ())))
     check_backward(example, backward(example))
+
+
+@pytest.mark.parametrize("problem", some(PROBLEMS, 3, "tangents on CUDA cores"), ids=str)
+def test_tangent(problem, seed):
+    example = draw(problem, batch=2 if problem.rank == 1 else 1, additional=3)
+    tangents = draw_tangents(example)
+    output, lse, *results = tangent(example, tangents)
+    check_forward(example, output, lse)
+    check_tangents(tangents, *results)
+
+
+def test_tangents_that_are_not_finite(seed):
+    """One number that is not finite, in an input or in the tangent of one: hidden ones have no influence."""
+    problem = Problem((7, 8), 2, 8, (3, 4), (1, 2), heads_kv=1, additional_kv=True)
+    emulator = Emulator.of(make(problem, "tangent"))
+    for name in NAMES:
+        for of_tangent in (False, True):
+            spoiled = {name: random.choice([math.nan, math.inf, -math.inf])}
+            example = draw(problem, additional=3, spoiled=None if of_tangent else spoiled)
+            tangents = draw_tangents(example, spoiled=spoiled if of_tangent else None)
+            output, lse, *results = tangent(example, tangents, emulator)
+            check_forward(example, output, lse, repeats=True)
+            check_tangents(tangents, *results, repeats=True)
 
 
 BIAS, MASK = ("relative_position_bias",), ("key_mask",)

@@ -139,7 +139,7 @@ def test_importing_the_package_is_light():
 
 
 def test_names_a_direction():
-    with pytest.raises(ValueError, match="direction must be 'forward' or 'backward', got 'sideways'"):
+    with pytest.raises(ValueError, match="direction must be 'forward', 'backward' or 'tangent', got 'sideways'"):
         KernelSpec.make(PROBLEM, direction="sideways")
 
 

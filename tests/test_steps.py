@@ -9,11 +9,12 @@ pytest.importorskip("tvm")
 from na_compiler.compiler.build import lowered
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
-from na_compiler.schedules.cpu import backward, forward
+from na_compiler.schedules.cpu import backward, forward, tangent
 from na_compiler.schedules.cpu import schedule as cpu
 from na_compiler.schedules.simt import backward as direct_backward
 from na_compiler.schedules.simt import forward as direct_forward
 from na_compiler.schedules.simt import schedule as simt
+from na_compiler.schedules.simt import tangent as direct_tangent
 
 # Together they have every block that there is: ragged groups, padded rows, chunks, additional keys, masks on all axes,
 # biases by relative position and a key mask.
@@ -30,8 +31,9 @@ _LISTS = {"_ROWS": simt._ROWS, "_LAST": simt._LAST, "_FIRST": simt._FIRST, "_EAC
 
 def _lower(target):
     for problem in _PROBLEMS:
-        for direction in ("forward", "backward"):
-            lowered(KernelSpec.make(problem, target, direction))
+        for direction in ("forward", "backward", "tangent"):
+            if direction != "tangent" or not problem.operands:  # Which have no tangents.
+                lowered(KernelSpec.make(problem, target, direction))
 
 
 def _seen(module, monkeypatch, target):
@@ -66,7 +68,9 @@ def test_every_name_of_what_stays_as_it_is_is_that_of_a_block(monkeypatch):
         ("llvm:x86-64-v3", forward, "block", "inverse", "forward"),
         ("llvm:x86-64-v3", forward, "reduction", "total", "forward"),
         ("llvm:x86-64-v3", backward, "block", "query_store", "backward"),
+        ("llvm:x86-64-v3", tangent, "block", "tangent_weight", "tangent"),
         ("cuda:sm_80", direct_forward, "block", "lse", "forward"),
+        ("cuda:sm_80", direct_tangent, "block", "tangent_seen", "tangent"),
         ("cuda:sm_80", direct_backward, "block", "slope", "backward"),
     ],
 )

@@ -72,6 +72,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_json(parser)
     parser.add_argument("--backward", action="store_true", help="hopper, small: time the gradients instead")
+    parser.add_argument("--tangents", action="store_true", help="cpu: time forward mode against the forward instead")
     parser.add_argument("--save", metavar="BUNDLE", help="hopper, small: only compile, into a bundle; needs no GPU")
     parser.add_argument("--bundle", metavar="BUNDLE", help="hopper, small: take kernels from what --save wrote")
     parser.set_defaults(run=_run)
@@ -81,6 +82,8 @@ def _run(options: argparse.Namespace) -> None:
     for flag in ("backward", "save", "bundle"):
         if getattr(options, flag) and options.suite not in ("hopper", "small"):
             raise ValueError(f"--{flag} goes with --suite hopper and --suite small, and the suite is {options.suite}")
+    if options.tangents and options.suite != "cpu":
+        raise ValueError(f"--tangents goes with --suite cpu, and the suite is {options.suite}")
     if options.suite == "onnx":
         from na_compiler.cli import bench_onnx  # noqa: PLC0415
 
@@ -97,6 +100,11 @@ def _run(options: argparse.Namespace) -> None:
         from na_compiler.cli import bench_aot  # noqa: PLC0415
 
         bench_aot.run(options)
+        return
+    if options.tangents:
+        from na_compiler.cli import bench_tangents  # noqa: PLC0415
+
+        bench_tangents.run(options, [(case.title, case.problem) for case in CPU_SUITE])
         return
     _run_cpu(options)
 

@@ -6,6 +6,7 @@ import argparse
 
 from na_compiler.cli.model import add_problem_arguments, problem_of
 from na_compiler.cli.output import Commands, add_json, print_json, print_line, print_table
+from na_compiler.operands import DIRECTIONS
 from na_compiler.target import Target
 
 __all__ = ["add_parser"]
@@ -16,7 +17,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser("plan", help="show how a problem would be compiled, and why")
     add_problem_arguments(parser)
     parser.add_argument("--target", default="cuda:sm_90a", help="default: cuda:sm_90a")
-    parser.add_argument("--direction", choices=["forward", "backward"], default="forward", help="default: forward")
+    parser.add_argument("--direction", choices=DIRECTIONS, default="forward", help="default: forward")
     parser.add_argument("--count", type=int, default=8, help="candidates to list (default: 8)")
     add_json(parser)
     parser.set_defaults(run=_run)

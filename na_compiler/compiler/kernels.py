@@ -47,11 +47,11 @@ def compile(problem: Problem, target: str | Target = "llvm", direction: str = "f
         ``"llvm:x86-64-v3"`` (AVX2), ``"llvm:x86-64-v4"`` (AVX-512), ``"llvm:aarch64"``. ``"cuda"`` for the GPU present,
         or an architecture: ``"cuda:sm_90a"``.
     direction
-        ``"forward"`` or ``"backward"``.
+        ``"forward"``, ``"backward"``, or ``"tangent"`` for the forward with its derivative.
 
     Returns
     -------
-    ForwardKernel or BackwardKernel
+    ForwardKernel, BackwardKernel or TangentKernel
         A kernel for a target that this machine is not can be built and cached, but not called.
 
     Raises

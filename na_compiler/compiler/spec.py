@@ -12,8 +12,9 @@ from typing import Any
 
 from na_compiler import schedules
 from na_compiler.compiler.toolkit import nvcc_version
+from na_compiler.operands import check_direction
 from na_compiler.problem import Problem
-from na_compiler.runtime.kernel import ABI, DIRECTIONS, KernelInfo
+from na_compiler.runtime.kernel import ABI, KernelInfo
 from na_compiler.schedules.choose import Choice, choose
 from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
@@ -33,7 +34,7 @@ class KernelSpec:
     problem
         What to compute.
     direction
-        ``"forward"`` or ``"backward"``.
+        ``"forward"``, ``"backward"`` or ``"tangent"``.
     target
         What machine to compile for.
     forced
@@ -60,8 +61,7 @@ class KernelSpec:
         ValueError
             For an unknown target or direction.
         """
-        if direction not in DIRECTIONS:
-            raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
+        check_direction(direction)
         return cls(problem, direction, Target.parse(target))
 
     @functools.cached_property

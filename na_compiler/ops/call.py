@@ -124,7 +124,7 @@ class _Attention(torch.autograd.function._SingleLevelFunction):
 
         def run(*arguments: Any) -> Any:
             grads = (grad_output,) if grad_lse is None else arguments[:_OUTPUTS]
-            # What differentiates a gradient is refused by the operator.
+            # What differentiates a gradient goes through the operator.
             if launch is None or torch.is_grad_enabled() or not _are_plain(grads) or not _is_quiet():
                 return getattr(torch.ops.na_compiler, f"na{rank}d_backward").default(*arguments)
             at = (launch, *[one.stride() for one in arguments if isinstance(one, Tensor)])

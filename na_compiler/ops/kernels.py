@@ -20,11 +20,11 @@ from torch import Tensor
 from na_compiler import checks
 from na_compiler.devices import CUDA
 from na_compiler.operands import FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
-from na_compiler.ops.schema import BACKWARD, FORWARD, Signature, problem_of
+from na_compiler.ops.schema import BACKWARD, FORWARD, TANGENT, Signature, problem_of
 from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty, strides_wanted
 from na_compiler.target import target_of
 
-__all__ = ["Launch", "backward", "check_rank", "find", "forward", "on_cuda", "reading"]
+__all__ = ["Launch", "backward", "check_rank", "find", "forward", "on_cuda", "reading", "tangent"]
 
 _LOG = logging.getLogger("na_compiler")
 _KERNELS = 4096
@@ -104,6 +104,11 @@ def forward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
 def backward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute the gradients of the inputs; empty ones where there is no input. Arguments are the operators'."""
     return _run(BACKWARD, rank, arguments)
+
+
+def tangent(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute output and lse, and the tangents of both; arguments are those of the operators."""
+    return _run(TANGENT, rank, arguments)
 
 
 def _run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:

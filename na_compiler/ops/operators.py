@@ -1,4 +1,4 @@
-"""The torch operators: ``torch.ops.na_compiler.na1d``, ``na2d``, ``na3d``, and the backward of each.
+"""The torch operators: ``torch.ops.na_compiler.na1d``, ``na2d``, ``na3d``, and the backward and the tangent of each.
 
 One implementation serves the three: the rank is the tensors'. The operators read query, key and value where they are
 and return contiguous tensors. What they take and return is said in `na_compiler.operands`; what they do below autograd
@@ -9,7 +9,9 @@ batching, FLOPs) is registered here, for whatever operands there are.
 from __future__ import annotations
 
 import functools
-from typing import Any, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +21,26 @@ from torch.utils.flop_counter import register_flop_formula
 
 from na_compiler.operands import SAME, Operand, differentiable, outputs
 from na_compiler.ops.batching import batched
-from na_compiler.ops.kernels import backward, check_rank, forward
-from na_compiler.ops.schema import BACKWARD, FORWARD, Signature, flags, problem_of
+from na_compiler.ops.kernels import backward, check_rank, forward, tangent
+from na_compiler.ops.schema import BACKWARD, FORWARD, TANGENT, Signature, flags, problem_of
+from na_compiler.ops.tangents import (
+    SECOND,
+    Refusing,
+    differentiate_gradients,
+    differentiate_tangents,
+    move,
+    move_gradients,
+    refuse_second_tangents,
+    save_tensors,
+    split_tangents,
+)
 from na_compiler.problem import Problem
 
 __all__ = [
     "OPERATORS",
     "cast",
     "differentiate",
-    "differentiate_twice",
     "flops",
-    "refuse_tangents",
     "refuse_unless_dense",
     "save_for_backward",
 ]
@@ -46,9 +57,6 @@ _DIFFERENTIABLE = [(FORWARD.names.index(operand.name), operand.is_batched) for o
 _OUTPUTS = len(outputs())
 # Of these, those whose gradients kernels have to be given.
 _NEEDED = tuple(place for place, operand in enumerate(outputs()) if not operand.gradient_is_optional)
-# The only level of forward mode that torch has. It is named, since forward_ad itself does not know that there is one
-# where a program that Dynamo made has entered it.
-_LEVEL = 0
 
 
 def _unsupported(rank: int, *arguments: Any) -> Any:
@@ -81,8 +89,8 @@ def refuse_unless_dense(rank: int, tensor: Tensor) -> None:
 # ---- Shapes --------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
-    given = FORWARD.by_name(arguments)
+def _forward_fake(rank: int, signature: Signature, *arguments: Any) -> tuple[Tensor, ...]:
+    given = signature.by_name(arguments)
     query, value = given["query"], given["value"]
     check_rank(rank, query)
     sizes = [size for name in ("query", "key", "value") for size in given[name].shape]
@@ -96,7 +104,7 @@ def _forward_fake(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
             [size for term in operand.shape for size in terms[term]],
             dtype=query.dtype if operand.dtype == SAME else getattr(torch, operand.dtype),
         )
-        for operand in outputs()
+        for operand in signature.results
     )
 
 
@@ -169,17 +177,6 @@ def _differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any,
     return (*gradients, *[None] * (FORWARD.parameters + len(ctx.rest) - len(gradients)))
 
 
-def differentiate_twice(ctx: Any, *grads: Tensor) -> Any:
-    """Refuse.
-
-    Raises
-    ------
-    NotImplementedError
-        Always.
-    """
-    raise NotImplementedError("neighborhood attention cannot be differentiated twice")
-
-
 class _Differentiable(torch.autograd.function._SingleLevelFunction):
     """An operator with a derivative, at the level of ``torch.func``'s transforms that it is called at, if any.
 
@@ -188,8 +185,16 @@ class _Differentiable(torch.autograd.function._SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, modes: Any, keyset: Any, operator: Any, setup: Any, derivative: Any, *arguments: Any) -> Any:
-        ctx.derivative = derivative
+    def forward(
+        ctx: Any,
+        modes: Any,
+        keyset: Any,
+        operator: Any,
+        rules: _Rules,
+        guard: Tensor | None,
+        *arguments: Any,
+    ) -> Any:
+        ctx.derivative, ctx.has_guard, ctx.refuses = rules.derivative, guard is not None, False
         # The modes that torch switches off in here are those of the levels further out as well.
         with_grad, with_tangents = modes
         with (
@@ -198,41 +203,57 @@ class _Differentiable(torch.autograd.function._SingleLevelFunction):
             torch._C._AutoDispatchBelowAutograd(),
         ):
             results = operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-        setup(ctx, arguments, results)
+        rules.setup(ctx, arguments, results)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (None, None, None, None, None, *ctx.derivative(ctx, *grads))
+        gradients = ctx.derivative(ctx, *grads)
+        asked = next((grad for grad in grads if grad is not None), None) if ctx.has_guard and ctx.refuses else None
+        return (None, None, None, None, None if asked is None else asked.new_zeros(()), *gradients)
 
 
-def _autograd(operator: Any, setup: Any, derivative: Any, keyset: Any, *arguments: Any) -> Any:
-    """Call an operator, and note how it is differentiated; torch would drop tangents in silence, which are refused."""
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if torch._C._is_fwd_grad_enabled():
-        for tensor in tensors:
-            # Others have no tangents, and are refused by the operator.
-            is_dense = tensor.layout == torch.strided and not tensor.is_nested
-            if is_dense and forward_ad.unpack_dual(tensor, level=_LEVEL).tangent is not None:
-                refuse_tangents()
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+@dataclass(frozen=True)
+class _Rules:
+    """How an operator is differentiated.
+
+    Parameters
+    ----------
+    setup
+        Keeps what the derivative needs: ``setup(ctx, inputs, results)``.
+    derivative
+        Returns the gradients of the inputs: ``derivative(ctx, *gradients of the results)``. Where it sets
+        ``ctx.refuses``, those by guarded inputs would be needed too, and there are none.
+    moves
+        Returns the results with tangents: ``moves(inputs, tangents by place)``.
+    guarded
+        Places of the inputs by which there may be no derivative.
+    message
+        What is said of it.
+    """
+
+    setup: Callable[..., None]
+    derivative: Callable[..., tuple[Any, ...]]
+    moves: Callable[..., tuple[Tensor, ...]]
+    guarded: tuple[int, ...] = ()
+    message: str = ""
+
+
+def _autograd(operator: Any, rules: _Rules, keyset: Any, *arguments: Any) -> Any:
+    """Call an operator, and note how it is differentiated; torch would drop tangents in silence."""
+    arguments, tangents = split_tangents(arguments)
+    if tangents:
+        return rules.moves(arguments, tangents)
+    if not (torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)):
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
     modes = (torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
+    given = [arguments[place] for place in rules.guarded if place < len(arguments)]
+    guarded = [one for one in given if isinstance(one, Tensor) and one.requires_grad]
     with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+        guard = Refusing.apply(rules.message, *guarded) if guarded else None  # type: ignore[attr-defined]
         return _Differentiable.apply(  # type: ignore[attr-defined]
-            modes, keyset, operator, setup, derivative, *arguments
+            modes, keyset, operator, rules, guard, *arguments
         )
-
-
-def refuse_tangents() -> NoReturn:
-    """Refuse forward mode.
-
-    Raises
-    ------
-    NotImplementedError
-        Always.
-    """
-    raise NotImplementedError("neighborhood attention has no forward-mode derivative; use backward")
 
 
 # ---- Autocast, FLOPs -----------------------------------------------------------------------------------------------
@@ -282,32 +303,44 @@ def flops(signature: Signature, *arguments: Any, **named: Any) -> int:
 
 
 def _register(rank: int) -> Any:
-    """Define an operator and its backward, and tell torch about them; returns the operator."""
-    names = (f"na{rank}d", f"na{rank}d_backward")
-    signatures = (FORWARD, BACKWARD)
-    for name, signature in zip(names, signatures, strict=True):
+    """Define an operator, its backward and its tangent, and tell torch about them; returns the operator."""
+    signatures = {f"na{rank}d": FORWARD, f"na{rank}d_backward": BACKWARD, f"na{rank}d_tangent": TANGENT}
+    for name, signature in signatures.items():
         # Inductor must hand the strides over as they are: it would copy views of a fused projection otherwise.
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
         _library.define(name + signature.text(), tags=tags)
-    operators = [getattr(torch.ops.na_compiler, name).default for name in names]
-    derivatives = (functools.partial(_differentiate, operators[1]), differentiate_twice)
-    setup = (save_for_backward, lambda ctx, inputs, output: None)  # noqa: ARG005
-    for i, (name, operator) in enumerate(zip(names, operators, strict=True)):
-        implementation = functools.partial((forward, backward)[i], rank)
+    operators = [getattr(torch.ops.na_compiler, name).default for name in signatures]
+    _, gradient, moved = operators
+    # What computes each, its shapes, and its derivatives.
+    computed = (forward, backward, tangent)
+    plain, with_tangents = (functools.partial(_forward_fake, rank, signature) for signature in (FORWARD, TANGENT))
+    fakes: tuple[Callable[..., Any], ...] = (plain, _backward_fake, with_tangents)
+    rules = (
+        _Rules(save_for_backward, functools.partial(_differentiate, gradient), functools.partial(move, moved)),
+        _Rules(
+            functools.partial(save_tensors, BACKWARD), functools.partial(differentiate_gradients, moved),
+            functools.partial(move_gradients, gradient), *SECOND["backward"],
+        ),
+        _Rules(
+            functools.partial(save_tensors, TANGENT), functools.partial(differentiate_tangents, gradient),
+            refuse_second_tangents, *SECOND["tangent"],
+        ),
+    )  # fmt: skip
+    for (name, signature), operator, compute, fake, rule in zip(
+        signatures.items(), operators, computed, fakes, rules, strict=True
+    ):
+        implementation = functools.partial(compute, rank)
         for device in ("CPU", "CUDA"):
             _library.impl(name, implementation, device)
         _library.impl(name, functools.partial(_unsupported, rank), "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"na_compiler::{name}", (functools.partial(_forward_fake, rank), _backward_fake)[i], lib=_library
-        )
-        autograd = functools.partial(_autograd, operator, setup[i], derivatives[i])
+        torch.library.register_fake(f"na_compiler::{name}", fake, lib=_library)
+        autograd = functools.partial(_autograd, operator, rule)
         _library.impl(name, autograd, "Autograd", with_keyset=True)
-        torch.library.register_vmap(
-            f"na_compiler::{name}", functools.partial(batched, operator, signatures[i]), lib=_library
-        )
-        register_flop_formula(operator.overloadpacket)(functools.partial(flops, signatures[i]))
+        batch = functools.partial(batched, operator, signature)
+        torch.library.register_vmap(f"na_compiler::{name}", batch, lib=_library)
+        register_flop_formula(operator.overloadpacket)(functools.partial(flops, signature))
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(names[0], functools.partial(_autocast, operators[0], device), key, with_keyset=True)
+        _library.impl(f"na{rank}d", functools.partial(_autocast, operators[0], device), key, with_keyset=True)
     return operators[0]
 
 

@@ -2,7 +2,9 @@
 
 The forward takes query, key and value, kernel_size, stride, dilation and is_causal, the scale, and then whatever may be
 left out; it returns output and lse. The backward takes first the gradients of these, and the outputs after value; it
-returns a gradient for each input that has one, empty where the input is not there.
+returns a gradient for each input that has one, empty where the input is not there. The tangent takes the tangents of
+query, key and value after value, and those of what may be left out at the end; it returns the tangents of output and
+lse after these.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from na_compiler import operands
 from na_compiler.operands import PARAMETERS, SCALAR, Operand
 from na_compiler.problem import Problem
 
-__all__ = ["BACKWARD", "BOUND", "FORWARD", "Signature", "flags", "problem_of"]
+__all__ = ["BACKWARD", "BOUND", "FORWARD", "TANGENT", "Signature", "flags", "problem_of"]
 
 # As torch writes the types of parameters: a kernel size may come from a size that is a symbol while torch traces; and
 # flags are ints, since torch.jit.trace, and all that is made with it, cannot record a list of bools.
@@ -110,6 +112,17 @@ BACKWARD = Signature(
     "backward",
     (*(output.gradient() for output in _OUTPUTS), *_INPUTS, *_OUTPUTS, *_REST),
     tuple(operand.gradient() for operand in operands.differentiable()),
+)
+_MOVING = [(operand, operand.tangent()) for operand in operands.differentiable()]
+TANGENT = Signature(
+    "tangent",
+    (
+        *_INPUTS,
+        *(tangent for operand, tangent in _MOVING if not operand.is_later),
+        *_REST,
+        *(tangent for operand, tangent in _MOVING if operand.is_later),
+    ),
+    (*_OUTPUTS, *(output.tangent() for output in _OUTPUTS)),
 )
 # Of ``torch.ops.na_compiler.bound``: the key of a kernel comes before the scale.
 BOUND = Signature(

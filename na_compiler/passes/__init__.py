@@ -66,12 +66,20 @@ def canonicalise(model: Model, *, bodies: bool = True) -> int:
 
 
 def compile(  # noqa: A001
-    model: Model, targets: Sequence[str] = ("llvm",), *, training: bool = False, jobs: int | None = None
+    model: Model,
+    targets: Sequence[str] = ("llvm",),
+    *,
+    training: bool = False,
+    tangents: bool = False,
+    jobs: int | None = None,
 ) -> list[Compiled]:
-    """Compile every distinct problem of a model into the cache; see `na_compiler.passes.progress`."""
+    """Compile every distinct problem of a model into the cache; see `na_compiler.passes.progress`.
+
+    Forwards only, unless ``training`` wants their backward as well, and ``tangents`` their forward mode.
+    """
     from na_compiler.passes.progress import compile_specs  # noqa: PLC0415
 
-    return compile_specs(collect(model).specs(targets, training=training), jobs)
+    return compile_specs(collect(model).specs(targets, training=training, tangents=tangents), jobs)
 
 
 def bind(model: Program, target: str = "llvm") -> int:

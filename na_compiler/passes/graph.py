@@ -44,7 +44,7 @@ _FUNCTION = re.compile(r"na([123])d")
 _NATTEN = re.compile(r"(?:reference_)?na([123])d_forward")
 # What all of these take, in this order: what ours take that has to be given.
 _SIGNATURE = FORWARD.names[: FORWARD.later]
-_OURS = re.compile(r"na([123])d(_backward)?")
+_OURS = re.compile(r"na([123])d(?:_(backward|tangent))?")
 _DEFAULTS: dict[str, Any] = {
     "stride": 1,
     "dilation": 1,
@@ -70,7 +70,7 @@ class Attention:
     rank
         Axes of its layout.
     direction
-        ``"forward"`` or ``"backward"``.
+        ``"forward"``, ``"backward"`` or ``"tangent"``.
     arguments
         By the names that our operators have.
     """
@@ -156,7 +156,7 @@ def _match_operator(node: fx.Node, path: str, target: torch._ops.OpOverload) -> 
         return None
     arguments: dict[str, Any] = {argument.name: argument.default_value for argument in target._schema.arguments}  # noqa: SLF001
     arguments |= dict(zip(list(arguments), node.args, strict=False)) | dict(node.kwargs)
-    direction = "backward" if found.re is _OURS and found[2] else "forward"
+    direction = (found[2] if found.re is _OURS else None) or "forward"
     if found.re is _OURS:  # Flags are ints to our operators, and were bools in programs of before.
         arguments["is_causal"] = list(map(bool, arguments["is_causal"]))
     return Attention(node, path, f"{namespace}::{name}", int(found[1]), direction, _DEFAULTS | arguments)

@@ -26,7 +26,7 @@ class Site:
     operator
         Whose operator it is: ``"na_compiler::na2d"``, ``"natten::na2d_forward"``, ``"natten.functional.na2d"``.
     direction
-        ``"forward"`` or ``"backward"``.
+        ``"forward"``, ``"backward"`` or ``"tangent"``.
     problem
         What it computes, at the sizes that the graph was exported with or that were asked for; ``None`` where a
         dimension is dynamic and nobody said how long it is.
@@ -82,7 +82,9 @@ class Sites(tuple[Site, ...]):
         """Return the sites on a type of device."""
         return Sites(site for site in self if site.device == device)
 
-    def specs(self, targets: Iterable[str | Target] = ("llvm",), *, training: bool = False) -> list[KernelSpec]:
+    def specs(
+        self, targets: Iterable[str | Target] = ("llvm",), *, training: bool = False, tangents: bool = False
+    ) -> list[KernelSpec]:
         """Return the distinct kernels that the sites need.
 
         Parameters
@@ -91,6 +93,9 @@ class Sites(tuple[Site, ...]):
             What machines to compile for.
         training
             Whether forwards need their backward as well.
+        tangents
+            Whether forwards are differentiated in forward mode, by kernels that compute output, lse and the tangents
+            of both.
         """
         if not self:
             return []  # Before a target such as "cuda" is looked for.
@@ -99,8 +104,9 @@ class Sites(tuple[Site, ...]):
         for site in self:
             if site.problem is not None:
                 wanted[site.problem, site.direction] = None
-                if training:
-                    wanted[site.problem, "forward"] = wanted[site.problem, "backward"] = None
+                more = ("forward",) * (training or tangents)
+                more += ("backward",) * training + ("tangent",) * tangents
+                wanted |= dict.fromkeys((site.problem, direction) for direction in more)
         return [KernelSpec.make(problem, target, direction) for target in parsed for problem, direction in wanted]
 
     def __add__(self, other: Iterable[Site]) -> Sites:  # type: ignore[override]

@@ -95,6 +95,10 @@ def is_compiling_allowed() -> bool:
     return _VALUES[named.lower()]
 
 
+# What asks for a direction beside the forward.
+_FLAGS: dict[str, list[str]] = {"forward": [], "backward": ["--training"], "tangent": ["--tangents"]}
+
+
 def command_for(problem: Problem, direction: str, target: str, bundle: str = "BUNDLE") -> str:
     """Return the command that makes a bundle with a kernel."""
 
@@ -117,6 +121,5 @@ def command_for(problem: Problem, direction: str, target: str, bundle: str = "BU
     words += [f"--operand {name}" for name in problem.operands]
     if problem.dtype != "float32":
         words.append(f"--dtype {problem.dtype}")
-    if direction == "backward":
-        words.append("--training")
+    words += _FLAGS[direction]
     return " ".join([*words, f"--target {target}", f"-o {bundle}"])

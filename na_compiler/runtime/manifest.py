@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from na_compiler.operands import BATCH, COMPACT, FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
+from na_compiler.operands import BATCH, COMPACT, DIRECTIONS, FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
 from na_compiler.problem import DTYPES, MAX_RANK
 from na_compiler.workspace import ADDITIONAL
 
@@ -375,7 +375,7 @@ _KERNEL = {
     "key": _text("[0-9a-z]{1,64}", "at most 64 letters and digits"),
     **_FILE,
     "problem": _problem,
-    "direction": _one_of("forward", "backward"),
+    "direction": _one_of(*DIRECTIONS),
     "target": _text("(llvm|cuda):[0-9a-z_-]{1,32}", "llvm:INSTRUCTION_SET or cuda:ARCHITECTURE"),
     "workspace": _record(buffers=_list(_buffer, 0, 64), multiple=_int(1, 1 << 20)),
     "operands": _list(_operand, 0, 128),

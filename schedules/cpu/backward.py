@@ -276,7 +276,7 @@ class _Task:
             T.reads(*self.whole("query", "output", "grad_output", "lse", "grad_lse"), *map(f.whole, staged))
             T.writes(*map(f.whole, (P, slope, Q, G, gradient)))
             self.probabilities(keys, staged, member, tile, chunk, places, Q, G, P, slope)
-            weighted_rows("query_grad", f, keys, slope, K, self.strip, tile, gradient)
+            weighted_rows("query_grad", f, keys, [(slope, K)], self.strip, tile, gradient)
         first = [keys.start(axis, self.strip, tile, chunk) for axis in range(AXES)]
         self.accumulate(keys, first, P, G, slope, Q)
         if self.bias_gradient is not None and isinstance(keys, Window) and places is not None:
@@ -327,8 +327,8 @@ class _Task:
             return visible.hide(P[[*u, lane]] * (product - delta[lane]), u, lane, hidden=0.0)
 
         bias = None if self.bias is None or places is None else self.bias.of(member, places)
-        products("score", f, keys, K, offset, Q_lanes, f.head_dim, P, weigh, bias)
-        products("grad_weight", f, keys, V, offset, G_lanes, f.head_dim_v, slope, slopes)
+        products("score", f, keys, [(K, Q_lanes)], offset, f.head_dim, P, weigh, bias)
+        products("grad_weight", f, keys, [(V, G_lanes)], offset, f.head_dim_v, slope, slopes)
 
     def accumulate(self, keys: Keys, first: list[Any], P: Buffer, G: Buffer, slope: Buffer, Q: Buffer) -> None:
         """Add a tile's part to the gradients of the keys and values that it visits, a few keys at a time."""

@@ -40,7 +40,7 @@ class QueriesInLanes(Config):
 
     def workspace(self, problem: Problem, direction: str) -> Workspace:
         """Return the parts of a backward that tasks leave for the gradients of keys and values, and of the bias."""
-        if direction == "forward":
+        if direction != "backward":
             return Workspace()
         plan = self.plan(problem)
         tasks = (problem.heads_kv, *(axis.strips * axis.dilation for axis in plan))

@@ -9,7 +9,7 @@ from na_compiler.problem import Problem
 from na_compiler.schedules.cpu import planner
 from na_compiler.schedules.cpu.config import QueriesInLanes
 from na_compiler.schedules.cpu.visit import visit
-from na_compiler.schedules.family import Family, Lowered
+from na_compiler.schedules.family import Family, Lowered, without_tangents
 from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
@@ -30,8 +30,8 @@ class _Cpu(Family):
         return isinstance(target, CpuTarget)
 
     def refusal(self, problem: Problem, target: Target, direction: str) -> str | None:  # noqa: ARG002
-        """None: it takes all problems, on every CPU."""
-        return None
+        """Say no but to tangents of further operands: it takes all problems, on every CPU."""
+        return without_tangents(problem, direction)
 
     def choose(self, problem: Problem, target: Target, direction: str) -> QueriesInLanes:
         """Return the tiling that takes least cycles."""
@@ -51,8 +51,8 @@ class _Cpu(Family):
         from na_compiler.schedules.cpu import pipeline, schedule  # noqa: PLC0415
 
         assert isinstance(config, QueriesInLanes)
-        make = schedule.schedule_forward if direction == "forward" else schedule.schedule_backward
-        return Lowered(make(config.plan(problem), config), pipeline.register(), skipped=_SKIPPED_PASSES)
+        function = schedule.schedule(config.plan(problem), config, direction)
+        return Lowered(function, pipeline.register(), skipped=_SKIPPED_PASSES)
 
 
 def _machine(target: Target) -> planner.Machine:

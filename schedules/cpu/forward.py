@@ -6,11 +6,15 @@ exponential is a power of two.
 
 Where all keys of a tile are at hand at once the softmax is the plain one. Where they come in chunks (a large
 window, or additional keys) each chunk's sums are merged into those so far, scaled to the highest score so far.
+
+`na_compiler.schedules.cpu.tangent` computes the derivative of it beside it, from the same steps.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -33,9 +37,10 @@ from na_compiler.schedules.cpu.steps import (
     weighted_rows,
 )
 from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST, exp2, log2_sum
+from na_compiler.tensorir.axes import round_up
 from na_compiler.tensorir.blocks import block, local, prim_func, reduction, update
 
-__all__ = ["forward"]
+__all__ = ["Sums", "Task", "Visit", "describe", "forward"]
 
 _ALL = (0, 0, 0)
 
@@ -50,28 +55,22 @@ def forward(plan: TilingPlan) -> tirx.PrimFunc:
         output, lse)``. Query, key, value and the additional tensors may have any strides but the last one, which is 1;
         the others are contiguous.
     """
+    return describe(plan, Task)
+
+
+def describe(plan: TilingPlan, kind: type[Task]) -> tirx.PrimFunc:
+    """Describe a function whose parallel loop runs tasks of a kind."""
     f = Frame(plan)
-    parameters: dict[str, Any] = {
-        "query": f.strided("query", f.tokens(f.heads, f.head_dim)),
-        "key": f.strided("key", f.tokens(f.heads_kv, f.head_dim)),
-        "value": f.strided("value", f.tokens(f.heads_kv, f.head_dim_v)),
-    }
-    if plan.problem.additional_kv:
-        parameters["additional_keys"] = f.strided("additional_keys", f.extra(f.heads_kv, f.head_dim))
-        parameters["additional_values"] = f.strided("additional_values", f.extra(f.heads_kv, f.head_dim_v))
-    parameters |= f.optional()
-    parameters["scale"] = "float32"
-    parameters["output"] = f.tensor(f.tokens(f.heads, f.head_dim_v))
-    parameters["lse"] = f.tensor(f.tokens(f.heads), "float32")
+    read, written = kind.inputs(f), kind.outputs(f)
+    parameters = {**read, "scale": "float32", **written}
 
     def body(*arguments: Any) -> None:
-        *_, scale, output, lse = arguments
         tensors = dict(zip(parameters, arguments, strict=True))
         # Heads innermost: those of one token lie side by side in memory, and the prefetchers bring them all.
         with block("task", (f.batch, *f.strips, f.heads_kv)) as (batch, *strip, head):
-            T.reads(*(f.whole(tensors[name]) for name in parameters if name not in {"scale", "output", "lse"}))
-            T.writes(f.whole(output), f.whole(lse))
-            task = _Task(f, tensors, scale, output, lse, batch, head, strip)
+            T.reads(*(f.whole(tensors[name]) for name in read))
+            T.writes(*(f.whole(tensors[name]) for name in written))
+            task = kind(f, tensors, batch, head, strip)
             if plan.merges:
                 task.in_chunks()
             else:
@@ -80,7 +79,7 @@ def forward(plan: TilingPlan) -> tirx.PrimFunc:
     return prim_func(parameters, body)
 
 
-class _Sums:
+class Sums:
     """What a tile gathers over its keys: highest score, sum of weights, weighted sum of values."""
 
     def __init__(self, f: Frame, *first: int) -> None:
@@ -89,34 +88,87 @@ class _Sums:
         self.total = local((*first, f.lanes))
         self.weighted = local((*first, *f.patches, *f.patch, f.staged_dim_v))
 
+    def starts(self) -> list[tuple[Buffer, float]]:
+        """Return each buffer, and what it holds before there are keys."""
+        return [(self.highest, LOWEST), (self.total, 0.0), (self.weighted, 0.0)]
+
     @property
     def regions(self) -> list[tirx.BufferRegion]:
-        """All three, as a block reads or writes them."""
-        return [Frame.whole(buffer) for buffer in (self.highest, self.total, self.weighted)]
+        """All of them, as a block reads or writes them."""
+        return [Frame.whole(buffer) for buffer, _ in self.starts()]
 
 
-class _Task:
+@dataclass
+class Visit:
+    """A tile of one of the heads that share keys, and some keys that are staged.
+
+    Parameters
+    ----------
+    keys, chunk
+        Which keys.
+    staged
+        Their rows, as `Task.rows` lists them; and last which of them the key mask hides, where there is one.
+    member, tile
+        Which queries.
+    kept, factor
+        The sums over the keys before, to which these are merged, and, once it is known, what they are scaled by;
+        ``None`` where there are no others.
+    """
+
+    keys: Keys
+    chunk: Place
+    staged: tuple[Buffer, ...]
+    member: Any
+    tile: Place
+    kept: Sums | None = None
+    factor: Buffer = None
+
+    @property
+    def place(self) -> list[Any]:
+        """Where the tile's sums are kept."""
+        return [self.member, *self.tile]
+
+
+class Task:
     """Emits what one iteration of the parallel loop does: a strip of queries of the heads that share keys."""
 
-    def __init__(
-        self,
-        f: Frame,
-        tensors: dict[str, Buffer],
-        scale: Any,
-        output: Buffer,
-        lse: Buffer,
-        batch: Any,
-        head: Any,
-        strip: Any,
-    ) -> None:
-        self.f, self.scale, self.output, self.lse = f, scale, output, lse
-        self.query, self.key, self.value = (tensors[name] for name in ("query", "key", "value"))
-        self.additional = [tensors[name] for name in ("additional_keys", "additional_values") if name in tensors]
+    sums = Sums
+
+    def __init__(self, f: Frame, tensors: dict[str, Buffer], batch: Any, head: Any, strip: Any) -> None:
+        self.f, self.tensors, self.scale = f, tensors, tensors["scale"]
         self.batch, self.head, self.strip = batch, head, tuple(strip)
         self.tiles = (f.group_size, *f.tiles)
         self.key_mask: Buffer | None = tensors.get(KEY_MASK)
         table = tensors.get(RELATIVE_POSITION_BIAS)
         self.bias = None if table is None else PositionBias(f, table, head, self.strip)
+
+    @classmethod
+    def inputs(cls, f: Frame) -> dict[str, Any]:
+        """Return the parameters before the scale."""
+        return f.inputs() | f.optional()
+
+    @classmethod
+    def outputs(cls, f: Frame) -> dict[str, Any]:
+        """Return the parameters after the scale."""
+        return {"output": f.tensor(f.tokens(f.heads, f.head_dim_v)), "lse": f.tensor(f.tokens(f.heads), "float32")}
+
+    def query_rows(self) -> list[tuple[Buffer, int]]:
+        """Return the tensors with a row for each query that are read, and the rows' widths."""
+        return [(self.tensors["query"], self.f.head_dim)]
+
+    def output_rows(self) -> list[tuple[Buffer, int]]:
+        """Return the tensors with a row for each query that are written, and the rows' widths."""
+        return [(self.tensors["output"], self.f.head_dim_v)]
+
+    def rows(self, keys: Keys) -> list[tuple[str, Buffer, int]]:
+        """Return what is staged of a set of keys: a name, the tensor, and its rows' width."""
+        key, value = self.names(keys)
+        return [("key", self.tensors[key], self.f.head_dim), ("value", self.tensors[value], self.f.head_dim_v)]
+
+    @staticmethod
+    def names(keys: Keys) -> tuple[str, str]:
+        """Return the names of the tensors of a set of keys."""
+        return ("additional_keys", "additional_values") if isinstance(keys, Additional) else ("key", "value")
 
     def at(self, member: Any, tile: Place) -> Any:
         """Return ``index(lane, ...)`` of the tokens of a tile, for one of the heads that share keys."""
@@ -125,102 +177,110 @@ class _Task:
     def at_once(self) -> None:
         """All keys of the strip are staged at once, and a tile is finished when it has visited its own."""
         f, keys = self.f, Window(self.f)
-        staged = self.stage(keys, self.key, self.value, _ALL)
+        staged = self.stage(keys, _ALL)
+        queries = [tensor for tensor, _ in self.query_rows()]
         with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
-            T.reads(*map(f.whole, (self.query, *staged)))
-            T.writes(f.whole(self.output), f.whole(self.lse))
+            T.reads(*map(f.whole, (*queries, *staged)))
+            T.writes(*(f.whole(self.tensors[name]) for name in self.outputs(f)))
             if f.plan.fetches_ahead:
-                rows = [(self.query, f.head_dim)], [(self.output, f.head_dim_v)]
-                fetch_ahead(f, self.at, (member, *tile), *rows)
-            sums = _Sums(f)
-            self.attend(keys, staged, member, tile, _ALL, sums, None)
+                fetch_ahead(f, self.at, (member, *tile), self.query_rows(), self.output_rows())
+            sums = self.sums(f)
+            self.attend(Visit(keys, _ALL, staged, member, tile), sums)
             self.finish(sums, member, tile)
 
     def in_chunks(self) -> None:
         """Keys come in chunks; each tile's sums are kept, and merged with those of the next chunk."""
         f = self.f
-        kept = _Sums(f, *self.tiles)
-        for buffer, value in ((kept.highest, LOWEST), (kept.total, 0.0), (kept.weighted, 0.0)):
+        kept = self.sums(f, *self.tiles)
+        for buffer, value in kept.starts():
             with block(f"start_{buffer.name}", tuple(map(int, buffer.shape))) as index:
                 T.buffer_store(buffer, T.float32(value), list(index))
-        self.visit(Window(f), f.chunks, self.key, self.value, kept)
-        if self.additional:
-            key, value = self.additional
-            self.visit(Additional(f), (1, 1, f.additional_chunks), key, value, kept)
+        self.visit(Window(f), f.chunks, kept)
+        if f.problem.additional_kv:
+            self.visit(Additional(f), (1, 1, f.additional_chunks), kept)
         with block("tile", self.tiles, where=lambda _, *tile: f.exists(self.strip, tile, _ALL)) as (member, *tile):
             T.reads(*kept.regions)
-            T.writes(f.whole(self.output), f.whole(self.lse))
+            T.writes(*(f.whole(self.tensors[name]) for name in self.outputs(f)))
             self.finish(kept, member, tile, member, *tile)
 
-    def visit(self, keys: Keys, chunks: Any, key: Buffer, value: Buffer, kept: _Sums) -> None:
+    def visit(self, keys: Keys, chunks: Any, kept: Sums) -> None:
         """Attend from every tile to every chunk of a set of keys."""
         f = self.f
+        queries = [tensor for tensor, _ in self.query_rows()]
         with block(f"{keys.prefix}chunk", chunks) as chunk:
-            T.reads(f.whole(self.query), f.whole(key), f.whole(value), *kept.regions)
+            T.reads(*map(f.whole, (*queries, *(tensor for _, tensor, _ in self.rows(keys)))), *kept.regions)
             T.writes(*kept.regions)
-            staged = self.stage(keys, key, value, chunk)
+            staged = self.stage(keys, chunk)
             with block(
                 f"{keys.prefix}visit", self.tiles, where=lambda _, *tile: keys.meets(self.strip, tile, chunk)
             ) as (member, *tile):
-                T.reads(*map(f.whole, (self.query, *staged)), *kept.regions)
+                T.reads(*map(f.whole, (*queries, *staged)), *kept.regions)
                 T.writes(*kept.regions)
-                sums = _Sums(f)
-                before = lambda lane: kept.highest[[member, *tile, lane]]  # noqa: E731
-                self.attend(keys, staged, member, tile, chunk, sums, before)
-                self.merge(keys, sums, kept, [member, *tile])
+                sums = self.sums(f)
+                visit = Visit(keys, chunk, staged, member, tile, kept, local((f.lanes,)))
+                self.attend(visit, sums)
+                self.merge(visit, sums, kept)
 
-    def stage(self, keys: Keys, key: Buffer, value: Buffer, chunk: Place) -> tuple[Buffer, ...]:
-        """Stage the keys and values of a chunk, and which of them the key mask hides, where there is one."""
+    def stage(self, keys: Keys, chunk: Place) -> tuple[Buffer, ...]:
+        """Stage the rows of a chunk, and which of them the key mask hides, where there is one."""
         f = self.f
         at = keys.at(self.batch, self.strip, chunk, self.head)
-        K, V = local((*keys.box, f.staged_dim)), local((*keys.box, f.staged_dim_v))
-        stage_keys(f"{keys.prefix}key", keys, chunk, key, at, K, f.head_dim)
-        stage_keys(f"{keys.prefix}value", keys, chunk, value, at, V, f.head_dim_v)
-        if self.key_mask is None or isinstance(keys, Additional):
-            return K, V
-        return K, V, stage_mask(keys, self.batch, self.strip, chunk, self.key_mask)
+        staged = []
+        for name, tensor, width in self.rows(keys):
+            staged.append(local((*keys.box, round_up(width, f.plan.tiling.vector))))
+            stage_keys(f"{keys.prefix}{name}", keys, chunk, tensor, at, staged[-1], width)
+        if self.key_mask is not None and isinstance(keys, Window):
+            staged.append(stage_mask(keys, self.batch, self.strip, chunk, self.key_mask))
+        return tuple(staged)
 
-    def attend(
-        self,
-        keys: Keys,
-        staged: tuple[Buffer, ...],
-        member: Any,
-        tile: Place,
-        chunk: Place,
-        sums: _Sums,
-        before: Any,
-    ) -> None:
+    def attend(self, visit: Visit, sums: Sums) -> None:
         """Gather a tile's sums over the keys of a chunk, relative to the highest score of it and those before."""
-        f = self.f
-        K, V, *masked = staged
-        with T.sblock(f"{keys.prefix}attend"):
-            T.reads(*map(f.whole, (self.query, K, V)))
-            T.writes(*sums.regions)
-            Q = local((f.lanes, f.staged_dim))
-            scores, P = local((*keys.visited, f.lanes)), local((*keys.visited, f.lanes))
-            scale = self.scale * T.float32(LOG2_E)
-            stage_queries(f"{keys.prefix}query", self.query, self.at(member, tile), scale, Q, f.head_dim)
-            Q_lanes = to_lanes(f"{keys.prefix}query", Q)
-            visible = Visible(f, keys, self.strip, tile, chunk, masked=masked[0] if masked else None)
-            bias = None
-            if self.bias is not None and isinstance(keys, Window):
-                bias = self.bias.of(member, self.bias.places(keys, tile, chunk))
-            offset = keys.offset(self.strip, tile)
-            products("score", f, keys, K, offset, Q_lanes, f.head_dim, scores, visible.hide, bias)
-            self.softmax(keys, scores, P, sums, before)
-            weighted_rows("weighted", f, keys, P, V, self.strip, tile, sums.weighted)
+        f, kept = self.f, visit.kept
+        queries = [tensor for tensor, _ in self.query_rows()]
+        with T.sblock(f"{visit.keys.prefix}attend"):
+            T.reads(*map(f.whole, (*queries, *visit.staged)), *(kept.regions if kept else ()))
+            T.writes(*sums.regions, *([f.whole(visit.factor)] if kept else ()))
+            self.gather(visit, sums)
 
-    def softmax(self, keys: Keys, scores: Buffer, P: Buffer, sums: _Sums, before: Any) -> None:
+    def gather(self, visit: Visit, sums: Sums) -> tuple[Visible, Buffer, Buffer]:
+        """Emit the steps of `attend`; returns what hides keys, the queries by lanes, and the weights."""
+        f, keys = self.f, visit.keys
+        K, V, *_ = visit.staged
+        scores, P = local((*keys.visited, f.lanes)), local((*keys.visited, f.lanes))
+        Q = self.query_lanes(visit, "query")
+        is_masked = self.key_mask is not None and isinstance(keys, Window)
+        masked = visit.staged[-1] if is_masked else None
+        visible = Visible(f, keys, self.strip, visit.tile, visit.chunk, masked=masked)
+        bias = None
+        if self.bias is not None and isinstance(keys, Window):
+            bias = self.bias.of(visit.member, self.bias.places(keys, visit.tile, visit.chunk))
+        offset = keys.offset(self.strip, visit.tile)
+        products("score", f, keys, [(K, Q)], offset, f.head_dim, scores, visible.hide, bias)
+        self.softmax(visit, scores, P, sums)
+        weighted_rows("weighted", f, keys, [(P, V)], self.strip, visit.tile, sums.weighted)
+        return visible, Q, P
+
+    def query_lanes(self, visit: Visit, name: str) -> Buffer:
+        """Return what a tensor has for a tile's queries, scaled as scores are, by lanes."""
+        f, name_here = self.f, f"{visit.keys.prefix}{name}"
+        rows = local((f.lanes, f.staged_dim))
+        scale = self.scale * T.float32(LOG2_E)
+        stage_queries(name_here, self.tensors[name], self.at(visit.member, visit.tile), scale, rows, f.head_dim)
+        return to_lanes(name_here, rows)
+
+    def softmax(self, visit: Visit, scores: Buffer, P: Buffer, sums: Sums) -> None:
         """Weigh scores by the power of two of their distance to the highest, and sum the weights."""
-        lanes = self.f.lanes
-        highest = local((lanes,)) if before else sums.highest
+        lanes, keys, kept = self.f.lanes, visit.keys, visit.kept
+        highest = local((lanes,)) if kept else sums.highest
         with reduction(f"{keys.prefix}highest", (lanes,), keys.visited) as (lane, *u):
             with T.init():
                 T.buffer_store(highest, T.min_value("float32"), [lane])
             T.buffer_store(highest, T.max(highest[lane], scores[[*u, lane]]), [lane])
-        if before:
+        if kept:
             with block(f"{keys.prefix}raised", (lanes,)) as (lane,):
-                T.buffer_store(sums.highest, T.max(highest[lane], before(lane)), [lane])
+                T.buffer_store(sums.highest, T.max(highest[lane], kept.highest[[*visit.place, lane]]), [lane])
+            with block(f"{keys.prefix}factor", (lanes,)) as (lane,):
+                T.buffer_store(visit.factor, exp2(kept.highest[[*visit.place, lane]] - sums.highest[lane]), [lane])
         with block(f"{keys.prefix}weight", (*keys.visited, lanes)) as (*u, lane):
             T.buffer_store(P, exp2(scores[[*u, lane]] - sums.highest[lane]), [*u, lane])
         with reduction(f"{keys.prefix}total", (lanes,), keys.visited) as (lane, *u):
@@ -228,19 +288,16 @@ class _Task:
                 T.buffer_store(sums.total, T.float32(0), [lane])
             T.buffer_store(sums.total, sums.total[lane] + P[[*u, lane]], [lane])
 
-    def merge(self, keys: Keys, sums: _Sums, kept: _Sums, tile: list[Any]) -> None:
+    def merge(self, visit: Visit, sums: Sums, kept: Sums) -> None:
         """Scale the sums so far to the new highest score, and add the chunk's."""
-        f = self.f
-        factor = local((f.lanes,))
-        with block(f"{keys.prefix}factor", (f.lanes,)) as (lane,):
-            T.buffer_store(factor, exp2(kept.highest[[*tile, lane]] - sums.highest[lane]), [lane])
+        f, prefix, tile, factor = self.f, visit.keys.prefix, visit.place, visit.factor
         vector = f.plan.tiling.vector
-        with update(f"{keys.prefix}merge_highest", (f.lanes,), vector) as (lane,):
+        with update(f"{prefix}merge_highest", (f.lanes,), vector) as (lane,):
             T.buffer_store(kept.highest, sums.highest[lane], [*tile, lane])
-        with update(f"{keys.prefix}merge_total", (f.lanes,), vector) as (lane,):
+        with update(f"{prefix}merge_total", (f.lanes,), vector) as (lane,):
             at = [*tile, lane]
             T.buffer_store(kept.total, kept.total[at] * factor[lane] + sums.total[lane], at)
-        with update(f"{keys.prefix}merge_weighted", (*f.patches, *f.patch, f.staged_dim_v), vector) as index:
+        with update(f"{prefix}merge_weighted", (*f.patches, *f.patch, f.staged_dim_v), vector) as index:
             at = [*tile, *index]
             lane = f.lane_of(index[:3], index[3:6])
             T.buffer_store(kept.weighted, kept.weighted[at] * factor[lane] + sums.weighted[list(index)], at)
@@ -256,7 +313,7 @@ class _Task:
             T.writes(f.whole(seen))
             place = f.lane(lane)
             with update("count_start", (1,), 1):
-                more = T.Cast("int32", f.additional > 0) if self.additional else T.int32(0)
+                more = T.Cast("int32", f.additional > 0) if f.problem.additional_kv else T.int32(0)
                 T.buffer_store(seen, more, [lane])
             with update("count_add", tuple(axis.kernel_size for axis in f.plan), 1) as window:
                 where = [axis.window_key(strip[i], tile[i], place[i], window[i]) for i, axis in enumerate(f.axes)]
@@ -266,9 +323,9 @@ class _Task:
                 T.buffer_store(seen, seen[lane] + T.Cast("int32", is_seen), [lane])
         return seen
 
-    def finish(self, sums: _Sums, member: Any, tile: Place, *first: Any) -> None:
-        """Divide by the sum of weights, and store a tile's outputs and the logarithm of that sum."""
-        f, strip, at = self.f, self.strip, self.at(member, tile)
+    def finish(self, sums: Sums, member: Any, tile: Place, *first: Any) -> Buffer:
+        """Store a tile's outputs, divided by the sum of weights, and that sum's logarithm; returns what divides."""
+        f = self.f
         inverse, natural = local((f.lanes,)), local((f.lanes,))
         with block("inverse", (f.lanes,)) as (lane,):
             T.buffer_store(inverse, T.float32(1) / sums.total[[*first, lane]], [lane])
@@ -279,14 +336,27 @@ class _Task:
                 exponent = T.Select(seen[lane] == 0, T.float32(-math.inf), exponent)
             T.buffer_store(natural, exponent, [lane])
 
-        def is_query(*loops: Any) -> Any:
-            return f.exists(strip, tile, f.query(loops[:3], loops[3:6]))
-
-        with block("output", (*f.patches, *f.patch, f.head_dim_v), where=is_query) as index:
-            lane = f.lane_of(index[:3], index[3:6])
+        def row(index: list[Any], lane: Any) -> Any:
             result = sums.weighted[[*first, *index]] * inverse[lane]
-            if seen is not None:
-                result = T.Select(seen[lane] == 0, T.float32(0), result)
-            T.buffer_store(self.output, T.Cast(f.dtype, result), at(lane, index[-1]))
-        with block("lse", (f.lanes,), where=lambda lane: f.exists(strip, tile, f.lane(lane))) as (lane,):
-            T.buffer_store(self.lse, natural[lane], at(lane))
+            return result if seen is None else T.Select(seen[lane] == 0, T.float32(0), result)
+
+        self.store("output", row, member, tile)
+        self.store_number("lse", natural, member, tile)
+        return inverse
+
+    def store(self, name: str, row: Callable[[list[Any], Any], Any], member: Any, tile: Place) -> None:
+        """Store a tile's rows: ``row(index, lane)``, the index that of an element among a patch's."""
+        f, at = self.f, self.at(member, tile)
+
+        def is_query(*loops: Any) -> Any:
+            return f.exists(self.strip, tile, f.query(loops[:3], loops[3:6]))
+
+        with block(name, (*f.patches, *f.patch, f.head_dim_v), where=is_query) as index:
+            lane = f.lane_of(index[:3], index[3:6])
+            T.buffer_store(self.tensors[name], T.Cast(f.dtype, row(list(index), lane)), at(lane, index[-1]))
+
+    def store_number(self, name: str, numbers: Buffer, member: Any, tile: Place) -> None:
+        """Store a number for each of a tile's queries."""
+        f, at = self.f, self.at(member, tile)
+        with block(name, (f.lanes,), where=lambda lane: f.exists(self.strip, tile, f.lane(lane))) as (lane,):
+            T.buffer_store(self.tensors[name], numbers[lane], at(lane))

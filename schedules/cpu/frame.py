@@ -92,6 +92,18 @@ class Frame:
         strides = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
         return {**self.tensor(shape), "strides": [*strides, tirx.IntImm("int64", 1)]}
 
+    def inputs(self, prefix: str = "") -> dict[str, Any]:
+        """Return the parameters that every description begins with; with a prefix, as many of other names."""
+        shapes = {
+            "query": self.tokens(self.heads, self.head_dim),
+            "key": self.tokens(self.heads_kv, self.head_dim),
+            "value": self.tokens(self.heads_kv, self.head_dim_v),
+        }
+        if self.problem.additional_kv:
+            shapes["additional_keys"] = self.extra(self.heads_kv, self.head_dim)
+            shapes["additional_values"] = self.extra(self.heads_kv, self.head_dim_v)
+        return {prefix + name: self.strided(prefix + name, shape) for name, shape in shapes.items()}
+
     def lane(self, lane: Expr) -> Place:
         """Return the place in its tile of a lane."""
         _, second, third = self.tile

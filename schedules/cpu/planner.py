@@ -42,7 +42,9 @@ _KEYS_AT_ONCE = 4096
 _CHUNK_KEYS = 1024
 _CHUNK_COST = 10
 # Tiles whose sums a task may keep from one chunk to the next.
-_KEPT_TILES = {"forward": 64, "backward": 256}
+_KEPT_TILES = {"forward": 64, "backward": 256, "tangent": 32}
+# Rows of a key, and of a value, that are staged: its own, and its tangent's.
+_ROWS = {"forward": 1, "backward": 1, "tangent": 2}
 # The workspace of a backward, over its inputs in float32, from which on its size is what it costs, by a factor so
 # large that nothing else counts.
 _WORKSPACE = 6.0
@@ -66,6 +68,8 @@ _AT_BEST, _LOAD = 1.17, 0.63
 # Cycles, fitted: of the softmax a vector of scores, of staging a vector, of a tile beside its loops, of a row of a
 # patch's box beside its keys, and of a pair's part of the gradients of a key and a value, a vector of them.
 _SOFTMAX, _STAGE, _TILE, _PATCH_ROW, _GRADIENT = 18.0, 6.0, 900.0, 12.0, 0.6
+# Cycles of a vector of the scores' tangents, beside its products.
+_SLOPE = 6.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def _configs(problem: Problem, machine: Machine, direction: str) -> Iterator[Que
         if wasted(tile) == least:
             tiling = _of_tile(problem, machine, direction, tile)
             for patch in _patches(tile, machine):
-                yield _with_patch(problem, machine, tiling, patch)
+                yield _with_patch(problem, machine, direction, tiling, patch)
 
 
 def _factorizations(lanes: int) -> Iterator[Extents]:
@@ -203,13 +207,14 @@ def _of_tile(problem: Problem, machine: Machine, direction: str, tile: Extents) 
     return tiling
 
 
-def _with_patch(problem: Problem, machine: Machine, tiling: Tiling, patch: Extents) -> QueriesInLanes:
+def _with_patch(problem: Problem, machine: Machine, direction: str, tiling: Tiling, patch: Extents) -> QueriesInLanes:
     """Choose the rest of a config, given tiling and patch."""
     tiling = replace(tiling, patch=patch)
     plan = TilingPlan.make(problem, tiling)
     visited = plan.extents("patch_visited")
     row_block = None
-    if math.prod(visited) * _FLOAT_BYTES * plan.head_dim_v > _L1_BYTES and visited[-1] % _ROW_BLOCK == 0:
+    values = math.prod(visited) * _FLOAT_BYTES * plan.head_dim_v * _ROWS[direction]
+    if values > _L1_BYTES and visited[-1] % _ROW_BLOCK == 0:
         row_block = _ROW_BLOCK
     return QueriesInLanes(tiling, machine.accumulators, row_block)
 
@@ -229,7 +234,7 @@ def _with_strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
 
     box, keys = _volume(grid("strip_box")), single.size("tile_box")
     queries, strips = _volume(grid("strip")), _volume(grid("strips"))
-    staged = box * (_FLOAT_BYTES * (single.head_dim + single.head_dim_v))
+    staged = box * (_FLOAT_BYTES * (single.head_dim + single.head_dim_v) * _ROWS[direction])
     in_chunks = (staged > _STAGED_BYTES * _STAGED_AT_ONCE) | (keys > _KEYS_AT_ONCE)
     limits = _chunk(grid("strip_box"))
     held, is_chunked = _in_chunks(single, grid("strip_box"), limits)
@@ -312,20 +317,25 @@ def _cycles(problem: Problem, machine: Machine, config: QueriesInLanes, directio
     queries = math.prod(config.tiling.patch)
     columns = _divisor(max(int(depth_v), 1), max(config.accumulators // queries, 1))
     weighted = _product(queries, columns) / (queries * columns)
-    if config.row_block is None and plan.size("visited") * columns * machine.vector * _FLOAT_BYTES > _L1_BYTES:
+    columns_bytes = columns * machine.vector * _FLOAT_BYTES * _ROWS[direction]
+    if config.row_block is None and plan.size("visited") * columns_bytes > _L1_BYTES:
         weighted *= _VALUES_BEYOND  # The values that the patches share do not stay in the innermost cache.
     patches = lanes // queries
     overhead = patches * plan.extents("patch_visited")[0] * plan.extents("patch_visited")[1] * _PATCH_ROW
     tile = visited * vectors * _SOFTMAX + _TILE * vectors + overhead
     if direction == "forward":
         tile += visited * problem.head_dim * score + lanes * patch_visited * depth_v * weighted
+    elif direction == "tangent":
+        # Beside the forward's product of either kind, two of that kind in one.
+        tile += 3 * (visited * problem.head_dim * score + lanes * patch_visited * depth_v * weighted)
+        tile += visited * vectors * _SLOPE
     else:
         tile += visited * (problem.head_dim + problem.head_dim_v) * score
         tile += lanes * patch_visited * depth * weighted
         tile += visited * lanes * (depth + depth_v) * _GRADIENT
     tiles = plan.size("tiles") * plan.size("strips") * plan.size("dilation")
     staged = plan.size("strip_box") * (depth + depth_v) * _STAGE * plan.size("strips") * plan.size("dilation")
-    return tiles * tile + staged
+    return tiles * tile + staged * _ROWS[direction]
 
 
 def _product(broadcast: int, vectors: int) -> float:

@@ -18,10 +18,11 @@ from na_compiler.schedules.cpu.backward import backward
 from na_compiler.schedules.cpu.config import QueriesInLanes
 from na_compiler.schedules.cpu.forward import forward
 from na_compiler.schedules.cpu.plan import TilingPlan
+from na_compiler.schedules.cpu.tangent import tangent
 from na_compiler.schedules.cpu.transpose import transpose_intrin
 from na_compiler.tensorir.blocks import steps
 
-__all__ = ["schedule_backward", "schedule_forward"]
+__all__ = ["schedule"]
 
 _CHAINS = 4  # Independent partial results of a reduction: enough to cover the latency of an addition.
 # Steps of a loop over head_dim or keys that are written out: assumed, as many as the chains above.
@@ -49,6 +50,8 @@ _AS_WRITTEN = {
     "key_padding",
     "key_part_add",
     "merge_highest",
+    "merge_mean",
+    "merge_tangent",
     "merge_total",
     "merge_weighted",
     "output_padding",
@@ -56,14 +59,23 @@ _AS_WRITTEN = {
     "spread_add",
     "start",
     "start_",
+    "tangent_key_padding",
+    "tangent_query_padding",
+    "tangent_value_padding",
     "value_padding",
     "value_part_add",
 }
 
 
-def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
-    """Return the scheduled forward."""
-    made = _Steps(forward(plan), plan, config)
+def schedule(plan: TilingPlan, config: QueriesInLanes, direction: str) -> tirx.PrimFunc:
+    """Return the scheduled description of a direction."""
+    describe, arrange = _DIRECTIONS[direction]
+    made = _Steps(describe(plan), plan, config)
+    arrange(made, plan)
+    return made.function()
+
+
+def _forward(made: _Steps, plan: TilingPlan) -> None:
     made.ahead()
     for prefix in made.prefixes:
         made.stage(prefix)
@@ -82,12 +94,27 @@ def schedule_forward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
     made.position_bias()
     if plan.problem.has(KEY_MASK):
         made.lanes("seen")
-    return made.function()
 
 
-def schedule_backward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc:
-    """Return the scheduled backward."""
-    made = _Steps(backward(plan), plan, config)
+def _tangent(made: _Steps, plan: TilingPlan) -> None:
+    """Schedule the forward's steps, and those of the tangents beside them."""
+    _forward(made, plan)
+    for prefix in made.prefixes:
+        made.stage(f"{prefix}tangent_")
+        made.queries(f"{prefix}tangent_query", plan.problem.head_dim)
+        made.product(f"{prefix}tangent_score", plan.problem.head_dim)
+        made.over_keys(f"{prefix}tangent_total")
+        made.lanes(f"{prefix}mean")
+        made.elementwise(f"{prefix}tangent_weight")
+        made.weighted_rows(f"{prefix}tangent_weighted", plan.head_dim_v)
+        if plan.merges:
+            made.lanes(f"{prefix}moved")
+    made.lanes("tangent_natural")
+    made.store("tangent_output", plan.problem.head_dim_v)
+    made.unroll("tangent_lse")
+
+
+def _backward(made: _Steps, plan: TilingPlan) -> None:
     problem = plan.problem
     made.ahead()
     for prefix in made.prefixes:
@@ -112,11 +139,13 @@ def schedule_backward(plan: TilingPlan, config: QueriesInLanes) -> tirx.PrimFunc
     if problem.additional_kv:
         made.gather("additional_key", problem.head_dim)
         made.gather("additional_value", problem.head_dim_v)
-    return made.function()
+
+
+_DIRECTIONS = {"forward": (forward, _forward), "backward": (backward, _backward), "tangent": (tangent, _tangent)}
 
 
 class _Steps:
-    """Schedules the steps that forward and backward share, each known by the name of its block."""
+    """Schedules the steps that the directions share, each known by the name of its block."""
 
     def __init__(self, description: tirx.PrimFunc, plan: TilingPlan, config: QueriesInLanes) -> None:
         self.plan, self.config = plan, config

@@ -195,9 +195,8 @@ def products(
     name: str,
     f: Frame,
     keys: Keys,
-    staged: Buffer,
+    pairs: list[tuple[Buffer, Buffer]],
     offset: Place,
-    lanes: Buffer,
     width: int,
     target: Buffer,
     consume: Callable[[Any, Place, Any], Any],
@@ -205,12 +204,13 @@ def products(
 ) -> None:
     """Multiply keys (or values) that a tile visits with queries (or gradients), a block of keys at a time.
 
-    ``target[u, lane] = consume(first(u, lane) + sum_d staged[u, d] * lanes[d, lane], u, lane)``; default 0.
+    ``target[u, lane] = consume(first(u, lane) + sum_d staged[u, d] * lanes[d, lane], u, lane)``, where the sum is over
+    the pairs of ``staged`` and ``lanes`` as well; default of ``first`` 0.
     """
     at_once = f.plan.tiling.key_block
     counts = [visited // block for visited, block in zip(keys.visited, at_once, strict=True)]
     with block(f"{keys.prefix}{name}_block", tuple(counts)) as places:
-        T.reads(*map(f.whole, (staged, lanes)))
+        T.reads(*map(f.whole, (buffer for pair in pairs for buffer in pair)))
         T.writes(f.whole(target))
         part = local((*at_once, f.lanes))
 
@@ -220,16 +220,21 @@ def products(
         with reduction(f"{keys.prefix}{name}", (*at_once, f.lanes), (width,)) as (*u, lane, d):
             with T.init():
                 T.buffer_store(part, T.float32(0) if first is None else first(position(u), lane), [*u, lane])
-            product = lanes[d, lane] * staged[[*_sum(offset, position(u)), d]]
-            T.buffer_store(part, part[[*u, lane]] + product, [*u, lane])
+            total = part[[*u, lane]]
+            for staged, lanes in pairs:
+                total = total + lanes[d, lane] * staged[[*_sum(offset, position(u)), d]]
+            T.buffer_store(part, total, [*u, lane])
         with block(f"{keys.prefix}{name}_use", (*at_once, f.lanes)) as (*u, lane):
             T.buffer_store(target, consume(part[[*u, lane]], position(u), lane), [*position(u), lane])
 
 
 def weighted_rows(
-    name: str, f: Frame, keys: Keys, P: Buffer, rows: Buffer, strip: Place, tile: Place, O: Buffer
+    name: str, f: Frame, keys: Keys, pairs: list[tuple[Buffer, Buffer]], strip: Place, tile: Place, O: Buffer
 ) -> None:
-    """Sum the rows of a tile's values (or keys), weighted, for each query of each patch over the patch's own box."""
+    """Sum the rows of a tile's values (or keys), weighted, for each query of each patch over the patch's own box.
+
+    The sum is over the pairs of weights and rows as well.
+    """
     width = int(O.shape[-1])
     offset = keys.offset(strip, tile)
     with reduction(keys.prefix + name, (*f.patches, *f.patch, width), keys.patch_visited) as indices:
@@ -237,8 +242,10 @@ def weighted_rows(
         u = _sum(keys.patch_offset(strip, tile, patch), r)
         with T.init():
             T.buffer_store(O, T.float32(0), [*patch, *query, d])
-        weighted = P[[*u, f.lane_of(patch, query)]] * rows[[*_sum(offset, u), d]]
-        T.buffer_store(O, O[[*patch, *query, d]] + weighted, [*patch, *query, d])
+        total = O[[*patch, *query, d]]
+        for P, rows in pairs:
+            total = total + P[[*u, f.lane_of(patch, query)]] * rows[[*_sum(offset, u), d]]
+        T.buffer_store(O, total, [*patch, *query, d])
 
 
 def _sum(first: Any, second: Any) -> list[Any]:

@@ -156,7 +156,7 @@ class _Query:
                 result = probability * (dP[list(place)] - self.delta[0])
                 result = unless_masked(chunks, chunk, place, result, tensors, self.batch, 0.0)
                 T.buffer_store(slope, chunks.only(chunk, place, result), list(place))
-            f.accumulate(f"{prefix}query_part", slope, K, self.D)
+            f.accumulate(f"{prefix}query_part", [(slope, K)], self.D)
 
 
 def _key_task(f: DirectFrame, tensors: dict[str, Buffer]) -> None:
@@ -245,8 +245,8 @@ class _Key:
                 delta = tensors["delta"][[self.batch, head, chunks.number(chunk, place)]]
                 result = self.hide(P[list(place)] * (dP[list(place)] - delta))
                 T.buffer_store(slope, chunks.only(chunk, place, result), list(place))
-            f.accumulate(f"{prefix}value_part", P, G, self.DV)
-            f.accumulate(f"{prefix}key_part", slope, Q, self.DK)
+            f.accumulate(f"{prefix}value_part", [(P, G)], self.DV)
+            f.accumulate(f"{prefix}key_part", [(slope, Q)], self.DK)
 
 
 def _gather(f: DirectFrame, name: str, space: Buffer, gradient: Buffer, factor: Any) -> None:

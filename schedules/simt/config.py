@@ -53,7 +53,7 @@ class Simt(Config):
 
     def workspace(self, problem: Problem, direction: str) -> Workspace:
         """Return, for a backward, a number for each query, and the strips' parts of the additional keys' gradients."""
-        if direction == "forward":
+        if direction != "backward":
             return Workspace()
         plan = self.plan(problem)
         buffers: list[tuple[int | str, ...]] = [(problem.heads, problem.tokens)]

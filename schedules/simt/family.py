@@ -7,7 +7,7 @@ from typing import Any
 
 from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
-from na_compiler.schedules.family import Family, Lowered
+from na_compiler.schedules.family import Family, Lowered, without_tangents
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.schedules.simt import planner
@@ -30,8 +30,8 @@ class _Simt(Family):
         return isinstance(target, CudaTarget)
 
     def refusal(self, problem: Problem, target: Target, direction: str) -> str | None:  # noqa: ARG002
-        """None: it takes all problems, on every GPU."""
-        return None
+        """Say no but to tangents of further operands: it takes all problems, on every GPU."""
+        return without_tangents(problem, direction)
 
     def choose(self, problem: Problem, target: Target, direction: str) -> Simt:
         """Return what follows from the problem: each choice has a rule of its own, and none is ranked."""
@@ -48,8 +48,7 @@ class _Simt(Family):
         from na_compiler.schedules.simt import schedule  # noqa: PLC0415
 
         assert isinstance(config, Simt)
-        make = schedule.schedule_forward if direction == "forward" else schedule.schedule_backward
-        return Lowered(make(config.plan(problem), config), options=_OPTIONS)
+        return Lowered(schedule.schedule(config.plan(problem), config, direction), options=_OPTIONS)
 
 
 FAMILY = _Simt()

@@ -83,8 +83,8 @@ class DirectFrame:
         strides = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
         return {**self.tensor(shape), "strides": [*strides, tirx.IntImm("int64", 1)]}
 
-    def inputs(self) -> dict[str, Any]:
-        """Return the parameters that forward and backward begin with."""
+    def inputs(self, prefix: str = "") -> dict[str, Any]:
+        """Return the parameters that every description begins with; with a prefix, as many of other names."""
         p = self.problem
         shapes = {
             "query": self.tokens(p.heads, p.head_dim),
@@ -94,7 +94,7 @@ class DirectFrame:
         if p.additional_kv:
             shapes["additional_keys"] = self.extra(p.heads_kv, p.head_dim)
             shapes["additional_values"] = self.extra(p.heads_kv, p.head_dim_v)
-        return {name: self.strided(name, shape) for name, shape in shapes.items()}
+        return {prefix + name: self.strided(prefix + name, shape) for name, shape in shapes.items()}
 
     def optional(self) -> dict[str, Any]:
         """Return the parameters of the bias by relative position and the key mask, where the problem has them."""
@@ -247,18 +247,28 @@ class DirectFrame:
             T.buffer_store(result, result[place] + row[d] * other, place)
         return result
 
-    def accumulate(self, name: str, weights: Buffer, rows: Buffer, kept: Buffer, factor: Expr | None = None) -> None:
-        """Add some staged rows, weighted, to a row, which is multiplied by a factor first."""
-        *size, padded = map(int, rows.shape)
+    def accumulate(
+        self,
+        name: str,
+        pairs: list[tuple[Buffer, Buffer]],
+        kept: Buffer,
+        before: Callable[[Expr], Expr] | None = None,
+    ) -> None:
+        """Add some staged rows, weighted, to a row, or to what ``before(d)`` says that it is by now.
+
+        The sum is over pairs of weights and rows as well.
+        """
+        *size, padded = map(int, pairs[0][1].shape)
         part = registers((padded,))
         with reduction(name, (padded,), tuple(size)) as (d, *place):
             with T.init():
                 T.buffer_store(part, T.float32(0), [d])
-            row = T.Cast("float32", rows[[*place, d]])
-            T.buffer_store(part, part[d] + weights[place] * row, [d])
+            total = part[d]
+            for weights, rows in pairs:
+                total = total + weights[place] * T.Cast("float32", rows[[*place, d]])
+            T.buffer_store(part, total, [d])
         with self.spread(f"{name}_add", padded) as d:
-            before = kept[d] if factor is None else kept[d] * factor
-            T.buffer_store(kept, before + part[d], [d])
+            T.buffer_store(kept, (kept[d] if before is None else before(d)) + part[d], [d])
 
 
 def _multiples(name: str, tensor: Buffer, vector: int) -> Buffer:

@@ -15,17 +15,28 @@ from na_compiler.schedules.simt.backward import direct_backward
 from na_compiler.schedules.simt.config import Simt
 from na_compiler.schedules.simt.forward import direct_forward
 from na_compiler.schedules.simt.plan import DirectPlan
+from na_compiler.schedules.simt.tangent import direct_tangent
 from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import steps
 
-__all__ = ["schedule_backward", "schedule_forward"]
+__all__ = ["schedule"]
 
 # All steps by name, each in one list. Their prefixes, which say what is visited, are left out.
 _PREFIXES = ("additional_", "strip_")
 # Steps of one pair of query and key, for the gradient of biases.
 _PAIR = {f"bias_{name}" for name in ("query_rows", "key_rows", "grad_rows", "value_rows")}
 # Steps that copy rows as they are, by vectors.
-_ROWS = {"grad_rows", "key_rows", "output_rows", "query_rows", "value_rows", *_PAIR}
+_ROWS = {
+    "grad_rows",
+    "key_rows",
+    "output_rows",
+    "query_rows",
+    "tangent_key_rows",
+    "tangent_query_rows",
+    "tangent_value_rows",
+    "value_rows",
+    *_PAIR,
+}
 # Steps whose last loop runs over the elements of a row: loads, stores, and products that are summed over the lanes.
 _LAST = {
     "bias_grad",
@@ -38,23 +49,28 @@ _LAST = {
     "grad",
     "grad_weight",
     "key",
+    "key_slope",
     "key_space",
     "key_store",
     "key_sum",
     "output",
     "query",
+    "query_slope",
     "query_store",
     "score",
+    "tangent_output",
+    "tangent_query",
     "value",
     "value_space",
     "value_store",
     "value_sum",
 }
 # Sums over the rows of a chunk, or over strips, whose first loop runs over the elements of a row.
-_FIRST = {"key_part", "key_total", "query_part", "value_part", "value_total", "weighted"}
+_FIRST = {"key_part", "key_total", "query_part", "tangent_weighted", "value_part", "value_total", "weighted"}
 # Steps that change a row in place, which are written as they are to run, and steps on a number for each row of a chunk.
 _EACH = {
     *(f"{name}{axis}" for name in ("first_key", "first_query", "keys", "queries") for axis in range(AXES)),
+    "before",
     "bias_add",
     "bias_store",
     "bias_sum",
@@ -70,8 +86,11 @@ _EACH = {
     "key_part_add",
     "lse",
     "masked",
+    "mean",
     "merge_highest",
+    "merge_mean",
     "merge_total",
+    "moved",
     "natural",
     "query_part_add",
     "raised",
@@ -80,11 +99,19 @@ _EACH = {
     "start_bias",
     "start_highest",
     "start_key_grad",
+    "start_mean",
     "start_output",
     "start_query_grad",
     "start_seen",
+    "start_tangent",
     "start_total",
     "start_value_grad",
+    "tangent_lse",
+    "tangent_natural",
+    "tangent_seen",
+    "tangent_total",
+    "tangent_weight",
+    "tangent_weighted_add",
     "total",
     "value_part_add",
     "weight",
@@ -94,18 +121,12 @@ _EACH = {
 _LONG = {"bias_total", "key_total", "value_total"}
 
 
-def schedule_forward(plan: DirectPlan, config: Simt) -> tirx.PrimFunc:
-    """Return the scheduled forward."""
-    return _scheduled(direct_forward(plan), config)
+_DESCRIPTIONS = {"forward": direct_forward, "backward": direct_backward, "tangent": direct_tangent}
 
 
-def schedule_backward(plan: DirectPlan, config: Simt) -> tirx.PrimFunc:
-    """Return the scheduled backward."""
-    return _scheduled(direct_backward(plan), config)
-
-
-def _scheduled(description: tirx.PrimFunc, config: Simt) -> tirx.PrimFunc:
-    schedule = s_tir.Schedule(description)
+def schedule(plan: DirectPlan, config: Simt, direction: str) -> tirx.PrimFunc:
+    """Return the scheduled description of a direction."""
+    schedule = s_tir.Schedule(_DESCRIPTIONS[direction](plan))
     for task in schedule.get_child_blocks(schedule.get_sblock("root")):
         *outer, rows = schedule.get_loops(task)
         schedule.bind(schedule.fuse(*outer), "blockIdx.x")

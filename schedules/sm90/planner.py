@@ -130,6 +130,7 @@ def refusal(problem: Problem, direction: str) -> str | None:
     dims = (problem.head_dim, problem.head_dim_v)
     given = " and ".join(map(str, dims))
     reasons = {
+        "has no tangents": direction == "tangent",
         "takes float16 and bfloat16, not float32": problem.dtype == "float32",
         f"takes multiples of 8 up to {_MOST_HEAD_DIM} as head_dim, not {given}": (
             any(dim % 8 or dim > _MOST_HEAD_DIM for dim in dims)

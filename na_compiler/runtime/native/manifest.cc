@@ -260,7 +260,7 @@ Kernel read_kernel(const Said& said) {
   kernel.key = said["key"].name("a0", 64, "at most 64 letters and digits");
   kernel.file = read_file_of(said);
   kernel.problem = read_problem(said["problem"]);
-  kernel.is_forward = said["direction"].one_of({"forward", "backward"}) == "forward";
+  kernel.is_forward = said["direction"].one_of({"forward", "backward", "tangent"}) == "forward";
   // A target that is unknown here is one for other machines.
   kernel.target = said["target"].name("a0_-", 32, "llvm:INSTRUCTION_SET or cuda:ARCHITECTURE", {"llvm:", "cuda:"});
   Said workspace = said["workspace"];
