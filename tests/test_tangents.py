@@ -1,5 +1,6 @@
 """The direction "tangent": compiled kernels against forward mode of the float64 reference, over all of `Problem`."""
 
+import json
 import math
 import random
 
@@ -22,7 +23,7 @@ from test_numerics import CHUNKED, CHUNKS, NUMBERS
 from test_numerics import PROBLEMS as SPOILED
 
 import na_compiler
-from na_compiler.cli import main
+from na_compiler.cli import bench, bench_tangents, main
 from na_compiler.compiler import build
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
@@ -272,3 +273,13 @@ def test_ahead_of_time_if_asked(tmp_path, seed):
         another = torch.zeros(1, 5, 11, 1, 3)
         with pytest.raises(na_compiler.MissingKernelError, match=r"--layout 5x11 .* --tangents --target"):
             torch.func.jvp(lambda x: na_compiler.na2d(x, x, x, 3), (another,), (another,))
+
+
+def test_the_bench_says_what_they_cost(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "CPU_SUITE", (bench.Case("2-D", Problem((10, 11), 2, 16, 3), {}),))
+    monkeypatch.setattr(bench_tangents, "_SMALL", ())
+    assert main(["bench", "--tangents", "--seconds", "0.05", "--threads", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["ratio"] == pytest.approx(row["tangent"] / row["forward"])
+    assert main(["bench", "--tangents", "--suite", "onnx"]) == 1
+    assert "--tangents goes with --suite cpu" in capsys.readouterr().err
