@@ -10,7 +10,7 @@ import math
 
 from na_compiler.window import query_bounds, window_end, window_start
 
-__all__ = ["group_lengths", "most_queries", "visible_pairs", "widest_union"]
+__all__ = ["group_lengths", "most_queries", "visible_pairs", "widest_inverse", "widest_union"]
 
 
 def group_lengths(layout: int, dilation: int) -> dict[int, int]:
@@ -110,13 +110,55 @@ def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, qu
     return widest
 
 
-def _largest_residue(step: int, modulus: int, first: int, count: int) -> int:
-    """Return the largest ``step * n % modulus`` of ``count`` numbers ``n`` from ``first`` on."""
+def widest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, keys: int) -> int:
+    """Return the largest number of queries that see a block of keys: from the first that sees one to the last.
+
+    Parameters
+    ----------
+    length, kernel_size, stride, is_causal
+        As everywhere in this module.
+    keys
+        Of a block, at most ``length``; blocks lie as in `widest_union`.
+
+    Examples
+    --------
+    >>> [widest_inverse(10, 3, 1, False, keys) for keys in (1, 2, 4)]
+    [4, 5, 6]
+    """
+    last = -(-length // keys) - 1
+    rule = (length, kernel_size, stride, is_causal)
+
+    def inverse(block: int) -> int:
+        first: int = query_bounds(block * keys, *rule)[0]
+        end: int = query_bounds(min((block + 1) * keys, length) - 1, *rule)[1]
+        return end - first
+
+    # Of the blocks whose first key is seen by the first query, the last has most; of those whose last key is seen by
+    # the last query, the first. (Where windows are causal, queries before a key do not see it.)
+    first = -1 if is_causal else min((kernel_size - 1) // keys, last)
+    beyond = min(max(-(-(length - kernel_size + 1) // keys) - 1, 0), last)
+    widest = max(inverse(block) for block in (max(first, 0), beyond))
+    between = beyond - first - 1
+    if between > 0:
+        # Between them nothing is clamped, and what counts is where in a stride group a block begins.
+        if is_causal:
+            residue = _largest_residue(-keys % stride, stride, first + 1, between, -keys - kernel_size)
+            inside = keys - 1 + kernel_size - (stride - 1 - residue)
+        else:
+            offset = kernel_size // 2 - stride // 2 - kernel_size
+            residue = _largest_residue(keys, stride, first + 1, between, offset)
+            inside = ((keys + kernel_size - 2 - (stride - 1 - residue)) // stride + 1) * stride
+        widest = max(widest, inside)
+    return widest
+
+
+def _largest_residue(step: int, modulus: int, first: int, count: int, offset: int = 0) -> int:
+    """Return the largest ``(step * n + offset) % modulus`` of ``count`` numbers ``n`` from ``first`` on."""
     common = math.gcd(step, modulus)
     if count >= modulus // common:
-        return modulus - common
+        return modulus - common + offset % common
     # A residue is at least t where adding modulus - t to the number before division makes the quotient larger.
-    begin = step * first
+    begin = step * first + offset % modulus
     floor = _floor_sum(count, step, begin, modulus)
     low, high = 0, modulus - 1
     while low < high:

@@ -4,7 +4,15 @@ import random
 
 import pytest
 
-from na_compiler.counting import _floor_sum, _largest_residue, group_lengths, most_queries, visible_pairs, widest_union
+from na_compiler.counting import (
+    _floor_sum,
+    _largest_residue,
+    group_lengths,
+    most_queries,
+    visible_pairs,
+    widest_inverse,
+    widest_union,
+)
 from na_compiler.problem import Problem
 from na_compiler.window import group_length, query_bounds, window_bounds
 
@@ -42,6 +50,15 @@ def test_widest_union(axes):
             assert widest_union(length, *rule, queries) == widest, (length, rule, queries)
 
 
+def test_widest_inverse(axes):
+    for length, *rule in axes:
+        seen = [query_bounds(key, length, *rule) for key in range(length)]
+        for keys in {1, length, *(random.randint(1, length) for _ in range(6))}:
+            blocks = range(0, length, keys)
+            widest = max(seen[min(first + keys, length) - 1][1] - seen[first][0] for first in blocks)
+            assert widest_inverse(length, *rule, keys) == widest, (length, rule, keys)
+
+
 def test_groups(seed):
     for _ in range(50):
         layout, dilation = random.randint(1, 60), random.randint(1, 9)
@@ -54,8 +71,9 @@ def test_sums_of_quotients(seed):
     for _ in range(300):
         count, step, offset, divisor = (random.randint(*limits) for limits in ((0, 60), (0, 60), (0, 99), (1, 50)))
         assert _floor_sum(count, step, offset, divisor) == sum((step * n + offset) // divisor for n in range(count))
-        residues = [step * n % divisor for n in range(offset, offset + count + 1)]
-        assert _largest_residue(step, divisor, offset, count + 1) == max(residues)
+        beyond = random.randint(-50, 50)
+        residues = [(step * n + beyond) % divisor for n in range(offset, offset + count + 1)]
+        assert _largest_residue(step, divisor, offset, count + 1, beyond) == max(residues)
 
 
 def test_pairs_of_a_problem(seed):

@@ -188,10 +188,10 @@ def test_finds_a_missing_barrier(case, seed):
 
 
 @pytest.mark.parametrize(
-    ("case", "which"), some(itertools.product([_RING, _KEPT], ["_LOAD", "_LOAD_TRANSPOSED"]), 2, "matrices")
+    ("case", "which"), some(itertools.product([_RING, _KEPT], ["LOAD", "LOAD_TRANSPOSED"]), 2, "matrices")
 )
 def test_finds_matrices_read_the_other_way(case, which, monkeypatch, seed):
-    other = {"_LOAD": products._LOAD_TRANSPOSED, "_LOAD_TRANSPOSED": products._LOAD}
+    other = {"LOAD": products.LOAD_TRANSPOSED, "LOAD_TRANSPOSED": products.LOAD}
     monkeypatch.setattr(products, which, other[which])
     _finds(*case)
 

@@ -11,6 +11,7 @@ from nvcc import needs_nvcc
 from na_compiler.compiler import cuda
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
+from na_compiler.schedules.mma.backward import planner as backward_planner
 from na_compiler.schedules.mma.planner import candidates
 from na_compiler.target import Target
 
@@ -41,3 +42,19 @@ def test_no_spills(problem, architecture, tmp_path):
     plan = chosen.config.plan(problem)
     assert chosen.config.blocks * plan.threads * registers <= 65536
     assert plan.shared_bytes <= target.shared_memory
+
+
+@pytest.mark.parametrize(
+    ("problem", "architecture"), some([(p, a) for p in _PROBLEMS for a in _ARCHITECTURES], 2, "backward registers")
+)
+def test_no_spills_in_the_backward(problem, architecture, tmp_path):
+    """And as many blocks of each kernel fit as are asked for."""
+    target = Target.parse(f"cuda:{architecture}")
+    config = backward_planner.candidates(problem, target.shared_memory, 1)[0].config
+    built = cuda.build_library(KernelSpec(problem, "backward", target, config), tmp_path / "kernel.so")
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.log)
+    assert set(frames) == {("0", "0", "0")}, f"{config}: {frames}"
+    plan = config.plan(problem)
+    assert plan.shared_bytes <= target.shared_memory
+    for sweep in plan.sweeps:
+        assert sweep.config.blocks * (sweep.shared_bytes + 1024) <= target.shared_memory + 1024

@@ -14,13 +14,14 @@ from oracle import check_backward, draw, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
-from na_compiler.schedules.choose import candidates, choose
-from na_compiler.schedules.simt.config import Simt
+from na_compiler.schedules.choose import choose
+from na_compiler.schedules.shared import keys
 from na_compiler.schedules.sm90 import plan as forward_plan
 from na_compiler.schedules.sm90 import products as forward_products
 from na_compiler.schedules.sm90.backward import arguments, block, consumer, plan, producer, products, weights, work
 from na_compiler.schedules.sm90.backward.config import Sm90Backward, Sweep
 from na_compiler.schedules.sm90.backward.planner import sweeps
+from na_compiler.schedules.sm90.family import FAMILY
 from na_compiler.target import Target
 
 TARGET = Target.parse("cuda:sm_90a")
@@ -155,7 +156,7 @@ def test_random_problems_with_planned_configs(number, seed):
     """Whatever the planner chooses for whatever it takes."""
     problem = _random_problem()
     print(problem)
-    config = choose(problem, TARGET, "backward").config
+    config = FAMILY.choose(problem, TARGET, "backward")
     assert isinstance(config, Sm90Backward)
     emulate(problem, config, orders=[random.choice(_ORDERS)], batch=random.choice((1, 2)))
 
@@ -284,14 +285,14 @@ def test_finds_a_mask_left_out(monkeypatch, seed):
 @pytest.mark.parametrize("end", [0, 1])
 def test_finds_wrong_queries_of_a_key(end, monkeypatch, seed):
     """The inverse of the window rule off by one, where nothing is masked."""
-    bounds = work.query_bounds
+    bounds = keys.query_bounds
 
     def wrong(*given, **options):
         found = list(bounds(*given, **options))
         found[end] = found[end] + 1 if end == 0 else found[end] - 1
         return tuple(found)
 
-    monkeypatch.setattr(work, "query_bounds", wrong)
+    monkeypatch.setattr(keys, "query_bounds", wrong)
     _finds(*_LONG, orders=_ORDERS[:1])
 
 
@@ -363,14 +364,14 @@ def test_reports_a_deadlock(monkeypatch, seed):
 def test_says_what_it_does_not_take(change, reason):
     problem = Problem((64, 64), 2, 64, 7, dtype="bfloat16").replace(**change)
     choice = choose(problem, TARGET, "backward")
-    assert isinstance(choice.config, Simt)
+    assert choice.config.family != "sm90"
     assert reason in choice.reason
 
 
 def test_candidates_fit():
     problem = Problem((40, 33), 1, 64, (9, 12), (1, 4), (1, 2), (False, True), dtype="bfloat16")
-    found = candidates(problem, TARGET, "backward", 5)
-    assert found[0].config == choose(problem, TARGET, "backward").config
+    found = FAMILY.candidates(problem, TARGET, "backward", 5)
+    assert found[0].config == FAMILY.choose(problem, TARGET, "backward")
     for candidate in found:
         made = candidate.config.plan(problem)
         assert all(sweep.shared_bytes <= forward_plan.SHARED_MEMORY for sweep in made.sweeps)
@@ -392,7 +393,7 @@ def test_waste_is_what_the_tiles_come_to(side):
 
 def test_blocked_attention_wastes_nothing():
     problem = Problem((256, 256), 24, 128, 80, 16, dtype="bfloat16")
-    best = candidates(problem, TARGET, "backward", 1)[0]
+    best = FAMILY.candidates(problem, TARGET, "backward", 1)[0]
     assert best.queries.waste == 1
     assert best.keys.waste < 1.02
 

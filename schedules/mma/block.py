@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from tvm import tirx
 
 from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.schedules.mma.plan import CHUNK, Plan
 from na_compiler.schedules.shared.trace import I, T, emit, index64, let, register
-from na_compiler.schedules.shared.work import Work
 
-__all__ = ["Arguments", "Block", "Source"]
+__all__ = ["Arguments", "Block", "Source", "WarpBlock", "strided", "wide"]
 
 Expr = Any
 
@@ -32,21 +31,21 @@ class Arguments:
         self.additional: Expr = tirx.Var("additional", "int64") if problem.additional_kv else None
         tokens = (self.batch, *problem.layout)
         dtype = problem.dtype
-        self.query = _input("query", (*tokens, problem.heads, problem.head_dim), dtype)
-        self.key = _input("key", (*tokens, problem.heads_kv, problem.head_dim), dtype)
-        self.value = _input("value", (*tokens, problem.heads_kv, problem.head_dim_v), dtype)
+        self.query = strided("query", (*tokens, problem.heads, problem.head_dim), dtype)
+        self.key = strided("key", (*tokens, problem.heads_kv, problem.head_dim), dtype)
+        self.value = strided("value", (*tokens, problem.heads_kv, problem.head_dim_v), dtype)
         if problem.additional_kv:
             extra = (self.batch, self.additional)
-            self.keys = _input("additional_keys", (*extra, problem.heads_kv, problem.head_dim), dtype)
-            self.values = _input("additional_values", (*extra, problem.heads_kv, problem.head_dim_v), dtype)
+            self.keys = strided("additional_keys", (*extra, problem.heads_kv, problem.head_dim), dtype)
+            self.values = strided("additional_values", (*extra, problem.heads_kv, problem.head_dim_v), dtype)
         if problem.has(RELATIVE_POSITION_BIAS):
             places = (2 * extent - 1 for extent in problem.kernel_size)
-            buffer = I.buffer(_wide((problem.heads, *places)), "float32", align=4)
+            buffer = I.buffer(wide((problem.heads, *places)), "float32", align=4)
             self.bias = I.arg(RELATIVE_POSITION_BIAS, buffer)
         self.scale = I.arg("scale", tirx.Var("scale", "float32"))
         shape = (*tokens, problem.heads, problem.head_dim_v)
-        self.output = I.arg("output", I.buffer(_wide(shape), dtype, align=16))
-        self.lse = I.arg("lse", I.buffer(_wide(shape[:-1]), "float32", align=4))
+        self.output = I.arg("output", I.buffer(wide(shape), dtype, align=16))
+        self.lse = I.arg("lse", I.buffer(wide(shape[:-1]), "float32", align=4))
 
     @property
     def count(self) -> Expr:
@@ -54,41 +53,43 @@ class Arguments:
         return None if self.additional is None else T.Cast("int32", self.additional)
 
 
-def _input(name: str, shape: tuple[Expr, ...], dtype: str) -> Any:
+def strided(name: str, shape: Sequence[Expr], dtype: str) -> Any:
     """Declare a tensor with strides that the caller chooses."""
     strides: list[Expr] = [tirx.Var(f"{name}_stride{axis}", "int64") for axis in range(len(shape) - 1)]
     strides.append(tirx.IntImm("int64", 1))
-    return I.arg(name, I.buffer(_wide(shape), dtype, strides=strides, align=16))
+    return I.arg(name, I.buffer(wide(shape), dtype, strides=strides, align=16))
 
 
-def _wide(shape: Sequence[Expr]) -> list[Expr]:
+def wide(shape: Sequence[Expr]) -> list[Expr]:
     """Return a shape in int64 throughout: TVM's packed ABI trips over mixed widths."""
     return [tirx.IntImm("int64", extent) if isinstance(extent, int) else extent for extent in shape]
 
 
-class Block:
-    """Threads and shared memory of a thread block: each warp's queries, then keys, then values."""
+class WarpBlock:
+    """Threads of a block of single warps, how they wait for each other and for their copies; its shared memory.
 
-    def __init__(self, plan: Plan, arguments: Arguments) -> None:
-        self.plan, self.arguments = plan, arguments
-        self.dtype = plan.problem.dtype
-        self.thread = I.thread_id([plan.threads])
-        self.warp: Expr = let(T.shift_right(self.thread, 5)) if plan.warps > 1 else 0
-        self.lane = let(T.bitwise_and(self.thread, 31)) if plan.warps > 1 else self.thread
-        self._memory = I.alloc_buffer([plan.shared_bytes], "uint8", scope="shared.dyn", align=1024)
-        self.queries = self._view(0, plan.warps * plan.query_bytes // 2)
-        self.query_words = self._view(0, plan.warps * plan.query_bytes // 4, "uint32")
-        self.keys = self._view(plan.key_offset, plan.stages * plan.key.bytes // 2)
-        self.values = self._view(plan.value_offset, plan.stages * plan.value.bytes // 2)
+    Parameters
+    ----------
+    warps
+        Of the block.
+    shared_bytes
+        Bytes of shared memory.
+    """
 
-    def _view(self, offset: int, count: int, dtype: str | None = None) -> Any:
-        return I.decl_buffer(
-            [count], dtype or self.dtype, data=self._memory.data, byte_offset=offset, scope="shared.dyn", align=128
-        )
+    def __init__(self, warps: int, shared_bytes: int) -> None:
+        self._warps = warps
+        self.thread = I.thread_id([32 * warps])
+        self.warp: Expr = let(T.shift_right(self.thread, 5)) if warps > 1 else 0
+        self.lane = let(T.bitwise_and(self.thread, 31)) if warps > 1 else self.thread
+        self._memory = I.alloc_buffer([shared_bytes], "uint8", scope="shared.dyn", align=1024)
+
+    def view(self, offset: int, count: int, dtype: str) -> Any:
+        """Return some elements of shared memory, from a byte on, as a buffer."""
+        return I.decl_buffer([count], dtype, data=self._memory.data, byte_offset=offset, scope="shared.dyn", align=128)
 
     def sync(self) -> None:
         """Wait for all warps of the block."""
-        emit(T.cuda.cta_sync() if self.plan.warps > 1 else T.cuda.warp_sync())
+        emit(T.cuda.cta_sync() if self._warps > 1 else T.cuda.warp_sync())
 
     @staticmethod
     def sync_warp() -> None:
@@ -104,6 +105,25 @@ class Block:
     def wait(pending: int) -> None:
         """Wait until at most so many groups of this thread's copies are pending."""
         emit(T.ptx.cp.async_.wait_group(pending))
+
+
+class Block(WarpBlock):
+    """Shared memory of a thread block of the forward: each warp's queries, then keys, then values."""
+
+    def __init__(self, plan: Plan, arguments: Arguments) -> None:
+        super().__init__(plan.warps, plan.shared_bytes)
+        self.plan, self.arguments = plan, arguments
+        self.dtype = dtype = plan.problem.dtype
+        self.queries = self.view(0, plan.warps * plan.query_bytes // 2, dtype)
+        self.query_words = self.view(0, plan.warps * plan.query_bytes // 4, "uint32")
+        self.keys = self.view(plan.key_offset, plan.stages * plan.key.bytes // 2, dtype)
+        self.values = self.view(plan.value_offset, plan.stages * plan.value.bytes // 2, dtype)
+
+
+class _Place(Protocol):
+    """What is asked of a block's tile: its batch entry."""
+
+    batch: Expr
 
 
 class Source:
@@ -123,7 +143,7 @@ class Source:
         Of the layout's axes; additional keys have neither.
     """
 
-    def __init__(self, work: Work, buffer: Any, head: Expr, dilation: Sequence[int], group: Sequence[Expr]) -> None:
+    def __init__(self, work: _Place, buffer: Any, head: Expr, dilation: Sequence[int], group: Sequence[Expr]) -> None:
         dtype = str(buffer.dtype)
         whole = I.decl_buffer([2**62], dtype, data=buffer.data, scope="global")
         strides = _strides(buffer)

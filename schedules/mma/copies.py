@@ -18,6 +18,8 @@ _INSTRUCTION = "cp.async.cg.shared.global"
 
 def swizzled(row: Expr, tile: Tile) -> Expr:
     """Return what the number of a chunk of a row is exchanged by."""
+    if isinstance(row, int):
+        return row >> tile.shift & tile.mask
     shifted = T.shift_right(row, tile.shift) if tile.shift else row
     return T.bitwise_and(shifted, tile.mask)
 
@@ -73,7 +75,8 @@ class Copy:
         # Threads that share a row, each with its chunk; a power of two.
         self._across = min(tile.chunks & -tile.chunks, threads)
         self._rows = _rows_at_once(threads // self._across, box)
-        self._row = let(thread // self._across) if self._across > 1 else thread
+        # A number where all threads share a row, so that its swizzle is one.
+        self._row = 0 if threads == self._across else let(thread // self._across) if self._across > 1 else thread
         self._column: Expr = let(thread % self._across) if self._across > 1 else 0
         self._is_idle = self._rows * self._across < threads
 

@@ -8,6 +8,8 @@ from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.mma import planner
+from na_compiler.schedules.mma.backward import planner as backward_planner
+from na_compiler.schedules.mma.backward.config import MmaBackward
 from na_compiler.schedules.mma.config import Mma
 from na_compiler.schedules.mma.visit import visit
 from na_compiler.schedules.shared.config import Config
@@ -30,25 +32,26 @@ class _Mma(Family):
 
     def refusal(self, problem: Problem, target: Target, direction: str) -> str | None:
         """Return in a sentence why the family does not take a problem; ``None`` if it does."""
-        assert isinstance(target, CudaTarget)
-        if direction == "backward" and problem.has(RELATIVE_POSITION_BIAS):
-            return "The schedule for tensor cores of single warps takes relative_position_bias in the forward only."
-        return planner.refusal(problem, target, direction)
+        reason = "has no tangents" if direction == "tangent" else planner.unsuited(problem)
+        if reason is None and direction == "backward":
+            reason = backward_planner.unsuited(problem)
+        if reason is None and not self.candidates(problem, target, direction, 1):
+            reason = f"has no boxes for {problem}"
+        return reason and f"The schedule for tensor cores of single warps {reason}."
 
-    def choose(self, problem: Problem, target: Target, direction: str) -> Mma:  # noqa: ARG002
+    def choose(self, problem: Problem, target: Target, direction: str) -> Mma | MmaBackward:
         """Return the boxes that take least time."""
-        assert isinstance(target, CudaTarget)
-        return planner.candidates(problem, target.shared_memory)[0].config
+        config = self.candidates(problem, target, direction, 1)[0].config
+        assert isinstance(config, Mma | MmaBackward)
+        return config
 
     def candidates(
-        self,
-        problem: Problem,
-        target: Target,
-        direction: str,  # noqa: ARG002
-        count: int,
-    ) -> tuple[planner.Candidate, ...]:
+        self, problem: Problem, target: Target, direction: str, count: int
+    ) -> tuple[planner.Candidate | backward_planner.Candidate, ...]:
         """Return the best boxes."""
         assert isinstance(target, CudaTarget)
+        if direction == "backward":
+            return backward_planner.candidates(problem, target.shared_memory, count)
         return planner.candidates(problem, target.shared_memory, count)
 
     def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:
@@ -56,18 +59,23 @@ class _Mma(Family):
         assert isinstance(config, Mma)
         return visit(config.plan(problem), token)
 
-    def estimate(self, problem: Problem, target: Target, direction: str) -> float | None:  # noqa: ARG002
+    def estimate(self, problem: Problem, target: Target, direction: str) -> float | None:
         """Return the best candidate's time among many batch entries, in microseconds."""
-        assert isinstance(target, CudaTarget)
-        return planner.candidates(problem, target.shared_memory, 1)[0].microseconds
+        return self.candidates(problem, target, direction, 1)[0].microseconds
 
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the kernel, for nvcc."""
-        from na_compiler.schedules.mma import kernel  # noqa: PLC0415
+        if direction == "backward":
+            from na_compiler.schedules.mma.backward.kernel import schedule_backward  # noqa: PLC0415
 
-        assert isinstance(config, Mma)
-        assert direction == "forward"
-        return Lowered(kernel.schedule_forward(config.plan(problem)), "tirx", nvcc=("--use_fast_math",))
+            assert isinstance(config, MmaBackward)
+            function = schedule_backward(config.plan(problem))
+        else:
+            from na_compiler.schedules.mma.kernel import schedule_forward  # noqa: PLC0415
+
+            assert isinstance(config, Mma)
+            function = schedule_forward(config.plan(problem))
+        return Lowered(function, "tirx", nvcc=("--use_fast_math",))
 
 
 FAMILY = _Mma()

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.boxes import largest_unions
 from na_compiler.schedules.mma.config import Mma
+from na_compiler.schedules.mma.occupancy import blocks_at_once
 from na_compiler.schedules.mma.plan import GROUP, ROWS
 from na_compiler.schedules.shared.candidate import Candidate as Base
-from na_compiler.target import CudaTarget
 
-__all__ = ["Candidate", "candidates", "refusal"]
+__all__ = ["Candidate", "arrangements", "candidates", "fitting_boxes", "unsuited"]
 
 # Elements: the sums of 256 columns take 128 registers of a thread, half of what it can have.
 _MOST_HEAD_DIM = 256
@@ -37,30 +37,22 @@ _MOST_LINE = 32
 # time chooses.
 _KEYS = (32, 64, 128)
 _STAGES = (3, 2)
-# Registers of a multiprocessor, and of a thread at most; schedulers of a multiprocessor, and warps that they share:
-# CUDA's programming guide, compute capabilities 8.0 and 9.0. Others have as many registers, and fewer warps.
-_REGISTERS, _MOST_REGISTERS, _SCHEDULERS, _MOST_WARPS = 65536, 255, 4, 64
-# Bytes of shared memory of a multiprocessor beyond that of its largest block, and what each block takes of it (the same
-# guide, 8.0 and later).
-_SHARED_MORE, _SHARED_EACH = 1024, 1024
+# Registers of a thread at most, and schedulers of a multiprocessor: CUDA's programming guide, compute capabilities 8.0
+# and 9.0.
+_MOST_REGISTERS, _SCHEDULERS = 255, 4
 
 
-def refusal(problem: Problem, target: CudaTarget, direction: str) -> str | None:
-    """Return in a sentence why the family does not take a problem; ``None`` if it does."""
+def unsuited(problem: Problem) -> str | None:
+    """Return what of a problem the family's kernels do not take, in either direction; ``None`` if they take it."""
     dims = (problem.head_dim, problem.head_dim_v)
     given = " and ".join(map(str, dims))
     reasons = {
-        "has no backward yet": direction == "backward",
-        "has no tangents": direction == "tangent",
         "takes float16 and bfloat16, not float32": problem.dtype == "float32",
         f"takes multiples of 8 up to {_MOST_HEAD_DIM} as head_dim, not {given}": (
             any(dim % 8 or dim > _MOST_HEAD_DIM for dim in dims)
         ),
     }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if reason is None and not candidates(problem, target.shared_memory, 1):
-        reason = f"has no boxes for {problem}"
-    return reason and f"The schedule for tensor cores of single warps {reason}."
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 @dataclass(frozen=True)
@@ -135,13 +127,9 @@ _BOXES_TRIED, _ARRANGEMENTS_TRIED, _TILES_TRIED = 3, 2, 2
 
 
 def _configs(problem: Problem) -> Iterator[Mma]:
-    boxes = sorted(_boxes(ROWS, problem.rank), key=lambda box: _queries_beyond(problem, box))
-    least = _queries_beyond(problem, boxes[0])
-    fitting = [box for box in boxes if _queries_beyond(problem, box) <= 2 * least]
-    fitting.sort(key=lambda box: math.prod(largest_unions(problem, box)) * _queries_beyond(problem, box))
-    for warp_box in fitting[:_BOXES_TRIED]:
+    for warp_box in fitting_boxes(problem):
         union = largest_unions(problem, warp_box)
-        for warps in (warps for number in _WARPS for warps in _arrangements(problem, warp_box, number)):
+        for warps in (warps for number in _WARPS for warps in arrangements(problem, warp_box, number)):
             if math.prod(union) <= _MOST_KEYS and (problem.rank == 1 or union[-1] <= _MOST_LINE):
                 yield Mma(warp_box, warps, None, chunk=_chunk(-(-math.prod(union) // GROUP)))
             for key_tile in _key_tiles(union):
@@ -149,7 +137,16 @@ def _configs(problem: Problem) -> Iterator[Mma]:
                     yield Mma(warp_box, warps, key_tile, stages)
 
 
-def _arrangements(problem: Problem, warp_box: tuple[int, ...], number: int) -> list[tuple[int, ...]]:
+def fitting_boxes(problem: Problem) -> list[tuple[int, ...]]:
+    """Return the boxes of a warp that are tried: those whose windows come to the fewest keys, for all queries."""
+    boxes = sorted(_boxes(ROWS, problem.rank), key=lambda box: _queries_beyond(problem, box))
+    least = _queries_beyond(problem, boxes[0])
+    fitting = [box for box in boxes if _queries_beyond(problem, box) <= 2 * least]
+    fitting.sort(key=lambda box: math.prod(largest_unions(problem, box)) * _queries_beyond(problem, box))
+    return fitting[:_BOXES_TRIED]
+
+
+def arrangements(problem: Problem, warp_box: tuple[int, ...], number: int) -> list[tuple[int, ...]]:
     """Return how so many warps may lie beside each other: the ways that load the fewest keys for all queries."""
 
     def loaded(warps: tuple[int, ...]) -> float:
@@ -208,7 +205,7 @@ def _measure(problem: Problem, config: Mma, shared_memory: int) -> Candidate | N
     registers = plan.needed_registers
     if registers > _MOST_REGISTERS:
         return None
-    blocks = _blocks_at_once(plan.shared_bytes, plan.threads, registers, shared_memory)
+    blocks = blocks_at_once(plan.shared_bytes, plan.threads, registers, shared_memory)
     if blocks == 0:
         return None
     at_once = blocks * plan.warps
@@ -239,10 +236,3 @@ def _measure(problem: Problem, config: Mma, shared_memory: int) -> Candidate | N
 
 def _sum(factors: Sequence[float], terms: Sequence[float]) -> float:
     return sum(factor * term for factor, term in zip(factors, terms, strict=True))
-
-
-def _blocks_at_once(shared: int, threads: int, registers: int, shared_memory: int) -> int:
-    """Return how many blocks a multiprocessor has at once."""
-    by_shared = (shared_memory + _SHARED_MORE) // (shared + _SHARED_EACH)
-    by_registers = _REGISTERS // (threads * registers)
-    return min(by_shared, by_registers, _MOST_WARPS * 32 // threads)

@@ -9,12 +9,12 @@ from na_compiler.schedules.mma.copies import swizzled
 from na_compiler.schedules.mma.plan import CHUNK, GROUP, Tile
 from na_compiler.schedules.shared.trace import T, emit, let, local, put, register
 
-__all__ = ["Products"]
+__all__ = ["LOAD", "LOAD_TRANSPOSED", "TYPES", "Products"]
 
 Expr = Any
-_TYPES = {"bfloat16": "bf16", "float16": "f16"}
-_LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
-_LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+TYPES = {"bfloat16": "bf16", "float16": "f16"}
+LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
 
 class Products:
@@ -39,7 +39,7 @@ class Products:
     def __init__(self, block: Block) -> None:
         self.block, self.plan = block, block.plan
         plan, lane = self.plan, block.lane
-        kind = _TYPES[block.dtype]
+        kind = TYPES[block.dtype]
         self.scores = local(plan.streamed // 2)
         self.weights = local(plan.streamed // 4, "uint32")
         self.output = local(plan.problem.head_dim_v // 2)
@@ -73,7 +73,7 @@ class Products:
 
     def _load_query(self, step: int, register_: int) -> None:
         place = self._query_place + self._chunk(self._query_column, step, self.plan.query)
-        emit(T.ptx[_LOAD](*(self._queries[register_ + i] for i in range(4)), self.block.queries.ptr_to([place])))
+        emit(T.ptx[LOAD](*(self._queries[register_ + i] for i in range(4)), self.block.queries.ptr_to([place])))
 
     def _load(self, instruction: str, address: Expr) -> None:
         emit(T.ptx[instruction](*(self._loaded[i] for i in range(4)), address))
@@ -99,7 +99,7 @@ class Products:
             column = self._chunk(self._key_column, step, plan.key)
             for group in range(groups):
                 address = self.block.keys.ptr_to([first + group * GROUP * plan.key.width + column])
-                self._load(_LOAD, address)
+                self._load(LOAD, address)
                 for half in range(2):
                     self._multiply(self.scores, 8 * group + 4 * half, self._queries, at, (2 * half, 2 * half + 1))
 
@@ -118,7 +118,7 @@ class Products:
             for pair in range(plan.value.width // GROUP):
                 column = self._chunk(self._value_column, pair, plan.value)
                 address = self.block.values.ptr_to([first + group * GROUP * plan.value.width + column])
-                self._load(_LOAD_TRANSPOSED, address)
+                self._load(LOAD_TRANSPOSED, address)
                 self._add(group, pair)
 
     def _add(self, group: int, pair: int) -> None:
@@ -135,7 +135,7 @@ class Products:
         for step in range(self._steps):
             at = self._query_at(step)
             for group, address in enumerate(addresses):
-                self._load(_LOAD, self._shifted(address, step, self.plan.key))
+                self._load(LOAD, self._shifted(address, step, self.plan.key))
                 for half in range(2):
                     self._multiply(self.scores, 8 * group + 4 * half, self._queries, at, (half, 2 + half))
 
@@ -143,7 +143,7 @@ class Products:
         """Emit the weighted sum of groups of 16 values, likewise."""
         for group, address in enumerate(addresses):
             for pair in range(self.plan.value.width // GROUP):
-                self._load(_LOAD_TRANSPOSED, self._shifted(address, pair, self.plan.value))
+                self._load(LOAD_TRANSPOSED, self._shifted(address, pair, self.plan.value))
                 self._add(group, pair)
 
     @staticmethod

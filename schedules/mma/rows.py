@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
-from na_compiler.schedules.mma.plan import Plan
 from na_compiler.schedules.shared.trace import T, let
 
 __all__ = ["Rows"]
 
 Expr = Any
 _ROWS = 2
+
+
+class _Plan(Protocol):
+    """What is asked of a plan: the box of tokens that a warp owns, and in its config the warps along each axis."""
+
+    config: Any
+    warp_box: tuple[int, ...]
 
 
 class Rows:
@@ -24,7 +30,7 @@ class Rows:
         Which warp of the block, which lane of it.
     """
 
-    def __init__(self, plan: Plan, warp: Expr, lane: Expr) -> None:
+    def __init__(self, plan: _Plan, warp: Expr, lane: Expr) -> None:
         self.plan, self.warp, self.lane = plan, warp, lane
         self.rows = [let(T.shift_right(lane, 2) + 8 * row) for row in range(_ROWS)]
         self._warp: list[Expr] = []

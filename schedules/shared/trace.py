@@ -9,7 +9,10 @@ from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx.script.builder import ir as I
 
-__all__ = ["I", "T", "both", "emit", "hold", "index64", "let", "local", "maximum", "minimum", "put", "register", "when"]
+__all__ = [
+    "I", "T", "both", "emit", "flat", "hold", "index64", "let", "local", "maximum", "minimum", "put", "register",
+    "when",
+]  # fmt: skip
 
 Expr = Any
 
@@ -17,6 +20,11 @@ Expr = Any
 def emit(call: Expr) -> None:
     """Append a call as a statement; a traced body drops expressions that nothing uses."""
     I.evaluate(call)
+
+
+def flat(buffer: Any) -> Any:
+    """Return a buffer's elements in one axis, to be indexed by offsets of 64 bits."""
+    return I.decl_buffer([2**62], str(buffer.dtype), data=buffer.data, scope="global")
 
 
 def put(buffer: Any, index: Any, value: Expr) -> None:

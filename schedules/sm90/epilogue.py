@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from na_compiler.schedules.shared.mask import Mask
-from na_compiler.schedules.shared.trace import I, T, both, emit, when
+from na_compiler.schedules.shared.trace import I, T, both, emit, flat, when
 from na_compiler.schedules.shared.work import Work
 from na_compiler.schedules.sm90.block import Block
 from na_compiler.schedules.sm90.plan import ROWS
 from na_compiler.schedules.sm90.products import Products
 from na_compiler.schedules.sm90.rows import Rows
-from na_compiler.schedules.sm90.store import RowStore, flat, sync_warpgroup
+from na_compiler.schedules.sm90.store import RowStore, sync_warpgroup
 
 __all__ = ["Epilogue"]
 

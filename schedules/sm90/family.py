@@ -58,7 +58,9 @@ class _Sm90(Family):
 
     def estimate(self, problem: Problem, target: Target, direction: str) -> float | None:  # noqa: ARG002
         """Return the best candidate's time among many batch entries, in microseconds."""
-        return planner.candidates(problem, 1)[0].microseconds if direction == "forward" else None
+        if direction == "backward":
+            return backward_planner.candidates(problem, 1)[0].microseconds
+        return planner.candidates(problem, 1)[0].microseconds
 
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the kernel, for nvcc."""

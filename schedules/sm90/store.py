@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from na_compiler.schedules.shared.trace import I, T, both, emit, index64, let, local, when
+from na_compiler.schedules.shared.trace import I, T, both, emit, flat, index64, let, local, when
 from na_compiler.schedules.shared.work import Work
 from na_compiler.schedules.sm90.plan import ROWS, Columns
 from na_compiler.schedules.sm90.products import conversion
 from na_compiler.schedules.sm90.rows import Rows
 
-__all__ = ["RowStore", "flat", "sync_warpgroup"]
+__all__ = ["RowStore", "sync_warpgroup"]
 
 Expr = Any
 _CHUNK = 8  # Elements of 16 bytes.
@@ -23,11 +23,6 @@ _WARPGROUP = 1
 def sync_warpgroup(warpgroup: Expr) -> None:
     """Wait for the other warps of the warpgroup."""
     emit(T.ptx.bar.sync(T.Cast("uint32", warpgroup + _WARPGROUP), T.uint32(128)))
-
-
-def flat(buffer: Any) -> Any:
-    """Return a buffer's elements in one axis, to be indexed by offsets of 64 bits."""
-    return I.decl_buffer([2**62], str(buffer.dtype), data=buffer.data, scope="global")
 
 
 class RowStore:

@@ -120,7 +120,7 @@ struct CUtensorMap {
   int box[5], step[5], swizzle;
 };
 struct Store { const CUtensorMap* map; int at[5]; uint32_t source; };
-struct Copy { uint32_t target; const uchar* source; uint32_t bytes; };
+struct Copy { uint32_t target; const uchar* source; uint32_t bytes, whole = 16; };
 struct Fiber {
   ucontext_t context;
   uchar* stack = nullptr;
@@ -576,6 +576,11 @@ inline void tvm_builtin_ptx_ld_vec_global_nc_v4_u32(uint& a, uint& b, uint& c, u
 inline void tvm_builtin_ptx_ld_vec_shared_v2_f32(float& a, float& b, uint32_t address) {
   if (address % 8) die("a load of 8 bytes at %u of shared memory", address);
   memcpy(&a, shared_memory + address, 4), memcpy(&b, shared_memory + address + 4, 4);
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v4_f32(float& a, float& b, float& c, float& d, uint32_t address) {
+  if (address % 16 || address + 16 > SHARED) die("a load of 16 bytes at %u of shared memory", address);
+  memcpy(&a, shared_memory + address, 4), memcpy(&b, shared_memory + address + 4, 4);
+  memcpy(&c, shared_memory + address + 8, 4), memcpy(&d, shared_memory + address + 12, 4);
 }
 #define TMA_LOAD(n) tvm_builtin_ptx_cp_async_bulk_tensor_g2s_cluster_async_bulk_tensor_##n##d_shared__cluster_global_mbarrier__complete_tx__bytes
 #define TMA_STORE(n) tvm_builtin_ptx_cp_async_bulk_tensor_s2g_async_bulk_tensor_##n##d_global_shared__cta_tile_bulk_group

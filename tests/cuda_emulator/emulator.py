@@ -244,6 +244,7 @@ int main(int, char** argv) {
     for (int& extent : grid) call >> extent;
     for (int& extent : block) call >> extent;
     while (call.peek() != '\n' && call >> word) {
+      if (count == 64) die("more than 64 arguments of %s", name.c_str());
       Argument& argument = arguments[count++];
       if (word == "t") { int number; call >> number; argument.pointer = given[number].first; }
       else if (word == "i") call >> argument.whole;

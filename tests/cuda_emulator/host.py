@@ -15,6 +15,7 @@ _OPERATIONS = {
     "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "FloorDiv": operator.floordiv,
     "FloorMod": operator.mod, "Min": min, "Max": max, "LT": operator.lt, "LE": operator.le, "GT": operator.gt,
     "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne, "And": operator.and_, "Or": operator.or_,
+    "RShift": operator.rshift, "LShift": operator.lshift, "BitwiseAnd": operator.and_,
 }  # fmt: skip
 _GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 _BLOCK = ("threadIdx.x", "threadIdx.y", "threadIdx.z")

@@ -4,19 +4,22 @@
 // ------------------------------------------------------------------------------------------------ cp.async
 inline void copy_land(const Copy& copy) {
   if (copy.bytes) memcpy(shared_memory + copy.target, copy.source, copy.bytes);
-  memset(shared_memory + copy.target + copy.bytes, 0, 16 - copy.bytes);
+  memset(shared_memory + copy.target + copy.bytes, 0, copy.whole - copy.bytes);
 }
-inline void copy_async(uint32_t target, const void* source, uint32_t bytes) {
-  if (target % 16 || target + 16 > SHARED) die("cp.async to %u of shared memory", target);
-  if (bytes > 16) die("cp.async of %u bytes", bytes);
-  if ((uintptr_t)source % 16) die("cp.async from an address that is not a multiple of 16");
-  if (bytes) check_global((const uchar*)source, 16);
-  Copy copy{target, (const uchar*)source, bytes};
+inline void copy_async(uint32_t target, const void* source, uint32_t bytes, uint32_t whole = 16) {
+  if (target % whole || target + whole > SHARED) die("cp.async to %u of shared memory", target);
+  if (bytes > whole) die("cp.async of %u bytes", bytes);
+  if ((uintptr_t)source % whole) die("cp.async from an address that is not a multiple of %u", whole);
+  if (bytes) check_global((const uchar*)source, whole);
+  Copy copy{target, (const uchar*)source, bytes, whole};
   if (late_loads) self().copies.push_back(copy);
   else copy_land(copy);
 }
 inline void tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_16(uint32_t target, const void* source, uint32_t bytes) {
   copy_async(target, source, bytes);
+}
+inline void tvm_builtin_ptx_cp_async_ca_async_ca_shared_global_8(uint32_t target, const void* source) {
+  copy_async(target, source, 8, 8);
 }
 inline void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
   self().copy_groups.push_back(self().copies);

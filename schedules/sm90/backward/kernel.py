@@ -18,11 +18,11 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 
+from na_compiler.schedules.shared.gather import launch_gather
 from na_compiler.schedules.shared.trace import I, T, emit, let, when
 from na_compiler.schedules.sm90.backward.arguments import BackwardArguments, Maps
 from na_compiler.schedules.sm90.backward.block import SweepBlock
 from na_compiler.schedules.sm90.backward.consumer import SweepConsumer
-from na_compiler.schedules.sm90.backward.gather import launch_gather
 from na_compiler.schedules.sm90.backward.plan import LOADING_REGISTERS, BackwardPlan, SweepPlan
 from na_compiler.schedules.sm90.backward.producer import SweepProducer
 from na_compiler.schedules.sm90.backward.statistics import launch_statistics
@@ -63,7 +63,7 @@ def _trace(plan: BackwardPlan) -> None:
                         _sweep(sweep, arguments, maps)
                 for name in ("key", "value"):
                     with _launch(1):
-                        launch_gather(plan, arguments, name)
+                        launch_gather(plan.problem, arguments, plan.strips, name)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,9 @@ _STEPS, _WAIT, _STEP_OF_KEYS, _STEP_MASKED = 840.0, 200.0, 4.4, 9.2
 _BLOCK, _BLOCK_WORK = 1910.0, 1120.0
 # Two warpgroups of a block wait for each other's tiles: measured where blocks of one were as good in all else.
 _PAIR = 1.15
+# Of an H100 at work; bytes a microsecond of the kernel of statistics; and what many batch entries of small windows take
+# for each part that one is estimated at: measured in nine rows.
+_MEGAHERTZ, _BYTES, _STEADY = 1700.0, 2.4e6, 1.15
 # Bytes a cycle that L2 gives a multiprocessor.
 _L2 = 18.0
 # Registers that the compiler makes do with beyond those that there are, as `SweepPlan.needed_registers` counts them;
@@ -69,6 +72,8 @@ class SweepCandidate:
         The choices.
     cycles
         Estimated time.
+    steady
+        The same among many batch entries, which fill what one leaves of its last wave.
     waste
         Scores computed for each one that is needed.
     masked
@@ -81,6 +86,7 @@ class SweepCandidate:
 
     sweep: Sweep
     cycles: float
+    steady: float
     waste: float
     masked: float
     blocks: int
@@ -106,16 +112,24 @@ class BackwardCandidate(Base):
         The choices.
     queries, keys
         What its kernels would do.
+    statistics
+        Microseconds of the kernel before them.
     """
 
     config: Sm90Backward
     queries: SweepCandidate
     keys: SweepCandidate
+    statistics: float
 
     @property
     def cycles(self) -> float:  # type: ignore[override]
         """Estimated time."""
         return self.queries.cycles + self.keys.cycles
+
+    @property
+    def microseconds(self) -> float:
+        """Estimated time among many batch entries."""
+        return _STEADY * (self.queries.steady + self.keys.steady) / _MEGAHERTZ + self.statistics
 
     @property
     def waste(self) -> float:  # type: ignore[override]
@@ -143,8 +157,10 @@ def candidates(problem: Problem, count: int = 8) -> tuple[BackwardCandidate, ...
     together = sweeps(problem, "keys", ("grad_key", "grad_value"), count)
     # A config has one choice for both: that which suits the gradient of keys, which needs more.
     keys = together or sweeps(problem, "keys", ("grad_key",), count)
+    # It reads output and its gradient.
+    statistics = problem.tokens * problem.heads * 2 * problem.head_dim_v * problem.element_bytes / _BYTES
     found = [
-        BackwardCandidate(Sm90Backward(one.sweep, other.sweep, split=not together), one, other)
+        BackwardCandidate(Sm90Backward(one.sweep, other.sweep, split=not together), one, other, statistics)
         for one, other in itertools.product(queries, keys)
     ]
     return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
@@ -246,14 +262,14 @@ class _Space:
         visited, whole, loaded = functools.reduce(operator.mul, counts) * repeats
         blocks = np.array([one.items for one in plans], dtype=float)[:, None]
         masked = 1 - whole / visited
-        cycles = _cycles(plan, blocks, visited, loaded, masked)
+        cycles, steady = _cycles(plan, blocks, visited, loaded, masked)
         waste = visited * ROWS * plan.streamed / (problem.pairs() * repeats)
         found = []
         for place in np.argsort(cycles, axis=None, kind="stable")[:count]:
             at = np.unravel_index(place, cycles.shape)
             own, stream = map(int, at)
             sweep = replace(config, own_tile=self.owns[own], stream_tile=self.streams[stream])
-            figures = (float(cycles[at]), float(waste[at]), float(masked[at]))
+            figures = (float(cycles[at]), float(steady[at]), float(waste[at]), float(masked[at]))
             found.append(SweepCandidate(sweep, *figures, plans[own].items * plan.heads, plan.shared_bytes))
         return found
 
@@ -273,8 +289,10 @@ class _Space:
         return np.stack(found, axis=1)[:, :, [streams.index(extent) for extent in extents]]
 
 
-def _cycles(plan: SweepPlan, blocks: _Numbers, visited: _Numbers, loaded: _Numbers, masked: _Numbers) -> _Numbers:
-    """Estimate the time of a batch entry."""
+def _cycles(
+    plan: SweepPlan, blocks: _Numbers, visited: _Numbers, loaded: _Numbers, masked: _Numbers
+) -> tuple[_Numbers, _Numbers]:
+    """Estimate the time of a batch entry, by itself and among many."""
     config = plan.config
     work, chain = _tile_cycles(plan, masked)
     # Of a thread block: its chain, what it keeps the multiprocessor with, and what its loads take.
@@ -285,8 +303,8 @@ def _cycles(plan: SweepPlan, blocks: _Numbers, visited: _Numbers, loaded: _Numbe
     together = together * (_PAIR if config.warpgroups > 1 else 1)
     # A batch is likely to fill the last wave, so waves are not rounded up.
     waves = blocks * plan.heads / (_PROCESSORS * config.blocks)
-    cycles: _Numbers = together * waves + latency / 2
-    return cycles
+    steady: _Numbers = together * waves
+    return steady + latency / 2, steady
 
 
 def _tile_cycles(plan: SweepPlan, masked: _Numbers) -> tuple[float, _Numbers]:

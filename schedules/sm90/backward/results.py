@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from na_compiler.schedules.shared.trace import I, T, index64, let, when
+from na_compiler.schedules.shared.trace import I, T, flat, index64, let, when
 from na_compiler.schedules.sm90.backward.block import SweepBlock
 from na_compiler.schedules.sm90.backward.products import SweepProducts
 from na_compiler.schedules.sm90.backward.work import StripWork
 from na_compiler.schedules.sm90.rows import Rows
-from na_compiler.schedules.sm90.store import RowStore, flat
+from na_compiler.schedules.sm90.store import RowStore
 
 __all__ = ["Results"]
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from na_compiler.schedules.shared.trace import I, T, both, emit, index64, let, local, put, register, when
+from na_compiler.schedules.shared.statistics import exponent_of, widened
+from na_compiler.schedules.shared.trace import I, T, both, emit, flat, index64, let, local, put, register, when
 from na_compiler.schedules.sm90.backward.arguments import BackwardArguments
 from na_compiler.schedules.sm90.backward.plan import BackwardPlan
-from na_compiler.schedules.sm90.backward.weights import LOG2_E
 from na_compiler.schedules.sm90.backward.work import statistics_address
-from na_compiler.schedules.sm90.store import flat
 
 __all__ = ["launch_statistics"]
 
 Expr = Any
 _THREADS = 256
-_COARSE, _LESS = 2.0**24, 2.0**-22
 _VECTOR = 8  # Elements that a lane reads at once: 16 bytes.
 
 
@@ -58,12 +56,7 @@ def launch_statistics(plan: BackwardPlan, arguments: BackwardArguments) -> None:
     total = _dot(arguments, place, lane, lanes)
     offset = _offset(arguments["lse"], place)
     with when(both(lane == 0, number < count)):
-        lse = flat(arguments["lse"])[offset]
-        # Where lse is so large that its rounding decides the weights, a little less, so that none of the highest scores
-        # falls short of it: see `docs/numerics.md`.
-        exponent = register(lse * T.float32(LOG2_E), "float32")
-        size = T.max(exponent, T.float32(0) - exponent)
-        exponent = T.Select(size >= T.float32(_COARSE), exponent - size * T.float32(_LESS), exponent)
+        exponent = exponent_of(flat(arguments["lse"])[offset])
         grad_lse = flat(arguments["grad_lse"])[offset]
         delta = total - T.if_then_else(batch < arguments.given, grad_lse, T.float32(0))
         statistics = flat(arguments["statistics"])
@@ -105,7 +98,7 @@ def _dot(arguments: BackwardArguments, place: list[Expr], lane: Expr, lanes: int
                 parts.append(words)
             for word in range(4):
                 for half in range(2):
-                    a, b = (_number(words[word], half, str(output.dtype)) for words in parts)
+                    a, b = (widened(words[word], half, str(output.dtype)) for words in parts)
                     put(sums, 0, sums[0] + a * b)
     distance = 1
     while distance < lanes:
@@ -113,12 +106,3 @@ def _dot(arguments: BackwardArguments, place: list[Expr], lane: Expr, lanes: int
         put(sums, 0, sums[0] + other[0])
         distance *= 2
     return sums[0]
-
-
-def _number(word: Expr, half: int, dtype: str) -> Expr:
-    """Return one of the two numbers in a register, in float32."""
-    if dtype == "bfloat16":
-        bits = T.bitwise_and(word, T.uint32(0xFFFF0000)) if half else T.shift_left(word, T.uint32(16))
-        return T.reinterpret("float32", bits)
-    bits = T.shift_right(word, T.uint32(16)) if half else T.bitwise_and(word, T.uint32(0xFFFF))
-    return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", bits)))

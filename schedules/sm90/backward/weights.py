@@ -9,17 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from na_compiler.schedules.shared.mask import Mask
-from na_compiler.schedules.shared.trace import I, T, both, emit, let, local, put, when
+from na_compiler.schedules.shared.statistics import LOG2_E
+from na_compiler.schedules.shared.trace import I, T, both, emit, flat, let, local, put, when
 from na_compiler.schedules.shared.work import StreamCursor, Work
 from na_compiler.schedules.sm90.backward.products import SweepProducts
 from na_compiler.schedules.sm90.backward.work import QueryWork
 from na_compiler.schedules.sm90.rows import Rows
-from na_compiler.schedules.sm90.store import flat
 
-__all__ = ["LOG2_E", "Weights", "Window"]
+__all__ = ["Weights", "Window"]
 
 Expr = Any
-LOG2_E = 1.4426950408889634
 _ROWS = 2
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.shared.trace import T, index64, let, local, maximum, minimum, put, when
+from na_compiler.schedules.shared import keys
+from na_compiler.schedules.shared.trace import T, index64, let, local, maximum, put, when
 from na_compiler.schedules.shared.work import StreamCursor, Work
 from na_compiler.schedules.sm90.backward.plan import ALIGNED, SweepPlan, statistics_shape
-from na_compiler.window import query_bounds
 
 __all__ = ["KeyCursor", "KeyWork", "QueryCursor", "QueryWork", "StripCursor", "StripWork", "statistics_address"]
 
@@ -35,7 +35,7 @@ class QueryWork(Work):
         return statistics_address(problem, self.batch, plane, self.head, group, positions)
 
 
-class KeyWork(Work):
+class KeyWork(keys.KeyWork):
     """A tile of keys of one head, and the queries that see one of them, of all heads that share the keys."""
 
     plan: SweepPlan
@@ -49,17 +49,6 @@ class KeyWork(Work):
         """Tiles that stream by."""
         # Never below 1, which the compiler does not see: around a loop that might never run it waits for each product.
         return let(maximum(self.tiles * self.plan.problem.group_size, 1))
-
-    @property
-    def heads(self) -> int:
-        """Heads of the keys."""
-        return self.plan.problem.heads_kv
-
-    @property
-    def stream_head(self) -> Expr:
-        """The first of the query heads."""
-        size = self.plan.problem.group_size
-        return let(self.head * size) if size > 1 else self.head
 
     def turn(self, axis: int, number: Expr) -> Expr:
         """Return which tile along an axis is the ``number``'th: where blocks are few, those with most work come first.
@@ -88,24 +77,6 @@ class KeyWork(Work):
     def begin(self, axis: int, low: Expr) -> Expr:
         """Return where the first tile begins along an axis."""
         return low // ALIGNED * ALIGNED if axis == self.plan.rank - 1 else low
-
-    def extent(self, axis: int) -> int | None:  # noqa: ARG002
-        """Return none: keys near a border are seen by other numbers of queries."""
-        return None
-
-    def bounds(self, axis: int, query: Expr) -> tuple[Expr, Expr]:
-        """Return the first and the end of the queries that see a key."""
-        problem = self.plan.problem
-        return query_bounds(
-            query,
-            self.lengths[axis],
-            problem.kernel_size[axis],
-            problem.stride[axis],
-            problem.is_causal[axis],
-            minimum=minimum,
-            maximum=maximum,
-            choose=T.Select,
-        )
 
 
 class KeyCursor(StreamCursor):

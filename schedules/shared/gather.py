@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from na_compiler.schedules.shared.trace import I, T, index64, let, local, put, when
-from na_compiler.schedules.sm90.backward.arguments import BackwardArguments
-from na_compiler.schedules.sm90.backward.plan import BackwardPlan
-from na_compiler.schedules.sm90.store import flat
+from na_compiler.problem import Problem
+from na_compiler.schedules.shared.trace import I, T, flat, index64, let, local, put, when
 
 __all__ = ["launch_gather"]
 
@@ -15,9 +13,20 @@ Expr = Any
 _THREADS = 256
 
 
-def launch_gather(plan: BackwardPlan, arguments: BackwardArguments, name: str) -> None:
-    """Emit the kernel for additional ``"key"``s or ``"value"``s, inside a launch: a thread for each element."""
-    problem = plan.problem
+def launch_gather(problem: Problem, arguments: Any, strips: int, name: str) -> None:
+    """Emit the kernel, inside a launch: a thread for each element.
+
+    Parameters
+    ----------
+    problem
+        What to compute.
+    arguments
+        The backward's arguments, by name; with ``batch``, ``additional`` and ``scale``.
+    strips
+        How many strips there are.
+    name
+        Of which gradients: those of additional ``"key"``s or ``"value"``s.
+    """
     width, factor = (problem.head_dim, arguments.scale) if name == "key" else (problem.head_dim_v, T.float32(1))
     space, gradient = arguments[f"additional_{name}_space"], arguments[f"grad_additional_{name}s"]
     elements = arguments.batch * arguments.additional * (problem.heads_kv * width)
@@ -28,14 +37,14 @@ def launch_gather(plan: BackwardPlan, arguments: BackwardArguments, name: str) -
         column, rest = number % width, number // width
         head, rest = rest % problem.heads_kv, rest // problem.heads_kv
         token, batch = rest % arguments.additional, rest // arguments.additional
-        first = let((batch * problem.heads_kv + head) * plan.strips * arguments.additional * width)
+        first = let((batch * problem.heads_kv + head) * strips * arguments.additional * width)
         place = let(token * width + column)
         sums = local(1)
         put(sums, 0, T.float32(0))
         strip = local(1, "int32")
         put(strip, 0, 0)
         parts = flat(space)
-        with I.While(strip[0] < plan.strips):
+        with I.While(strip[0] < strips):
             at = first + index64(strip[0]) * arguments.additional * width + place
             put(sums, 0, sums[0] + parts[at])
             put(strip, 0, strip[0] + 1)

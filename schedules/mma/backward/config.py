@@ -1,0 +1,77 @@
+"""The choices that the backward for tensor cores of single warps leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from na_compiler.problem import Problem
+from na_compiler.schedules.mma.backward.plan import BackwardPlan, statistics_shape
+from na_compiler.schedules.shared.config import Config
+from na_compiler.workspace import ADDITIONAL, Workspace
+
+__all__ = ["MmaBackward", "Sweep"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The choices for one of the kernels: what a thread block owns, and what streams by.
+
+    Parameters
+    ----------
+    warp_box
+        Box of 16 tokens that one warp owns.
+    warps
+        Warps of a thread block along each axis, their boxes one beside the other.
+    stream_tile
+        Box of tokens that come into shared memory at once; ``None`` for all that the block's tokens come to.
+    stages
+        Boxes that shared memory holds.
+    chunk
+        Groups of 16 tokens whose scores are computed together.
+    blocks
+        Thread blocks of a multiprocessor that registers are limited for; 0 leaves it to the compiler.
+    """
+
+    warp_box: tuple[int, ...]
+    warps: tuple[int, ...]
+    stream_tile: tuple[int, ...] | None = None
+    stages: int = 1
+    chunk: int = 2
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class MmaBackward(Config):
+    """Config of `na_compiler.schedules.mma.backward.kernel`.
+
+    Parameters
+    ----------
+    queries
+        For the gradient of queries: a block owns queries, and keys stream by.
+    keys
+        For the gradients of keys and values: a block owns keys, and the queries that see them stream by.
+    split
+        Whether these two gradients have a kernel each, because the registers do not suffice for both.
+    """
+
+    queries: Sweep
+    keys: Sweep
+    split: bool = False
+
+    family = "mma"
+
+    def plan(self, problem: Problem) -> BackwardPlan:
+        """Return the extents and the layout of shared memory that follow."""
+        return BackwardPlan(problem, self)
+
+    def workspace(self, problem: Problem, direction: str) -> Workspace:  # noqa: ARG002
+        """Return two numbers a query, and the strips' parts of the gradients of additional keys and values."""
+        buffers: list[tuple[int | str, ...]] = [statistics_shape(problem)]
+        if problem.additional_kv:
+            parts = (problem.heads_kv, self.plan(problem).strips, ADDITIONAL)
+            buffers += [(*parts, problem.head_dim), (*parts, problem.head_dim_v)]
+        return Workspace(tuple(buffers))
+
+    def alignment(self, problem: Problem) -> int:  # noqa: ARG002
+        """Return what one copy moves."""
+        return 16
