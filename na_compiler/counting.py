@@ -1,6 +1,7 @@
 """What the window rule comes to along an axis, in closed form: none of these walks over tokens.
 
-Each holds for one dilation group of ``length`` tokens, with ``kernel_size <= length`` and ``stride <= kernel_size``.
+Each holds for one dilation group of ``length`` tokens, with ``stride <= kernel_size``, and ``kernel_size <= length``
+unless windows are cut.
 The rule itself is in `na_compiler.window`; the tests compare with it, token by token.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from na_compiler.window import query_bounds, window_end, window_start
+from na_compiler.window import CUT, SHIFT, WRAP, border_kind, keys_before, query_bounds, window_end, window_start
 
 __all__ = ["group_lengths", "most_queries", "visible_pairs", "widest_inverse", "widest_union"]
 
@@ -25,14 +26,26 @@ def group_lengths(layout: int, dilation: int) -> dict[int, int]:
     return {length + 1: longer, length: dilation - longer} if longer else {length: dilation}
 
 
-def visible_pairs(length: int, kernel_size: int, stride: int = 1, is_causal: bool = False) -> int:
+def visible_pairs(length: int, kernel_size: int, stride: int = 1, is_causal: bool = False, border: str = SHIFT) -> int:
     """Return how many pairs of a query and a key that it sees there are.
 
     Examples
     --------
-    >>> visible_pairs(6, 3), visible_pairs(6, 3, is_causal=True)
-    (18, 15)
+    >>> visible_pairs(6, 3), visible_pairs(6, 3, is_causal=True), visible_pairs(6, 3, border="cut")
+    (18, 15, 16)
     """
+    if border_kind(border) == CUT:
+        # What each window would have of an axis without ends, less what lies before the first key and after the last.
+        reach = _reach(kernel_size, stride, is_causal, border)
+        outside = _missing(length, stride, reach)
+        if is_causal:
+            # Of whole groups a window grows with the query, from the leader's start on: sums of arithmetic series.
+            groups, rest = divmod(length, stride)
+            begins = groups * (groups - 1) // 2 * stride * stride + rest * groups * stride
+            return length * (length + 1) // 2 - (begins - length * reach + outside)
+        # After the last key it is the same from the other end, with the short stride group first.
+        beyond = _missing_after(length, stride, kernel_size - reach)
+        return length * kernel_size - outside - beyond
     if not is_causal:
         return length * kernel_size
     # Query i sees the keys up to itself, from its window's start: the leader's, which leads `stride` queries, or in the
@@ -45,14 +58,44 @@ def visible_pairs(length: int, kernel_size: int, stride: int = 1, is_causal: boo
     return length * (length + 1) // 2 - stride * starts - rest * (length - kernel_size)
 
 
-def most_queries(length: int, kernel_size: int, stride: int = 1, is_causal: bool = False) -> int:
+def _reach(kernel_size: int, stride: int, is_causal: bool, border: str) -> int:
+    """Return how many keys before the first query of a stride group its window begins."""
+    return kernel_size - stride if is_causal else keys_before(kernel_size, border) - stride // 2
+
+
+def _missing(length: int, stride: int, reach: int) -> int:
+    """Return the sum, over all queries, of the keys of their windows that would lie before the first one."""
+    whole, rest = divmod(length, stride)
+    groups = min(-(-reach // stride), whole)  # Whole ones that miss some.
+    missing = stride * (groups * reach - stride * (groups * (groups - 1) // 2))
+    return missing + rest * max(reach - whole * stride, 0)
+
+
+def _missing_after(length: int, stride: int, ahead: int) -> int:
+    """Return the same of those after the last one, where windows end ``ahead`` after a stride group's first query."""
+    whole, rest = divmod(length, stride)
+    missing = rest * max(whole * stride + ahead - length, 0)
+    # Of whole groups, from the last one on: how much each misses falls by the stride.
+    most = whole * stride - stride + ahead - length
+    groups = min(max(-(-most // stride), 0), whole)
+    return missing + stride * (groups * most - stride * (groups * (groups - 1) // 2))
+
+
+def most_queries(length: int, kernel_size: int, stride: int = 1, is_causal: bool = False, border: str = SHIFT) -> int:
     """Return how many queries see one key, at most: more than kernel_size near a border, where windows are shifted.
 
     Examples
     --------
-    >>> most_queries(9, 3), most_queries(4, 3), most_queries(9, 3, is_causal=True)
-    (4, 4, 3)
+    >>> most_queries(9, 3), most_queries(4, 3), most_queries(9, 3, is_causal=True), most_queries(9, 3, border="cut")
+    (4, 4, 3, 3)
     """
+    if border != SHIFT:
+        if not is_causal:
+            return min(-(-kernel_size // stride) * stride, length)
+        # Of the first key of a stride group, and of the one that a further group begins to see.
+        whole, rest = divmod(kernel_size, stride)
+        ahead = stride - rest
+        return max(min(whole * stride, length), min((whole + 1) * stride, length) - ahead if rest else 0)
     # Up to the last key of the first window the first query is 0, and with every key more follow; from the first key of
     # the last window on it is the other way round. Between them no key is seen by more: windows are not shifted there.
     keys = (kernel_size - 1, length - kernel_size)
@@ -60,7 +103,7 @@ def most_queries(length: int, kernel_size: int, stride: int = 1, is_causal: bool
     return max(end - first for first, end in seen)
 
 
-def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, queries: int) -> int:
+def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, queries: int, border: str = SHIFT) -> int:
     """Return the largest number of keys that a block of queries sees together.
 
     Parameters
@@ -70,6 +113,8 @@ def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, qu
     queries
         Of a block, at most ``length``; blocks lie one after another from the first query on, and the last one may be
         shorter.
+    border
+        As everywhere in this module. Where windows wrap a union counts keys twice that it meets from both ends.
 
     Examples
     --------
@@ -77,7 +122,7 @@ def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, qu
     [3, 4, 6]
     """
     last = -(-length // queries) - 1
-    rule = (length, kernel_size, stride, is_causal)
+    rule = (length, kernel_size, stride, is_causal, border)
 
     def union(block: int) -> int:
         end: int = window_end(min((block + 1) * queries, length) - 1, *rule)
@@ -86,18 +131,23 @@ def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, qu
 
     # Of the blocks that begin with the first key, the last has the widest union. (A query does where its leader is no
     # further from the first one than from the first key of its window.)
-    reach = kernel_size - stride if is_causal else kernel_size // 2 - stride // 2
+    reach = _reach(kernel_size, stride, is_causal, border)
     first = min((reach // stride * stride + stride - 1) // queries, last)
-    if length == kernel_size and not is_causal:
+    if border == SHIFT and length == kernel_size and not is_causal:
         first = last
-    if is_causal:
+    if border == WRAP:
+        # No block is at a border; only the last one may be shorter.
+        first, beyond = -1, last
+    elif is_causal and border != SHIFT:
+        beyond = last
+    elif is_causal:
         # In the last stride group all windows begin with the last one: there the last block is the widest.
         beyond = min(-(-(max(-(-(length - stride) // stride), 0) * stride) // queries), last)
     else:
         # Of the blocks that end with the last key, the first is.
         ends = -(-(length - kernel_size + reach) // stride) * stride
         beyond = min(max(-(-(ends - queries + 1) // queries), 0), last)
-    widest = max(union(first), union(beyond), union(last))
+    widest = max(union(max(first, 0)), union(beyond), union(last))
     between = beyond - first - 1
     if between > 0:
         # Between them nothing is clamped, and what counts is where in its stride group a block begins.

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from na_compiler import checks, operands
+from na_compiler.borders import borders_per_axis, canonical_rule, check_rule, without_clamp
 from na_compiler.checks import MAX_RANK, TensorLike
 from na_compiler.counting import group_lengths, visible_pairs
+from na_compiler.window import CUT, SHIFT, border_kind
 
 __all__ = [
     "DTYPES",
@@ -51,7 +53,7 @@ class Problem:
         Length of a query and of a key, from 1 to 8192.
     kernel_size
         Window per axis, in tokens of one dilation group; ``1 <= kernel_size`` and
-        ``kernel_size * dilation <= layout``.
+        ``kernel_size * dilation <= layout``, unless windows are cut or clamped.
     stride
         Queries per axis that share one window, in ``[1, kernel_size]``.
     dilation
@@ -66,6 +68,10 @@ class Problem:
         Whether every query also sees additional keys, inside the same softmax.
     operands
         Names of the other optional operands that there are, see `na_compiler.operands`.
+    border
+        What windows do at the ends of each axis, see `na_compiler.window`: ``"shift"``, ``"cut"``, ``"cut:LEFT"``
+        (``LEFT`` keys before a query), ``"wrap"``; or ``"clamp"``, which makes the window at most as long as the axis.
+        ``"shift"`` is kept in place of another one with which all queries see the same keys.
     dtype
         Of query, key, value and output: ``"float32"``, ``"bfloat16"`` or ``"float16"``. The arithmetic is float32.
 
@@ -97,6 +103,7 @@ class Problem:
     additional_kv: bool = False
     dtype: str = "float32"
     operands: tuple[str, ...] = ()
+    border: tuple[str, ...] = SHIFT  # type: ignore[assignment]
 
     if TYPE_CHECKING:
         # Fields are what `__post_init__` makes of the arguments.
@@ -114,6 +121,7 @@ class Problem:
             additional_kv: bool = False,
             dtype: object = "float32",
             operands: Sequence[str] = (),
+            border: str | Sequence[str] = SHIFT,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -140,11 +148,35 @@ class Problem:
             "additional_kv": _flag("additional_kv", self.additional_kv),
             "dtype": dtype_name(self.dtype),
             "operands": _operands(self.operands),
+            "border": borders_per_axis(self.border, rank),
         }
         for name, value in canonical.items():
             object.__setattr__(self, name, value)
-        _check_windows(layout, self.kernel_size, self.dilation)
-        check_strides(self.kernel_size, self.stride)
+        if set(self.border) != {SHIFT}:
+            self._make_rule_canonical()
+        else:
+            _check_windows(layout, self.kernel_size, self.dilation)
+            check_strides(self.kernel_size, self.stride)
+
+    def _make_rule_canonical(self) -> None:
+        axes = list(zip(self.kernel_size, self.stride, self.is_causal, self.border, strict=True))
+        sizes = list(zip(self.layout, self.dilation, strict=True))
+        has_bias = operands.RELATIVE_POSITION_BIAS in self.operands
+        rules = [without_clamp(axis, *sizes[axis], rule) for axis, rule in enumerate(axes)]
+        if has_bias and any(":" in border for border in self.border):
+            raise ValueError(
+                f"border must not be 'cut:LEFT' with relative_position_bias, got {self.border}; border='cut' would work"
+            )
+        kernel_size, stride, _, border = zip(*rules, strict=True)
+        limits = [one if border_kind(kind) != CUT else 1 for one, kind in zip(kernel_size, border, strict=True)]
+        gaps = [one if border_kind(kind) != CUT else 1 for one, kind in zip(self.dilation, border, strict=True)]
+        _check_windows(self.layout, limits, gaps)
+        check_strides(kernel_size, stride)
+        for axis, rule in enumerate(rules):
+            check_rule(axis, *sizes[axis], rule)
+        made = [canonical_rule(*size, rule, has_bias=has_bias) for size, rule in zip(sizes, rules, strict=True)]
+        for name, values in zip(("kernel_size", "stride", "is_causal", "border"), zip(*made, strict=True), strict=True):
+            object.__setattr__(self, name, values)
 
     @property
     def rank(self) -> int:
@@ -170,11 +202,18 @@ class Problem:
         """Return whether there are the operands of an option, see `na_compiler.operands.Operand`."""
         return self.additional_kv if option == operands.ADDITIONAL_KV else option in self.operands
 
+    @property
+    def has_borders(self) -> bool:
+        """Whether windows do anything else at an end of an axis than to shift."""
+        return any(border != SHIFT for border in self.border)
+
     def pairs(self) -> int:
         """Return how many (query, key) pairs one head of one batch entry attends over, additional keys not counted."""
         return math.prod(
             _axis_pairs(*axis)
-            for axis in zip(self.layout, self.kernel_size, self.stride, self.dilation, self.is_causal, strict=True)
+            for axis in zip(
+                self.layout, self.kernel_size, self.stride, self.dilation, self.is_causal, self.border, strict=True
+            )
         )
 
     def flops(self, batch: int = 1, additional: int = 0, direction: str = "forward") -> int:
@@ -215,6 +254,7 @@ class Problem:
         additional_values: TensorLike | None = None,
         *,
         dtype: object = None,
+        border: str | Sequence[str] = SHIFT,
         **others: object,
     ) -> Problem:
         """Make the problem that tensors pose, checking that they fit each other.
@@ -223,7 +263,7 @@ class Problem:
         ----------
         query, key, value, additional_keys, additional_values
             Tensors of any library: only shape, dtype and device are looked at.
-        kernel_size, stride, dilation, is_causal
+        kernel_size, stride, dilation, is_causal, border
             As for the class.
         dtype
             In place of the tensors' own, for those that only the reference takes.
@@ -254,6 +294,7 @@ class Problem:
             additional_kv=operands.ADDITIONAL_KV in found,
             dtype=query.dtype if dtype is None else dtype,
             operands=tuple(option for option in found if option != operands.ADDITIONAL_KV),
+            border=border,
         )
         checks.check_operands(problem, given, query)
         return problem
@@ -267,7 +308,8 @@ class Problem:
         return {
             field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
             for field in dataclasses.fields(self)
-            if field.name != "operands" or self.operands  # A name for a problem outlives what is added to problems.
+            # A name for a problem outlives what is added to problems.
+            if (field.name != "operands" or self.operands) and (field.name != "border" or self.has_borders)
         }
 
     @classmethod
@@ -303,6 +345,8 @@ class Problem:
         ]
         if any(self.is_causal):
             words.append("is_causal=" + "x".join("1" if flag else "0" for flag in self.is_causal))
+        if self.has_borders:
+            words.append(f"border={','.join(self.border)}")
         if self.additional_kv:
             words.append("additional_kv")
         words += self.operands
@@ -442,7 +486,7 @@ def check_strides(kernel_size: Sequence[int], stride: Sequence[int]) -> None:
             )
 
 
-def _check_windows(layout: tuple[int, ...], kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+def _check_windows(layout: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> None:
     for axis, (tokens, kernel, dil) in enumerate(zip(layout, kernel_size, dilation, strict=True)):
         if kernel * dil > tokens:
             if dil > tokens:
@@ -455,6 +499,6 @@ def _check_windows(layout: tuple[int, ...], kernel_size: tuple[int, ...], dilati
             )
 
 
-def _axis_pairs(tokens: int, kernel: int, stride: int, dilation: int, is_causal: bool) -> int:
+def _axis_pairs(tokens: int, kernel: int, stride: int, dilation: int, is_causal: bool, border: str) -> int:
     lengths = group_lengths(tokens, dilation)
-    return sum(groups * visible_pairs(length, kernel, stride, is_causal) for length, groups in lengths.items())
+    return sum(groups * visible_pairs(length, kernel, stride, is_causal, border) for length, groups in lengths.items())

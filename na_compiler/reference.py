@@ -15,8 +15,9 @@ import torch
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
-from na_compiler.problem import Problem
-from na_compiler.window import group_length, window_bounds
+from na_compiler.borders import CLAMP, borders_per_axis, clamped, middle_of_bias
+from na_compiler.problem import Problem, ints_per_axis
+from na_compiler.window import SHIFT, WRAP, group_length, window_bounds, window_start
 
 __all__ = ["neighborhood_attention", "neighborhood_mask", "relative_places"]
 
@@ -30,7 +31,7 @@ def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None) -> t
     Parameters
     ----------
     problem
-        Its layout, kernel_size, stride, dilation and is_causal are looked at.
+        Its layout, kernel_size, stride, dilation, is_causal and border are looked at.
     tokens
         Numbers of queries, counted over the layout in row-major order; default all. Decides the device.
 
@@ -59,17 +60,21 @@ def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None) -> t
         problem.stride,
         problem.dilation,
         problem.is_causal,
+        problem.border,
         strict=True,
     )
-    for place, layout, kernel_size, stride, dilation, is_causal in axes:
+    for place, layout, kernel_size, stride, dilation, is_causal, border in axes:
         key = torch.arange(layout, device=tokens.device)
         group = place % dilation
         length = group_length(layout, dilation, group)
         start, end = window_bounds(
-            place // dilation, length, kernel_size, stride, is_causal, minimum=_minimum, maximum=_maximum
+            place // dilation, length, kernel_size, stride, is_causal, border, minimum=_minimum, maximum=_maximum
         )
+        number = key // dilation
+        if border == WRAP:
+            number = start[:, None] + (number - start[:, None]) % (layout // dilation)
         same_group = key % dilation == group[:, None]
-        along = same_group & (key // dilation >= start[:, None]) & (key // dilation < end[:, None])
+        along = same_group & (number >= start[:, None]) & (number < end[:, None])
         mask = (mask[:, :, None] & along[:, None, :]).flatten(1)
     return mask
 
@@ -80,7 +85,7 @@ def relative_places(problem: Problem, tokens: torch.Tensor) -> torch.Tensor:
     Parameters
     ----------
     problem
-        Its layout, kernel_size and dilation are looked at.
+        Its layout, kernel_size, dilation and, where windows wrap, stride are looked at.
     tokens
         Numbers of queries, as for `neighborhood_mask`.
 
@@ -88,7 +93,8 @@ def relative_places(problem: Problem, tokens: torch.Tensor) -> torch.Tensor:
     -------
     Tensor
         int64, ``[queries, tokens of the layout]``. Along an axis the place is ``key - query + kernel_size - 1``, with
-        the positions that the two have in their dilation groups. Of keys that no window could have, any.
+        the positions that the two have in their dilation groups, where windows wrap those before the modulo. Of keys
+        that no window could have, any.
 
     Examples
     --------
@@ -97,11 +103,14 @@ def relative_places(problem: Problem, tokens: torch.Tensor) -> torch.Tensor:
     """
     found = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
     places = torch.unravel_index(tokens, problem.layout)
-    for place, layout, kernel_size, dilation in zip(
-        places, problem.layout, problem.kernel_size, problem.dilation, strict=True
+    for place, layout, kernel_size, stride, dilation, border in zip(
+        places, problem.layout, problem.kernel_size, problem.stride, problem.dilation, problem.border, strict=True
     ):
-        key = torch.arange(layout, device=tokens.device)
-        along = key // dilation - (place // dilation)[:, None] + kernel_size - 1
+        key, query = torch.arange(layout, device=tokens.device) // dilation, (place // dilation)[:, None]
+        if border == WRAP:
+            start = window_start(query, layout // dilation, kernel_size, stride, border=border)
+            key = start + (key - start) % (layout // dilation)
+        along = key - query + kernel_size - 1
         extent = 2 * kernel_size - 1
         found = (found[:, :, None] * extent + along.clamp(0, extent - 1)[:, None, :]).flatten(1)
     return found
@@ -121,6 +130,7 @@ def neighborhood_attention(
     *,
     relative_position_bias: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    border: str | Sequence[str] = SHIFT,
     tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute neighborhood attention as it is defined.
@@ -129,7 +139,7 @@ def neighborhood_attention(
     ----------
     query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values
         As for `na_compiler.na2d`, with a layout of 1, 2 or 3 axes and any floating dtype; float64 for an oracle.
-    relative_position_bias, key_mask
+    relative_position_bias, key_mask, border
         As for `na_compiler.na2d`; the bias in any floating dtype.
     tokens
         Numbers of the queries to compute, counted over the layout in row-major order; default all.
@@ -148,6 +158,10 @@ def neighborhood_attention(
     ValueError
         As `Problem`.
     """
+    if relative_position_bias is not None and CLAMP in borders_per_axis(border, query.dim() - 3):
+        given = _per_axis(query, kernel_size, stride, dilation, border)
+        kernel_size, stride, border = clamped(query.shape[1:-2], *given)
+        relative_position_bias = relative_position_bias[middle_of_bias(given[0], kernel_size)]
     problem = Problem.of_tensors(
         query,
         key,
@@ -161,6 +175,7 @@ def neighborhood_attention(
         dtype="float32",
         relative_position_bias=None if relative_position_bias is None else relative_position_bias.detach().float(),
         key_mask=key_mask,
+        border=border,
     )
     scale = problem.head_dim**-0.5 if scale is None else scale
     rows = torch.arange(problem.tokens, device=query.device) if tokens is None else tokens
@@ -199,6 +214,13 @@ def neighborhood_attention(
     if tokens is None:
         output, lse = output.unflatten(1, problem.layout), lse.unflatten(1, problem.layout)
     return output, lse
+
+
+def _per_axis(query: torch.Tensor, *parameters: Any) -> list[Any]:  # noqa: ANN401 - as `Problem` takes them
+    *numbers, border = parameters
+    rank, names = query.dim() - 3, ("kernel_size", "stride", "dilation")
+    made: list[Any] = [ints_per_axis(name, value, rank) for name, value in zip(names, numbers, strict=True)]
+    return [*made, borders_per_axis(border, rank)]
 
 
 def _apply(function: type[torch.autograd.Function], *tensors: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def draw(
         some_output, some_lse = grad_output.flatten(1, -3)[:, tokens], grad_lse.flatten(1, -2)[:, tokens]
     exact = [tensor.double().requires_grad_() for tensor in inputs]
     parameters = (problem.kernel_size, problem.stride, problem.dilation, problem.is_causal, scale)
-    named = {"key_mask": others.get("key_mask")}
+    named = {"key_mask": others.get("key_mask"), "border": problem.border}
     bias = others.get("relative_position_bias")
     if not lse_has_grad:
         grad_lse, some_lse = grad_lse[:0], torch.zeros_like(some_lse)
@@ -114,7 +114,13 @@ def draw(
             masked = None if named["key_mask"] is None else named["key_mask"][i : i + 1]
             parts.append(
                 neighborhood_attention(
-                    *each[:3], *parameters, *each[3:], tokens=tokens, relative_position_bias=own, key_mask=masked
+                    *each[:3],
+                    *parameters,
+                    *each[3:],
+                    tokens=tokens,
+                    relative_position_bias=own,
+                    key_mask=masked,
+                    border=problem.border,
                 )
             )
         output, lse = (torch.cat(one) for one in zip(*parts, strict=True))
@@ -170,7 +176,9 @@ def draw_tangents(
         ]
 
     def attend(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return neighborhood_attention(*tensors[:3], *example.parameters, scale, *tensors[3:], tokens=example.tokens)
+        return neighborhood_attention(
+            *tensors[:3], *example.parameters, scale, *tensors[3:], tokens=example.tokens, border=example.problem.border
+        )
 
     exact = (tuple(tensor.detach().double() for tensor in tensors) for tensors in (example.inputs, inputs))
     _, (output, lse) = torch.func.jvp(attend, *exact)

@@ -14,7 +14,7 @@ from na_compiler.schedules.choose import FAMILIES
 LAYERS = """
     window workspace
     counting
-    operands
+    borders operands
     checks
     problem
     reference tensorir

@@ -30,6 +30,7 @@ def test_everything_that_changes_the_code_changes_the_key(monkeypatch):
     changes = dict(
         layout=(9, 8), heads=4, head_dim=8, kernel_size=(3, 4), stride=(1, 2), dilation=(2, 1),
         is_causal=(True, False), heads_kv=1, head_dim_v=8, additional_kv=True, dtype="float16",
+        border=("cut", "shift"),
     )  # fmt: skip
     # Operands that no table has yet cannot be asked for: tests/test_operands.py.
     assert set(changes) | {"operands"} == {field.name for field in dataclasses.fields(Problem)}

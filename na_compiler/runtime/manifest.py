@@ -320,8 +320,8 @@ def _operand(value: object, place: str) -> None:
 
 
 def _problem(value: object, place: str) -> None:
-    has_operands = isinstance(value, dict) and "operands" in value
-    (_WITH_OPERANDS if has_operands else _WITHOUT_OPERANDS)(value, place)
+    later = _LATER.keys() & value.keys() if isinstance(value, dict) else ()
+    _record(**_FIELDS, **{name: check for name, check in _LATER.items() if name in later})(value, place)
 
 
 def _size(value: object, place: str) -> None:
@@ -361,9 +361,11 @@ _FIELDS = {
     "additional_kv": _flag,
     "dtype": _one_of(*DTYPES),
 }
-_WITHOUT_OPERANDS = _record(**_FIELDS)
-# There only where there are some: so a problem is called as it was before there were any.
-_WITH_OPERANDS = _record(**_FIELDS, operands=_list(_ARGUMENT["name"], 1, 64))
+# There only where a problem has them: so one is called as it was before there were any.
+_LATER = {
+    "operands": _list(_ARGUMENT["name"], 1, 64),
+    "border": _list(_text("shift|cut|cut:[0-9]{1,19}|wrap", "shift, cut, cut:LEFT or wrap"), 1, MAX_RANK),
+}
 # What a file is, and what it is called beside the manifest: a name, never a path.
 _FILE = {
     "library": _text(r"[0-9A-Za-z_+-][0-9A-Za-z_.+-]{0,254}", "a name of letters, digits and _.+-, at most 255"),
