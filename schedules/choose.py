@@ -11,6 +11,7 @@ from na_compiler.schedules.family import Family
 from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
+from na_compiler.window import border_kind
 
 __all__ = ["FAMILIES", "Choice", "candidates", "choose", "family_of"]
 
@@ -97,6 +98,8 @@ def _best(problem: Problem, target: Target, direction: str) -> tuple[Family, lis
         if not family.is_for(target):
             continue
         unknown = sorted(set(problem.operands) - family.operands)
+        borders = sorted(set(map(border_kind, problem.border)) - family.borders)
+        unknown += [f"border={border!r}" for border in borders]
         reason = (
             f"{family.name} has no kernels with {', '.join(unknown)}."
             if unknown

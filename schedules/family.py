@@ -28,6 +28,7 @@ from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import Target
+from na_compiler.window import SHIFT
 
 __all__ = ["Family", "Lowered", "without_tangents"]
 
@@ -74,10 +75,13 @@ class Family(ABC):
     operands
         Optional operands of `na_compiler.operands`, beside the additional keys and values, that its kernels take. A
         problem with any other is not put to it.
+    borders
+        What its windows may do at the ends of axes, see `na_compiler.window`; likewise.
     """
 
     name: str
     operands: frozenset[str] = frozenset()
+    borders: frozenset[str] = frozenset({SHIFT})
 
     @abstractmethod
     def is_for(self, target: Target) -> bool:

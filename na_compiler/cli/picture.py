@@ -87,7 +87,7 @@ def _matrices(problem: Problem, queries: Sequence[Place], visit_of: Callable[[Pl
     seen = np.full((tokens, tokens), _OTHER, np.int8)
     for query in range(tokens):
         window = window_of(problem, 0, query)
-        seen[query, window.start : window.stop : window.step] = _ALL
+        seen[query, list(window)] = _ALL
     computed = np.full_like(seen, _OTHER)
     outlines: dict[tuple[range, range], None] = {}
     total = 0
@@ -170,7 +170,7 @@ def _visited(problem: Problem, visit: Visit) -> NDArray[np.int8]:
     return cells
 
 
-def _around(problem: Problem, window: Sequence[range], visit: Visit) -> list[range]:
+def _around(problem: Problem, window: Sequence[Sequence[int]], visit: Visit) -> list[range]:
     """Return what of the layout is shown: all of it where it is small, else what is looked at and some tokens more."""
     found = []
     for axis, tokens in enumerate(problem.layout):
@@ -223,7 +223,7 @@ def _show(axes: Axes, cells: NDArray[np.int8], first: tuple[int, int]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _mark(axes: Axes, query: int, keys: range) -> None:
+def _mark(axes: Axes, query: int, keys: Sequence[int]) -> None:
     """Mark the keys of a query in a matrix, visibly at any size."""
     height = max(1.0, len(range(*map(round, axes.get_xlim()))) / 120)
     for stretch in _stretches(keys):
@@ -240,8 +240,9 @@ def _outline(axes: Axes, rows: range, columns: range) -> None:
         )
 
 
-def _stretches(tokens: range) -> list[range]:
-    return [tokens] if tokens.step == 1 else [range(token, token + 1) for token in tokens]
+def _stretches(tokens: Sequence[int]) -> list[range]:
+    is_one = isinstance(tokens, range) and tokens.step == 1
+    return [tokens] if is_one else [range(token, token + 1) for token in tokens]  # type: ignore[list-item]
 
 
 def _legend(figure: Figure, names: dict[int, str], outlined: bool = False) -> None:

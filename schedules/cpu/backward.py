@@ -375,7 +375,7 @@ def _gather(f: Frame, name: str, space: Buffer, gradient: Buffer, width: int, fa
         T.reads(f.whole(space))
         T.writes(f.whole(gradient))
         total = local((padded,))
-        strips = tuple(axis.strips_of_group for axis in f.axes)
+        strips = tuple(axis.coverings for axis in f.axes)
         with reduction(f"{name}_total", (padded,), strips) as (d, *numbers):
             with T.init():
                 T.buffer_store(total, T.float32(0), [d])

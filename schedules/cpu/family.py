@@ -14,6 +14,7 @@ from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import CpuTarget, Target
+from na_compiler.window import BORDERS
 
 __all__ = ["FAMILY"]
 
@@ -24,6 +25,7 @@ _SKIPPED_PASSES = ("s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim")
 class _Cpu(Family):
     name = "cpu"
     operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
+    borders = frozenset(BORDERS)
 
     def is_for(self, target: Target) -> bool:
         """CPUs."""

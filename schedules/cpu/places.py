@@ -12,7 +12,7 @@ from typing import Any
 from tvm import tirx
 
 from na_compiler.schedules.cpu.plan import AxisTiling
-from na_compiler.window import group_length, window_end, window_start
+from na_compiler.window import SHIFT, WRAP, group_length, window_end, window_start
 
 __all__ = ["AxisPlaces"]
 
@@ -84,12 +84,17 @@ class AxisPlaces:
         return window_end(index, self.length(strip), *self._rule, minimum=tirx.min, maximum=tirx.max)
 
     @property
-    def _rule(self) -> tuple[int, int, bool]:
-        return self.axis.kernel_size, self.axis.stride, self.axis.is_causal
+    def _rule(self) -> tuple[int, int, bool, str]:
+        return self.axis.kernel_size, self.axis.stride, self.axis.is_causal, self.axis.border
 
     def box(self, strip: Expr) -> Expr:
-        """Return the index of the first key of the strip's box, moved left where the box would pass the end."""
+        """Return the index of the first key of the strip's box, moved left where the box would pass the end.
+
+        Where windows wrap boxes may lie anywhere, and begin before the first token: indices count modulo the axis.
+        """
         axis = self.axis
+        if axis.border == WRAP:
+            return self.start(strip, self._clamp(strip, self._first(strip)))
         if axis.strip_box >= axis.longest:
             return 0
         first = self.start(strip, self._clamp(strip, self._first(strip)))
@@ -100,10 +105,16 @@ class AxisPlaces:
         """Return the place in the layout of the key at a position; beyond the group's end, of its last key."""
         axis = self.axis
         index = self.box(strip) + position
+        if axis.border == WRAP:
+            return self.token(strip, self._around(index))
         # The box itself ends with the group, or earlier; the last chunk may reach beyond it.
         if axis.chunk * axis.chunks > min(axis.strip_box, axis.shortest):
             index = tirx.min(index, self.length(strip) - 1)
         return self.token(strip, index)
+
+    def _around(self, index: Expr) -> Expr:
+        """Return an index modulo the axis; no less than minus its length."""
+        return (index + self.axis.longest) % self.axis.longest
 
     def tile_offset(self, strip: Expr, tile: Expr) -> Expr:
         """Return the position where a tile's own box begins; 0 where it visits whole chunks."""
@@ -146,8 +157,14 @@ class AxisPlaces:
         """Return the place in the layout of the ``number``'th key of a query's window, and whether there is one."""
         query = self.query(strip, tile, lane)
         start = self.start(strip, query)
-        is_there = start + number < self.end(strip, query) if self.axis.is_causal else tirx.const(True, "bool")
-        return self.token(strip, start + number), is_there
+        key = start + number
+        if self.axis.border == WRAP:
+            return self.token(strip, self._around(key)), tirx.const(True, "bool")
+        has_all = not self.axis.is_causal and self.axis.border == SHIFT
+        is_there = tirx.const(True, "bool") if has_all else key < self.end(strip, query)
+        if self.axis.border != SHIFT:
+            key = tirx.min(key, self.length(strip) - 1)
+        return self.token(strip, key), is_there
 
     def meets(self, strip: Expr, tile: Expr, chunk: Expr) -> Expr | bool:
         """Return whether any of a tile's queries sees any key of a chunk."""
@@ -168,10 +185,20 @@ class AxisPlaces:
         """Return whether all of a tile's queries see the key at a position; windows begin and end in order."""
         return tirx.all(position >= self.low(strip, tile, self.axis.tile - 1), position <= self.high(strip, tile, 0))
 
+    @property
+    def coverings(self) -> int:
+        """Strips of a group, times the places in a strip's box that one token may have."""
+        return self.strips_of_group * self.axis.turns
+
     def covering(self, token: Expr, number: Expr) -> tuple[Expr, Expr, Expr]:
         """Return the ``number``-th strip of a token's group, the token's position there, and if it is in the box."""
         axis = self.axis
         group, index = (0, token) if axis.dilation == 1 else (token % axis.dilation, token // axis.dilation)
+        if axis.border == WRAP:
+            strip = group * self.strips_of_group + number // axis.turns
+            turn = number % axis.turns * axis.longest
+            position = self._around(index - self.box(strip)) + turn
+            return strip, position, position < axis.strip_box
         strip = group * self.strips_of_group + number
         position = index - self.box(strip)
         return strip, position, tirx.all(position >= 0, position < axis.strip_box)

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from na_compiler.counting import widest_union
 from na_compiler.problem import Problem
 from na_compiler.tensorir.axes import AXES, Extents, round_up
-from na_compiler.window import group_length
+from na_compiler.window import SHIFT, WRAP, group_length
 
 __all__ = ["AxisTiling", "Tiling", "TilingPlan"]
 
@@ -80,6 +80,7 @@ class AxisTiling:
     stride: int
     dilation: int
     is_causal: bool
+    border: str
     tile: int
     patch: int
     tiles: int
@@ -140,12 +141,12 @@ class AxisTiling:
     @property
     def masks(self) -> bool:
         """Whether any query masks a key of its tile's box: a whole box as long as a window is every query's window."""
-        return self.is_causal or self.chunks > 1 or self.visited != self.kernel_size
+        return self.is_causal or self.border != SHIFT or self.chunks > 1 or self.visited != self.kernel_size
 
     @property
     def before(self) -> int:
-        """How far the first key that a tile visits may lie before its first query, where there is one chunk."""
-        return self.tile_box - 1
+        """How far before a tile's first query a key may lie that is visited in one chunk, or has a bias."""
+        return max(self.tile_box, self.kernel_size) - 1
 
     @property
     def spread(self) -> int:
@@ -154,12 +155,17 @@ class AxisTiling:
 
     def with_tiles(self, tiles: int) -> AxisTiling:
         """Return the axis with another number of tiles in a strip."""
-        rule = (self.kernel_size, self.stride, self.dilation, self.is_causal)
+        rule = (self.kernel_size, self.stride, self.dilation, self.is_causal, self.border)
         return _axis_tiling(self.layout, *rule, self.tile, self.patch, tiles, self.chunk_limit, self.key_block)
 
     def _union(self, queries: int) -> int:
         rule = (self.kernel_size, self.stride, self.is_causal)
-        return max(widest_union(length, *rule, min(queries, length)) for length in self.lengths)
+        return max(widest_union(length, *rule, min(queries, length), self.border) for length in self.lengths)
+
+    @property
+    def turns(self) -> int:
+        """How often a strip's box may hold one key: where windows wrap it may be longer than the axis."""
+        return -(-self.chunk * self.chunks // self.longest) if self.border == WRAP else 1
 
 
 # A planner tries many tilings whose axes have few different cuts each.
@@ -190,6 +196,7 @@ class TilingPlan:
         stride = (1,) * missing + problem.stride
         dilation = (1,) * missing + problem.dilation
         is_causal = (False,) * missing + problem.is_causal
+        border = (SHIFT,) * missing + problem.border
         axes = [
             _axis_tiling(
                 layout[axis],
@@ -197,6 +204,7 @@ class TilingPlan:
                 stride[axis],
                 dilation[axis],
                 is_causal[axis],
+                border[axis],
                 tiling.tile[axis],
                 tiling.patch[axis],
                 tiling.strip[axis],

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from na_compiler.problem import Problem
-from na_compiler.window import group_length, window_bounds
+from na_compiler.window import WRAP, group_length, window_bounds
 
 __all__ = ["AxisBoxes", "Box", "Visit", "window_of"]
 
@@ -69,7 +69,7 @@ class Visit:
             yield from itertools.product(*box)
 
 
-def window_of(problem: Problem, axis: int, token: int) -> range:
+def window_of(problem: Problem, axis: int, token: int) -> Sequence[int]:
     """Return the keys that a query sees along one axis.
 
     Examples
@@ -85,7 +85,10 @@ def window_of(problem: Problem, axis: int, token: int) -> range:
         problem.kernel_size[axis],
         problem.stride[axis],
         problem.is_causal[axis],
+        problem.border[axis],
     )
+    if problem.border[axis] == WRAP:
+        return tuple((group + index * dilation) % problem.layout[axis] for index in range(start, end))
     return range(group + start * dilation, group + end * dilation, dilation)
 
 
@@ -110,7 +113,13 @@ class AxisBoxes:
         self._dilation = problem.dilation[axis]
         self._group, self._index = token % self._dilation, token // self._dilation
         self._length = group_length(problem.layout[axis], self._dilation, self._group)
-        self._rule = (self._length, problem.kernel_size[axis], problem.stride[axis], problem.is_causal[axis])
+        self._rule = (
+            self._length,
+            problem.kernel_size[axis],
+            problem.stride[axis],
+            problem.is_causal[axis],
+            problem.border[axis],
+        )
 
     def around(self, extent: int) -> tuple[int, int, int, int]:
         """Return where the query's box of an extent begins and ends, and the keys that its windows come to."""

@@ -14,6 +14,7 @@ from na_compiler.schedules.simt import planner
 from na_compiler.schedules.simt.config import Simt
 from na_compiler.schedules.simt.visit import visit
 from na_compiler.target import CudaTarget, Target
+from na_compiler.window import BORDERS
 
 __all__ = ["FAMILY"]
 
@@ -24,6 +25,7 @@ _OPTIONS: Mapping[str, Any] = {"tirx.UnrollLoop": {"explicit_unroll": False}, "t
 class _Simt(Family):
     name = "simt"
     operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
+    borders = frozenset(BORDERS)
 
     def is_for(self, target: Target) -> bool:
         """GPUs."""

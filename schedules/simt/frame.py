@@ -364,7 +364,7 @@ class _Interval(Chunks):
     def token(self, chunk: Place, place: Place) -> list[Expr]:
         """Return where in its tensor a row of a chunk is, between the batch and the head."""
         indices = zip(self.base, self._indices(chunk, place), self.f.plan.axes, strict=True)
-        token = [base[0] + index * axis.dilation for base, index, axis in indices]
+        token = [AxisPlaces.around(axis, base[0] + index * axis.dilation) for base, index, axis in indices]
         return token[AXES - self.f.problem.rank :]
 
     def _indices(self, chunk: Place, place: Place) -> list[Expr]:

@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 
 from na_compiler.schedules.simt.plan import DirectAxis, DirectPlan
 from na_compiler.tensorir.axes import AXES
-from na_compiler.window import group_length, query_bounds, window_bounds
+from na_compiler.window import WRAP, group_length, query_bounds, window_bounds
 
 __all__ = ["AxisPlaces", "Places"]
 
@@ -147,8 +147,13 @@ class AxisPlaces:
         return self._token(tirx.max(tirx.min(key, end - 1), start)), tirx.all(key >= start, key < end)
 
     @property
-    def _rule(self) -> tuple[Expr, int, int, bool]:
-        return self.length, self.axis.kernel_size, self.axis.stride, self.axis.is_causal
+    def _rule(self) -> tuple[Expr, int, int, bool, str]:
+        return self.length, self.axis.kernel_size, self.axis.stride, self.axis.is_causal, self.axis.border
 
     def _token(self, index: Expr) -> Expr:
-        return index * self.axis.dilation + self.group
+        return self.around(self.axis, index * self.axis.dilation + self.group)
+
+    @staticmethod
+    def around(axis: DirectAxis, token: Expr) -> Expr:
+        """Return a place in the layout, less than an axis beyond an end, modulo the axis where windows wrap."""
+        return (token + axis.layout) % axis.layout if axis.border == WRAP else token

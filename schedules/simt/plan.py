@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from na_compiler.counting import group_lengths, most_queries
 from na_compiler.problem import Problem
 from na_compiler.tensorir.axes import AXES, Extents, round_up
+from na_compiler.window import CUT, SHIFT, border_kind
 
 __all__ = ["DirectAxis", "DirectPlan"]
 
@@ -27,7 +28,7 @@ class DirectAxis:
 
     Parameters
     ----------
-    layout, kernel_size, stride, dilation, is_causal
+    layout, kernel_size, stride, dilation, is_causal, border
         As in the problem; an axis of one token where it has none.
     keys
         Keys of a chunk.
@@ -40,13 +41,14 @@ class DirectAxis:
     stride: int
     dilation: int
     is_causal: bool
+    border: str
     keys: int
     queries: int
 
     @property
     def key_chunks(self) -> int:
         """Chunks of a window."""
-        return -(-self.kernel_size // self.keys)
+        return -(-self.most_keys // self.keys)
 
     @property
     def query_chunks(self) -> int:
@@ -56,12 +58,17 @@ class DirectAxis:
     @property
     def masks_keys(self) -> bool:
         """Whether a chunk may hold keys that are not in the window."""
-        return self.is_causal or self.kernel_size % self.keys != 0
+        return self.is_causal or border_kind(self.border) == CUT or self.kernel_size % self.keys != 0
+
+    @property
+    def most_keys(self) -> int:
+        """Keys that a query sees, at most: fewer than kernel_size where windows are cut on both sides."""
+        return min(self.kernel_size, max(group_lengths(self.layout, self.dilation)))
 
     @property
     def most_queries(self) -> int:
         """Queries that see one key, at most: more than kernel_size near a border, where windows are shifted."""
-        rule = (self.kernel_size, self.stride, self.is_causal)
+        rule = (self.kernel_size, self.stride, self.is_causal, self.border)
         return max(most_queries(length, *rule) for length in group_lengths(self.layout, self.dilation))
 
 
@@ -114,6 +121,7 @@ class DirectPlan:
             (1,) * missing + problem.stride,
             (1,) * missing + problem.dilation,
             (False,) * missing + problem.is_causal,
+            (SHIFT,) * missing + problem.border,
             self.keys,
             self.queries,
             strict=True,

@@ -56,7 +56,7 @@ def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt:
     return Simt(
         lanes=lanes,
         rows=_THREADS // lanes,
-        keys=_chunk([axis.kernel_size for axis in axes], at_once),
+        keys=_chunk([axis.most_keys for axis in axes], at_once),
         queries=_chunk([axis.most_queries for axis in axes], at_once),
         vector=vector,
         strip=_STRIP,

@@ -26,5 +26,8 @@ def visit(plan: DirectPlan, token: Sequence[int]) -> Visit:
     for axis, place in enumerate(token):
         extent = plan.keys[axis - problem.rank]
         window = window_of(problem, axis, place)
+        if not isinstance(window, range):  # It wraps: a key at a time, since a chunk may pass the end.
+            chunks.append([range(key, key + 1) for key in window])
+            continue
         chunks.append([window[begin : begin + extent] for begin in range(0, len(window), extent)])
     return Visit("query", tuple(range(place, place + 1) for place in token), tuple(itertools.product(*chunks)))
