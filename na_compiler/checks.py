@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from na_compiler import operands
-from na_compiler.operands import BATCH, GIVEN, INPUT, SAME, SCALAR, Argument, Operand
+from na_compiler.operands import BATCH, GIVEN, INPUT, PARAMETER, SAME, SCALAR, Argument, Operand
 from na_compiler.workspace import ADDITIONAL
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def check_operands(problem: Problem, given: Mapping[str, Any], query: TensorLike
     arguments = {argument.name: argument for argument in operands.arguments(problem, "forward")}
     for operand in operands.later():
         value = given.get(operand.name)
-        if value is None:
+        if value is None or operand.role == PARAMETER:  # Words are checked with the problem.
             continue
         if operand.role == SCALAR:
             check_scalar(operand, value)

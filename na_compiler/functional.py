@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from na_compiler import checks, operands
+from na_compiler.borders import CLAMP, borders_per_axis, clamped, joined, middle_of_bias
 from na_compiler.ops.call import call
 from na_compiler.ops.operators import refuse_unless_dense
 from na_compiler.ops.torchscript import is_tracing, refuse_scripting
 from na_compiler.problem import flags_per_axis, ints_per_axis
+from na_compiler.window import SHIFT
 
 __all__ = ["na1d", "na2d", "na3d"]
 
@@ -52,7 +54,8 @@ _PARAMETERS = """
     value
         ``[batch, {axes}, heads_kv, head_dim_v]``.
     kernel_size
-        Window along the layout, in tokens; ``kernel_size * dilation`` is at most the layout's extent.
+        Window along the layout, in tokens; ``kernel_size * dilation`` is at most the layout's extent, unless
+        ``border`` says otherwise.
     stride
         Queries that share one window, at most ``kernel_size``. Default 1.
     dilation
@@ -73,6 +76,12 @@ _PARAMETERS = """
         ``[batch, {axes}]``, bool: False hides a key of the layout from all queries, as in torch's
         ``scaled_dot_product_attention``. Additional keys stay visible. A query that sees no key has output 0, lse minus
         infinity, and no gradients. Default: none is hidden.
+    border
+        What windows do at the ends of an axis, a word or one for each axis. ``"shift"``, the default: they move
+        inwards, as NATTEN's. ``"cut"``: they end where the layout ends, and may be longer than it. ``"cut:LEFT"``: the
+        same with ``LEFT`` keys before a query and the rest after it. ``"wrap"``: the axis is a circle; the dilation
+        divides it, and the stride the dilation groups. ``"clamp"``: a window that is longer than the axis is made as
+        long, and shifted.
     return_lse
         Whether to return lse as well. It has a gradient.
     **tuning
@@ -113,6 +122,7 @@ def _attention(
     additional_values: Tensor | None,
     relative_position_bias: Tensor | None,
     key_mask: Tensor | None,
+    border: str | Sequence[str],
     return_lse: bool,
     tuning: dict[str, object],
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -123,6 +133,11 @@ def _attention(
         tuning["relative_position_bias"] = relative_position_bias.float() if is_half else relative_position_bias
     if key_mask is not None:
         tuning["key_mask"] = key_mask
+    if border not in _SHIFTS:
+        borders = borders_per_axis(border, rank)
+        if CLAMP in borders:
+            kernel_size, stride, borders = _clamped(rank, query, kernel_size, stride, dilation, borders, tuning)
+        tuning["border"] = joined(borders)
     later = _others(rank, tuning) if tuning else ()
     is_usual = type(query) is type(key) is type(value) is Tensor
     if not is_usual or query.is_nested or key.is_nested or value.is_nested:
@@ -149,6 +164,34 @@ def _attention(
     return result
 
 
+# What a border is, by default or said for each axis; an argument that is not hashable is looked at.
+_SHIFTS: tuple[object, ...] = (SHIFT, *((SHIFT,) * rank for rank in (1, 2, 3)))
+
+
+def _clamped(
+    rank: int,
+    query: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None,
+    dilation: Ints | None,
+    borders: tuple[str, ...],
+    tuning: dict[str, object],
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+    """Return kernel_size, stride and border with windows that fit; cuts the middle out of a table of biases."""
+    given, strides, gaps, _ = canonical_parameters(rank, kernel_size, stride, dilation, is_causal=False)
+    fitting, strides, borders = clamped(query.shape[1 : rank + 1], given, strides, gaps, borders)
+    bias = tuning.get("relative_position_bias")
+    if isinstance(bias, Tensor) and fitting != given:
+        expected = tuple(2 * size - 1 for size in given)
+        if tuple(bias.shape[1:]) != expected:
+            raise ValueError(
+                f"relative_position_bias must have shape [heads, offsets], here {(query.shape[-2], *expected)}, got "
+                f"{tuple(bias.shape)}"
+            )
+        tuning["relative_position_bias"] = bias[middle_of_bias(given, fitting)].contiguous()
+    return fitting, strides, borders
+
+
 # Operands that the table has beside those which the signature names, by keyword; each may be left out.
 _OTHERS = tuple(operand for operand in operands.later() if not operand.name.startswith("additional_"))
 
@@ -159,7 +202,7 @@ def _others(rank: int, given: dict[str, object]) -> tuple[object, ...]:
     for operand, value in zip(_OTHERS, values, strict=True):
         if value is not None and operand.role == operands.SCALAR:
             checks.check_scalar(operand, value)
-        elif value is not None:
+        elif value is not None and operand.role != operands.PARAMETER:
             _check_tensors(rank, **{operand.name: value})
     if given:
         _ignore(rank, given)
@@ -321,6 +364,7 @@ class _Attend(Protocol):
         *,
         relative_position_bias: Tensor | None = None,
         key_mask: Tensor | None = None,
+        border: str | Sequence[str] = SHIFT,
         return_lse: Literal[False] = False,
         **tuning: object,
     ) -> Tensor: ...
@@ -340,6 +384,7 @@ class _Attend(Protocol):
         *,
         relative_position_bias: Tensor | None = None,
         key_mask: Tensor | None = None,
+        border: str | Sequence[str] = SHIFT,
         return_lse: Literal[True],
         **tuning: object,
     ) -> tuple[Tensor, Tensor]: ...
@@ -359,6 +404,7 @@ class _Attend(Protocol):
         *,
         relative_position_bias: Tensor | None = None,
         key_mask: Tensor | None = None,
+        border: str | Sequence[str] = SHIFT,
         return_lse: bool,
         **tuning: object,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -395,12 +441,13 @@ def _function(rank: int) -> _Attend:
         *,
         relative_position_bias: Tensor | None = None,
         key_mask: Tensor | None = None,
+        border: str | Sequence[str] = SHIFT,
         return_lse: bool = False,
         **tuning: object,
     ) -> Any:  # noqa: ANN401 - which of the two, the overloads say
         return _attention(
             rank, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
-            additional_values, relative_position_bias, key_mask, return_lse, tuning,
+            additional_values, relative_position_bias, key_mask, border, return_lse, tuning,
         )  # fmt: skip
 
     refuse_scripting(  # Layers have a form that can be scripted.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from na_compiler.borders import borders_per_axis, joined
 from na_compiler.functional import Flags, Ints, canonical_parameters, checked_scale, na1d, na2d, na3d
 from na_compiler.ops.torchscript import Scriptable
 from na_compiler.problem import check_strides
+from na_compiler.window import SHIFT
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -25,8 +28,8 @@ _PARAMETERS = """
         Channels of input and output; a multiple of ``num_heads``.
     num_heads
         Attention heads.
-    kernel_size, stride, dilation, is_causal
-        An int (or bool), or one for each axis: see `na_compiler.na2d`.
+    kernel_size, stride, dilation, is_causal, border
+        An int (or bool, or word), or one for each axis: see `na_compiler.na2d`.
     qkv_bias
         Whether the projection to query, key and value has a bias.
     qk_scale
@@ -66,6 +69,7 @@ class _NeighborhoodAttention(nn.Module):
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
         rel_pos_bias: bool = False,
+        border: str | Sequence[str] = SHIFT,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
@@ -81,6 +85,8 @@ class _NeighborhoodAttention(nn.Module):
         parameters = canonical_parameters(self.rank, kernel_size, stride, dilation, is_causal)
         self.kernel_size, self.stride, self.dilation, self.is_causal = parameters
         check_strides(self.kernel_size, self.stride)
+        self.border = borders_per_axis(border, self.rank)
+        self.border_words = joined(self.border)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         if rel_pos_bias:
             self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * size - 1 for size in self.kernel_size)))
@@ -92,7 +98,10 @@ class _NeighborhoodAttention(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._parameters.setdefault("rpb", None)  # Of a layer that was pickled before there were biases.
+        # Of a layer that was pickled before there were biases and borders.
+        self._parameters.setdefault("rpb", None)
+        self.__dict__.setdefault("border", (SHIFT,) * self.rank)
+        self.__dict__.setdefault("border_words", SHIFT)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Attend.
@@ -120,7 +129,7 @@ class _NeighborhoodAttention(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         attended: Any = _FUNCTIONS[self.rank](
             query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
-            relative_position_bias=self.rpb, key_mask=key_mask,
+            relative_position_bias=self.rpb, key_mask=key_mask, border=self.border,
         )  # fmt: skip
         return self.proj_drop(self.proj(attended.flatten(-2)))  # type: ignore[no-any-return]
 
@@ -128,7 +137,7 @@ class _NeighborhoodAttention(nn.Module):
         """Return what ``torch.jit.script`` compiles in place of the layer: the same in its subset of Python."""
         scripted = Scriptable.__new__(Scriptable)
         scripted.__dict__.update(self.__dict__)  # All that a module carries: parameters, submodules, hooks, mode.
-        scripted.rank = self.rank
+        scripted.rank, scripted.border_words = self.rank, self.border_words
         for name in ("kernel_size", "stride", "dilation", "is_causal"):
             setattr(scripted, name, [int(one) for one in getattr(self, name)])
         return scripted
@@ -139,6 +148,7 @@ class _NeighborhoodAttention(nn.Module):
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, dilation={self.dilation}, is_causal={self.is_causal}"
             + (", rel_pos_bias=True" if self.rpb is not None else "")
+            + (f", border={self.border_words!r}" if self.border_words != SHIFT else "")
         )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from na_compiler.window import SHIFT
 from na_compiler.workspace import ADDITIONAL, Workspace
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "INPUT",
     "KEY_MASK",
     "OUTPUT",
+    "PARAMETER",
     "PARAMETERS",
     "RELATIVE_POSITION_BIAS",
     "SAME",
@@ -48,10 +50,13 @@ __all__ = [
     "outputs",
     "scalars",
     "together",
+    "words",
 ]
 
 # Roles.
 INPUT, SCALAR, OUTPUT, WORKSPACE = "input", "scalar", "output", "workspace"
+# A word that is part of the problem, and that no kernel is called with.
+PARAMETER = "parameter"
 # Strides: any but the last one, which is 1; or those of a contiguous tensor.
 FREE, COMPACT = "free", "compact"
 # The dtype of the problem.
@@ -77,7 +82,7 @@ class Operand:
     name
         As everybody calls it.
     role
-        `INPUT`, `SCALAR` or `OUTPUT`.
+        `INPUT`, `SCALAR`, `OUTPUT` or `PARAMETER`.
     text
         What it is, in a few words, for documentation.
     shape
@@ -85,13 +90,13 @@ class Operand:
         ``"head_dim"``, ``"head_dim_v"``, ``"additional"``, ``"offsets"`` (for each axis, the differences between the
         places of a query and of its keys: ``2 * kernel_size - 1``).
     dtype
-        `SAME`, or the name of one. Of a scalar: ``"float32"`` or ``"int64"``.
+        `SAME`, or the name of one. Of a scalar: ``"float32"`` or ``"int64"``; of a parameter ``"str"``.
     strides
         `FREE` or `COMPACT`.
     option
         What a problem has the operand for; operands of one option come together. ``None``: every problem has it.
     default
-        Of a scalar that every problem has, where it is not given; ``None``: it must be given.
+        Of a scalar or parameter that every problem has, where it is not given; ``None``: it must be given.
     differentiable
         Whether it has a gradient. The gradient of an input without a batch is what it gets from each batch entry, in
         float32, with the batch in front; `na_compiler.ops` sums over it.
@@ -109,7 +114,7 @@ class Operand:
     dtype: str = SAME
     strides: str = COMPACT
     option: str | None = None
-    default: float | int | None = None
+    default: float | int | str | None = None
     differentiable: bool = False
     gradient_strides: str = COMPACT
     gradient_is_optional: bool = False
@@ -177,6 +182,11 @@ TABLE: tuple[Operand, ...] = (
         "of a dilation group", ("heads", "offsets"), "float32", COMPACT, RELATIVE_POSITION_BIAS, differentiable=True,
     ),
     Operand("key_mask", INPUT, "False hides a key of the layout from all queries", _TOKENS, "bool", COMPACT, KEY_MASK),
+    Operand(
+        "border", PARAMETER,
+        "what windows do at the ends of axes: 'shift', 'cut', 'cut:LEFT' (LEFT keys before a query) or 'wrap', one for "
+        "all axes or, with commas between them, one for each", dtype="str", default=SHIFT,
+    ),
 )  # fmt: skip
 
 
@@ -190,9 +200,14 @@ def scalars() -> tuple[Operand, ...]:
     return tuple(operand for operand in TABLE if operand.role == SCALAR)
 
 
-def defaults() -> dict[str, float | int]:
-    """Return the numbers that a call may leave out although every problem has them."""
-    return {operand.name: operand.default for operand in scalars() if operand.default is not None}
+def words() -> tuple[Operand, ...]:
+    """Return the parameters that are words; `PARAMETERS` are numbers, a value for each axis."""
+    return tuple(operand for operand in TABLE if operand.role == PARAMETER)
+
+
+def defaults() -> dict[str, float | int | str]:
+    """Return the numbers and words that a call may leave out although every problem has them."""
+    return {one.name: one.default for one in (*scalars(), *words()) if one.default is not None}
 
 
 def outputs() -> tuple[Operand, ...]:
@@ -202,7 +217,7 @@ def outputs() -> tuple[Operand, ...]:
 
 def later() -> tuple[Operand, ...]:
     """Return what a call may leave out: the last arguments of torch's operators, in this order."""
-    return tuple(operand for operand in TABLE if operand.role in {INPUT, SCALAR} and operand.is_later)
+    return tuple(operand for operand in TABLE if operand.role in {INPUT, SCALAR, PARAMETER} and operand.is_later)
 
 
 def differentiable() -> tuple[Operand, ...]:

@@ -99,7 +99,7 @@ def torchs(folder, bundle):
     library = aot.build_library()
     parameters = ([3, 3], [1, 1], [1, 1], [0, 0], 0.25)
     # What the table has before the made-up ones may be left out.
-    before = (query, key, value, *parameters, *[None for operand in OLD if operand.role != OUTPUT and operand.is_later])
+    before = (query, key, value, *parameters, *[one.default for one in OLD if one.role != OUTPUT and one.is_later])
     calls = [
         (*before, gain, mask, 1.5, 7),
         (*before, gain, mask, 1.5),

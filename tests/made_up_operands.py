@@ -88,7 +88,7 @@ def close(one, other):
 def schemas():
     """Torch's and ONNX's."""
     schema = str(OPS.na2d.default._schema)
-    assert "key_mask=None, Tensor? gain=None, Tensor? bias=None, Tensor? row_mask=None" in schema, schema
+    assert """key_mask=None, str border="shift", Tensor? gain=None, Tensor? bias=None, """ in schema, schema
     assert "float? cap=None, int first=0) -> (Tensor output, Tensor lse)" in schema, schema
     assert len(OPS.na2d_backward.default._schema.returns) == 8
     made = na_compiler.onnx.schema("NA2D")
@@ -163,7 +163,7 @@ def forward():
             close(na2d(query, key, value, 3, gain=gain, cap=2.5, first=7), expected)
             assert (calls[-1]["cap"], calls[-1]["first"]) == (2.5, 7)
             assert list(calls[-1]) == ["query", "key", "value", "gain", "scale", "cap", "first", "output", "lse"]
-            close(OPS.na2d(query, key, value, *parameters, None, None, None, None, gain)[0], expected)
+            close(OPS.na2d(query, key, value, *parameters, None, None, None, None, "shift", gain)[0], expected)
     for rank, tensors in ((2, (query, key, value)),):
         fake = OPS.na2d(*(tensor.to("meta") for tensor in tensors), *parameters, gain=gain.to("meta"))
         assert [tuple(result.shape) for result in fake] == [(3, 6, 9, 2, 8), (3, 6, 9, 2)], rank
@@ -261,10 +261,10 @@ def passes():
     assert [site.problem for site in na_compiler.passes.collect(program)] == [problem]
     assert na_compiler.passes.bind(program) == 1
     (node,) = program.graph.find_nodes(op="call_function", target=OPS.bound.default)
-    assert [getattr(value, "name", value) for value in node.args[-7:]] == [None, None, "gain", None, None, 1.5, 2]
+    assert [getattr(value, "name", value) for value in node.args[-7:]] == [None, "shift", "gain", None, None, 1.5, 2]
     assert unbind(program) == 1
     (node,) = program.graph.find_nodes(op="call_function", target=OPS.na2d.default)
-    assert [getattr(value, "name", value) for value in node.args[-7:]] == [None, None, "gain", None, None, 1.5, 2]
+    assert [getattr(value, "name", value) for value in node.args[-7:]] == [None, "shift", "gain", None, None, 1.5, 2]
 
 
 for part in (schemas, nodes, checks, forward, gradients, manifest, exporter, passes):

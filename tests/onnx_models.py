@@ -101,6 +101,8 @@ def one_node(
     }
     if scale is not None:
         given["scale"] = scale
+    if p.has_borders:
+        given["border"] = ",".join(p.border)
     given.update(attributes or {})
     outputs = [helper.make_tensor_value_info("output", element, [*tokens, p.heads, p.head_dim_v])]
     if lse:
@@ -188,7 +190,7 @@ class Forward:
         exact = [tensor.double() for tensor in self.inputs]
         parameters = (p.kernel_size, p.stride, p.dilation, p.is_causal, scale)
         self.output, self.lse = neighborhood_attention(
-            *exact[:3], *parameters, *exact[3:], tokens=self.tokens, **self.others
+            *exact[:3], *parameters, *exact[3:], tokens=self.tokens, border=p.border, **self.others
         )
 
     @property

@@ -78,6 +78,7 @@ def test_signature_and_names_are_nattens(rank):
     assert list(inspect.signature(layer).parameters) == [
         "embed_dim", "num_heads", "kernel_size", "stride", "dilation", "is_causal", "qkv_bias", "qk_scale", "proj_drop",
         "rel_pos_bias",  # Ours: NATTEN had it up to 0.17.
+        "border",  # Ours.
     ]  # fmt: skip
     made = layer(12, 3, 3)
     assert {name: tuple(p.shape) for name, p in made.state_dict().items()} == {

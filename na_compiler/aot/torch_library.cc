@@ -164,10 +164,12 @@ std::string schema() {
       continue;
     }
     const TableOperand& operand = *argument.operand;
-    taken += operand.is_input() ? "Tensor" : operand.is_integer() ? "int" : "float";
+    taken += operand.is_input() ? "Tensor" : operand.is_word() ? "str" : operand.is_integer() ? "int" : "float";
     if (!operand.option.empty()) taken += "?";
     taken += " " + operand.name;
-    if (operand.is_later()) taken += "=" + (operand.option.empty() ? operand.otherwise : "None");
+    if (!operand.is_later()) continue;
+    std::string quote = operand.is_word() ? "\"" : "";
+    taken += "=" + (operand.option.empty() ? quote + operand.otherwise + quote : "None");
   }
   for (const TableOperand* output : output_operands()) {
     returned += (returned.empty() ? "Tensor " : ", Tensor ") + output->name;
@@ -181,6 +183,7 @@ struct Given {
   std::optional<Tensor> tensor;
   std::optional<double> number;
   std::optional<int64_t> integer;
+  std::string word;
 
   bool is_there() const { return tensor.has_value() || number.has_value() || integer.has_value(); }
 };
@@ -218,9 +221,11 @@ Call read_call(StableIValue* stack) {
       call.parameters.*argument.parameter = torch::stable::detail::to<Ints>(value);
       continue;
     }
-    Given one{argument.operand, {}, {}, {}};
+    Given one{argument.operand, {}, {}, {}, {}};
     bool may_be_absent = !one.operand->option.empty();
-    if (!one.operand->is_input()) {
+    if (one.operand->is_word()) {
+      one.word = torch::stable::detail::to<std::string>(value);
+    } else if (!one.operand->is_input()) {
       if (one.operand->is_integer()) {
         one.integer = read_number<int64_t>(value, may_be_absent);
       } else {
@@ -278,6 +283,7 @@ Problem problem_of(const Call& call, const std::vector<std::string>& options) {
   problem.is_causal = call.parameters.is_causal;
   for (const std::string& option : options) problem.take(option);
   problem.dtype = dtype_name(query);
+  problem.take_border(call.of("border").word);
   return problem;
 }
 
@@ -408,6 +414,11 @@ Match find_for(const Call& call, int rank, const std::vector<std::string>& optio
   }
   for (const std::string& option : na::options()) {
     at.push_back(std::find(options.begin(), options.end(), option) != options.end());
+  }
+  for (const TableOperand* operand : word_operands()) {
+    const std::string& word = call.of(operand->name).word;
+    at.push_back(static_cast<int64_t>(word.size()));
+    at.insert(at.end(), word.begin(), word.end());
   }
   {
     std::shared_lock<std::shared_mutex> lock(table_mutex);

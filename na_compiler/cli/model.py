@@ -16,6 +16,7 @@ from na_compiler.passes.progress import progress_bar
 from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import DTYPES, Problem
 from na_compiler.runtime.folders import runtime_library
+from na_compiler.window import SHIFT
 
 __all__ = ["add_parser", "add_problem_arguments", "add_problem_parser", "extents", "problem_of"]
 
@@ -75,6 +76,12 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", default=(1,), help="queries that share a window", **each)
     parser.add_argument("--dilation", default=(1,), help="distance between neighbors", **each)
     parser.add_argument("--causal", type=_flags, default=(False,), metavar="AxB", help="1 or 0 for each axis")
+    parser.add_argument(
+        "--border",
+        default=SHIFT,
+        metavar="WORD",
+        help="shift, cut, cut:LEFT, wrap or clamp; or one for each axis, as cut,wrap",
+    )
     parser.add_argument("--heads-kv", type=int, help="heads of keys and values (default: as many)")
     parser.add_argument("--head-dim-v", type=int, help="length of a value (default: the same)")
     parser.add_argument("--additional-kv", action="store_true", help="there are additional keys")
@@ -175,6 +182,7 @@ def problem_of(options: argparse.Namespace) -> Problem:
         additional_kv=options.additional_kv,
         dtype=options.dtype,
         operands=options.operand,
+        border=options.border,
     )
 
 

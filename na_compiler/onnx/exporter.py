@@ -16,7 +16,7 @@ import torch
 from na_compiler.onnx.bodies import BODIES, add_bodies, inline_bodies
 from na_compiler.onnx.nodes import attention_nodes, node_signature
 from na_compiler.onnx.signature import DOMAIN, INPUTS, OPERATORS, VERSION
-from na_compiler.operands import PARAMETERS, scalars
+from na_compiler.operands import PARAMETERS, scalars, words
 from na_compiler.ops.operators import OPERATORS as TORCH_OPERATORS
 from na_compiler.ops.schema import FORWARD
 
@@ -159,7 +159,8 @@ def _translation(operator: str) -> Callable[..., Any]:
             inputs.pop()
         attributes = {name: list(map(int, given[name])) for name in PARAMETERS}
         numbers = {o.name: _NUMBERS[o.dtype](given[o.name]) for o in scalars() if given[o.name] is not None}
-        return getattr(operators, operator)(*inputs, **attributes, **numbers, _outputs=len(FORWARD.results))
+        said = {o.name: given[o.name] for o in words() if given[o.name] != o.default}
+        return getattr(operators, operator)(*inputs, **attributes, **numbers, **said, _outputs=len(FORWARD.results))
 
     return translate
 

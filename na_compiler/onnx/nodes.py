@@ -33,7 +33,7 @@ Source = str | os.PathLike[str] | ir.Model | onnx.ModelProto
 _KINDS = {
     operand.name: ir.AttributeType.INT if operand.dtype == "int64" else ir.AttributeType.FLOAT
     for operand in operands.scalars()
-}
+} | {operand.name: ir.AttributeType.STRING for operand in operands.words()}
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 

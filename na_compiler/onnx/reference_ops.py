@@ -49,6 +49,7 @@ class _NeighborhoodAttention(OpRun):
         named: dict[str, Any] = {name: torch.from_numpy(_exact(tensor)) for name, tensor in given.items()}
         named |= {name: getattr(problem, name) for name in PARAMETERS}
         named |= {o.name: attributes[o.name] for o in operands.scalars() if attributes.get(o.name) is not None}
+        named["border"] = problem.border
         output, lse = neighborhood_attention(**{**named, "scale": signature.scale()})
         results = (output.numpy().astype(given["query"].dtype), lse.numpy().astype(np.float32))
         return results[: len(self.onnx_node.output)]

@@ -70,7 +70,10 @@ def schema(operator: str) -> OpSchema:
         # All but the first may be left out.
         outputs=[_parameter(operand, rank, optional=i > 0) for i, operand in enumerate(operands.outputs())],
         type_constraints=[("T", list(DTYPES.values()), "Of query, key, value and output.")],
-        attributes=[*(_attribute(name, rank) for name in PARAMETERS), *map(_number, operands.scalars())],
+        attributes=[
+            *(_attribute(name, rank) for name in PARAMETERS),
+            *map(_number, (*operands.scalars(), *operands.words())),
+        ],
     )
     made.set_type_and_shape_inference_function(functools.partial(_infer, operator))
     return made

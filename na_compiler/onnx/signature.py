@@ -35,7 +35,7 @@ OPERATORS = {"NA1D": 1, "NA2D": 2, "NA3D": 3}
 # As in `na_compiler.operands`: numbers are attributes, and what is later may be left out.
 INPUTS = tuple(operand.name for operand in operands.inputs())
 OUTPUTS = tuple(operand.name for operand in operands.outputs())
-ATTRIBUTES = (*PARAMETERS, *(operand.name for operand in operands.scalars()))
+ATTRIBUTES = (*PARAMETERS, *(operand.name for operand in (*operands.scalars(), *operands.words())))
 _OPERANDS = {operand.name: operand for operand in operands.TABLE}
 _REQUIRED = sum(not operand.is_later for operand in operands.inputs())
 # Problem's name of a dtype to ONNX's of a tensor of it.
@@ -120,12 +120,23 @@ class Signature:
             for name, own in zip(self.names, self.dtypes, strict=True)
         }
         numbers = {name: self.attributes.get(name) for name in ATTRIBUTES if _is_later_number(name)}
-        named: dict[str, Any] = {**tensors, **parameters, **numbers}
+        named: dict[str, Any] = {**tensors, **parameters, **numbers, **self._words()}
         problem = Problem.of_tensors(**named)
         # An input of additional keys without a single one.
         if problem.additional_kv and stand_ins["additional_keys"][1] == 0:
             problem = problem.replace(additional_kv=False)
         return problem if known else None
+
+    def _words(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for operand in operands.words():
+            value = self.attributes.get(operand.name)
+            if isinstance(value, bytes):  # As onnx's own functions give a string.
+                value = value.decode(errors="replace")
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{operand.name} must be a string, got {shown(value)}")
+            found[operand.name] = str(operand.default) if value is None else value
+        return found
 
     def scale(self) -> float | None:
         """Return the scale; ``None`` where it depends on a head_dim that is not known."""
@@ -193,7 +204,7 @@ class _StandIn:
 
 
 def _is_later_number(name: str) -> bool:
-    return name in _OPERANDS and _OPERANDS[name].is_later
+    return name in _OPERANDS and _OPERANDS[name].is_later and _OPERANDS[name].role == operands.SCALAR
 
 
 def _terms(operand: Operand, rank: int) -> list[str]:

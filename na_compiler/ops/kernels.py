@@ -142,7 +142,8 @@ def find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Launch:
 def _kind(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.shape, argument.stride(), argument.dtype, argument.device
-    return type(argument)
+    # A word is part of the problem, and a number is not.
+    return argument if isinstance(argument, str) else type(argument)
 
 
 def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found:

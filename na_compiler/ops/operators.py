@@ -298,6 +298,7 @@ def flops(signature: Signature, *arguments: Any, **named: Any) -> int:
         is_causal=flags(given["is_causal"]),
         heads_kv=key[-2],
         head_dim_v=value[-1],
+        border=given["border"],
     )
     return problem.flops(query[0], 0 if additional is None else additional[1], signature.direction)
 

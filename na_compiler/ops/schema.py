@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from na_compiler import operands
-from na_compiler.operands import PARAMETERS, SCALAR, Operand
+from na_compiler.operands import PARAMETER, PARAMETERS, SCALAR, Operand
 from na_compiler.problem import Problem
 
 __all__ = ["BACKWARD", "BOUND", "FORWARD", "TANGENT", "Signature", "flags", "problem_of"]
@@ -22,7 +22,7 @@ __all__ = ["BACKWARD", "BOUND", "FORWARD", "TANGENT", "Signature", "flags", "pro
 # As torch writes the types of parameters: a kernel size may come from a size that is a symbol while torch traces; and
 # flags are ints, since torch.jit.trace, and all that is made with it, cannot record a list of bools.
 _PARAMETERS = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, int[] is_causal"
-_NUMBERS = {"float32": "float", "int64": "int"}
+_NUMBERS = {"float32": "float", "int64": "int", "str": "str"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Signature:
     names: tuple[str, ...] = field(init=False)
     tensors: tuple[int, ...] = field(init=False)
     parameters: int = field(init=False)
-    defaults: tuple[float | int | None, ...] = field(init=False)
+    defaults: tuple[float | int | str | None, ...] = field(init=False)
     later: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Signature:
         parameters = self.operands.index(PARAMETERS[0])
         made = {
             "names": tuple(o.name if isinstance(o, Operand) else o for o in self.operands),
-            "tensors": tuple(place for place, o in named if o.role != SCALAR and not o.is_later),
+            "tensors": tuple(place for place, o in named if o.role not in {SCALAR, PARAMETER} and not o.is_later),
             "parameters": parameters,
             "defaults": tuple(o.default if isinstance(o, Operand) else None for o in self.operands),
             "later": next((place for place, o in named if o.is_later), len(self.operands)),
@@ -93,12 +93,16 @@ class Signature:
 def _declared(operand: Operand | str) -> str:
     if isinstance(operand, str):
         return f"str {operand}"
-    kind = _NUMBERS[operand.dtype] if operand.role == SCALAR else "Tensor"
+    kind = _NUMBERS[operand.dtype] if operand.role in {SCALAR, PARAMETER} else "Tensor"
     if operand.option is not None:
         return f"{kind}? {operand.name}=None"
     if operand.is_nullable:
         return f"{kind}? {operand.name}"
-    return f"{kind} {operand.name}" + ("" if operand.default is None else f"={operand.default}")
+    return f"{kind} {operand.name}" + ("" if operand.default is None else f"={_literal(operand.default)}")
+
+
+def _literal(default: object) -> str:
+    return f'"{default}"' if isinstance(default, str) else str(default)
 
 
 def _given(wanted: Iterable[Operand]) -> tuple[Operand, ...]:

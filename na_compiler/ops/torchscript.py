@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from na_compiler import operands
-from na_compiler.operands import PARAMETERS, SAME, SCALAR, Operand
+from na_compiler.operands import PARAMETER, PARAMETERS, SAME, SCALAR, Operand
 from na_compiler.ops.operators import flops
 from na_compiler.ops.schema import FORWARD
 
@@ -41,6 +41,7 @@ class Scriptable(nn.Module):
     stride: list[int]
     dilation: list[int]
     is_causal: list[int]
+    border_words: str
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Attend."""
@@ -51,17 +52,17 @@ class Scriptable(nn.Module):
         if self.rank == 1:
             attended, _ = torch.ops.na_compiler.na1d(
                 query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
-                relative_position_bias=self.rpb, key_mask=key_mask,
+                relative_position_bias=self.rpb, key_mask=key_mask, border=self.border_words,
             )  # fmt: skip
         elif self.rank == 2:
             attended, _ = torch.ops.na_compiler.na2d(
                 query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
-                relative_position_bias=self.rpb, key_mask=key_mask,
+                relative_position_bias=self.rpb, key_mask=key_mask, border=self.border_words,
             )  # fmt: skip
         else:
             attended, _ = torch.ops.na_compiler.na3d(
                 query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
-                relative_position_bias=self.rpb, key_mask=key_mask,
+                relative_position_bias=self.rpb, key_mask=key_mask, border=self.border_words,
             )  # fmt: skip
         return self.proj_drop(self.proj(attended.flatten(-2)))  # type: ignore[no-any-return]
 
@@ -90,11 +91,10 @@ def _symbolic(rank: int, graph: Any, *values: Any) -> Any:
     attributes: dict[str, Any] = {}
     for place, name in enumerate(FORWARD.names):
         operand = FORWARD.operands[place]
-        is_number = isinstance(operand, Operand) and operand.role == SCALAR
-        if name in given and (is_number or name in PARAMETERS):
-            kind = "is" if not is_number else "f" if operand.dtype == "float32" else "i"  # type: ignore[union-attr]
+        kind = _KINDS[operand.dtype] if isinstance(operand, Operand) and operand.role in {SCALAR, PARAMETER} else "is"
+        if name in given and (kind != "is" or name in PARAMETERS):
             value = _constant(symbolic_helper, given[name], kind, name)
-            if value is not None:
+            if value is not None and (kind != "s" or value != operand.default):  # type: ignore[union-attr]
                 attributes[f"{name}_{kind[0]}"] = value
     results = graph.op(f"na_compiler::NA{rank}D", *inputs, **attributes, outputs=len(operands.outputs()))
     for operand, result in zip(operands.outputs(), results, strict=True):
@@ -102,6 +102,10 @@ def _symbolic(rank: int, graph: Any, *values: Any) -> Any:
         made = given["query"].type().with_sizes([None] * (len(operand.shape) - 1 + rank))
         result.setType(made if operand.dtype == SAME else made.with_dtype(getattr(torch, operand.dtype)))
     return results
+
+
+# As torch calls the kinds of attributes.
+_KINDS = {"float32": "f", "int64": "i", "str": "s"}
 
 
 def _constant(helper: Any, value: Any, kind: str, name: str) -> Any:
@@ -131,8 +135,12 @@ def _multiply_adds(inputs: list[Any], outputs: list[Any]) -> int:
     arguments = []
     for name, value in zip(FORWARD.names, inputs, strict=False):
         sizes = value.type().sizes() if isinstance(value.type(), torch.TensorType) else None
-        arguments.append(_list(value) if name in PARAMETERS else sizes)
+        known = sizes if sizes is not None or name not in _WORDS else value.toIValue()
+        arguments.append(_list(value) if name in PARAMETERS else known)
     return flops(FORWARD, *arguments) // 2
+
+
+_WORDS = {operand.name for operand in operands.words()}
 
 
 def _list(value: Any) -> list[int]:

@@ -136,6 +136,7 @@ def _problem(
             additional_kv=operands.ADDITIONAL_KV in options,
             operands=tuple(option for option in options if option != operands.ADDITIONAL_KV),
             dtype=tensor_of(found.arguments["query"]).dtype,
+            border=found.arguments["border"],
             **parameters,
         )
     except ValueError as error:

@@ -12,6 +12,7 @@ from torch import nn
 from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.problem import flags_per_axis, ints_per_axis
+from na_compiler.window import SHIFT
 
 __all__ = ["convert", "convert_modules", "is_ours"]
 
@@ -168,6 +169,7 @@ def _converted(module: Any) -> nn.Module:  # noqa: ANN401 - a class of NATTEN's,
         causal = getattr(module, "is_causal", False)
         flags = causal if isinstance(causal, bool) else tuple(map(bool, causal))
         made.is_causal = flags_per_axis("is_causal", flags, rank)
+        made.border, made.border_words = (SHIFT,) * rank, SHIFT
     except (TypeError, ValueError) as error:
         raise DeclinedError(str(error)) from None
     if getattr(made, "rpb", None) is None:

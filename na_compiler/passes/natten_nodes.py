@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from na_compiler import operands
 from na_compiler.functional import TUNING
 from na_compiler.passes.collect_torch import site_of
 from na_compiler.passes.decline import DeclinedError, need
@@ -58,7 +59,8 @@ def replace_natten(module: fx.GraphModule) -> int:
 def _check(found: Attention) -> None:
     """Decline a node that has what our operators have not."""
     arguments = found.arguments
-    absent = {name for name, value in arguments.items() if value is None or (name == "num_extra_kv" and value == 0)}
+    empty = {"num_extra_kv": 0, **operands.defaults()}
+    absent = {name for name, value in arguments.items() if value is None or (name in empty and value == empty[name])}
     unknown = sorted(set(arguments) - absent - _PARAMETERS - _TENSORS - _HOW)
     need(not unknown, f"it has arguments that are not known here: {', '.join(unknown)}")
     for name in sorted(_TENSORS - absent):

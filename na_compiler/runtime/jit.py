@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+from na_compiler.borders import joined
 from na_compiler.problem import Problem
 
 __all__ = ["MissingKernelError", "command_for", "compiling", "is_compiling_allowed"]
@@ -116,8 +117,9 @@ def command_for(problem: Problem, direction: str, target: str, bundle: str = "BU
             words.append(f"--{name} {times(getattr(problem, name))}")
     if any(problem.is_causal):
         words.append("--causal " + "x".join("1" if flag else "0" for flag in problem.is_causal))
-    if problem.additional_kv:
-        words.append("--additional-kv")
+    if problem.has_borders:
+        words.append(f"--border {joined(problem.border)}")
+    words += ["--additional-kv"] * problem.additional_kv
     words += [f"--operand {name}" for name in problem.operands]
     if problem.dtype != "float32":
         words.append(f"--dtype {problem.dtype}")

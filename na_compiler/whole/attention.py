@@ -14,6 +14,7 @@ from na_compiler.compiler.spec import KernelSpec
 from na_compiler.operands import PARAMETERS
 from na_compiler.problem import Problem
 from na_compiler.target import Target
+from na_compiler.window import SHIFT
 
 __all__ = ["Attention"]
 
@@ -86,6 +87,7 @@ def _problem(given: Mapping[str, Any]) -> Problem:
         additional_kv=operands.ADDITIONAL_KV in options,
         operands=tuple(option for option in options if option != operands.ADDITIONAL_KV),
         dtype=str(query.ty.dtype),
+        border=given.get("border") or SHIFT,
         # Operators take flags as ints.
         **{**parameters, "is_causal": tuple(map(bool, parameters["is_causal"]))},
     )

@@ -80,6 +80,7 @@ def _converters(attention: Attention) -> Iterator[None]:
         def convert(cls: Any, builder: Any, inputs: Any, attributes: Any, parameters: Any) -> Any:  # noqa: ARG001
             given = {name: attributes.get(name, [name != "is_causal"] * rank) for name in PARAMETERS}
             given |= {operand.name: attributes.get(operand.name) for operand in operands.scalars()}
+            given |= {operand.name: attributes.get(operand.name) for operand in operands.words()}
             names = [operand.name for operand in operands.inputs()]
             return attention.emit(builder, given | dict(zip(names, inputs, strict=False)))
 

@@ -108,6 +108,10 @@ def _complete(node: ir.Node) -> None:
         _check_computed(signature)
     except ValueError as error:
         raise ValueError(f"node {name_of(node)!r}: {error}") from error
+    for name, default in operands.defaults().items():
+        # A function has no such attribute: what it computes is that default.
+        if name in node.attributes and node.attributes[name].value == default:
+            del node.attributes[name]
     for name in PARAMETERS:
         if name not in node.attributes:
             node.attributes.add(ir.AttrInt64s(name, default_attribute(name, signature.rank)))

@@ -49,6 +49,7 @@ const std::vector<std::string>& attributes() {
   static const auto made = [] {
     auto names = new std::vector<std::string>{"kernel_size", "stride", "dilation", "is_causal"};
     for (const TableOperand* operand : number_operands()) names->push_back(operand->name);
+    for (const TableOperand* operand : word_operands()) names->push_back(operand->name);
     return names;
   }();
   return *made;
@@ -79,6 +80,19 @@ std::vector<int64_t> integers(const Api& api, const OrtKernelInfo* info, const c
   std::vector<int64_t> values(size);
   check(api, api.KernelInfoGetAttributeArray_int64(info, name, values.data(), &size));
   return values;
+}
+
+std::string read_word(const Api& api, const OrtKernelInfo* info, const char* name, const char* otherwise) {
+  size_t size = 0;
+  // Of a text that is there it says the size, and that there is no place for it.
+  succeeds(api, api.KernelInfoGetAttribute_string(info, name, nullptr, &size));
+  if (size == 0) {
+    if (has_attribute(api, info, name)) throw Error(std::string(name) + " must be a string, and is of another type");
+    return otherwise;
+  }
+  std::string word(size, '\0');
+  check(api, api.KernelInfoGetAttribute_string(info, name, word.data(), &size));
+  return word.c_str();
 }
 
 // Names that an attribute of ours is taken for: what it is called elsewhere, and what is next to it on a keyboard.
@@ -161,6 +175,7 @@ void Node::read(const OrtKernelInfo* info) {
     if (flag != 0 && flag != 1) throw Error("is_causal must be 0 or 1 per axis, got " + std::to_string(flag));
   }
   for (const TableOperand* operand : number_operands()) numbers_.push_back(read_number(info, *operand));
+  border_ = read_word(api_, info, "border", "shift");
   look_ahead(info);
 }
 
@@ -297,8 +312,8 @@ Problem Node::pose(const Inputs& inputs) const {
                   dtype_name(element));
     }
   }
-  problem.check();
   take_options(inputs, problem);
+  problem.take_border(border_);
   return problem;
 }
 

@@ -94,6 +94,7 @@ class Node {
   const Api& api_;
   std::string where_;
   Problem attributes_;
+  std::string border_;
   std::vector<Number> numbers_;
   // What was found, by what it was found for. Nothing is found twice, so that there are at most as many as the bundles
   // have kernels; nothing is removed, so that threads may read the last one without a lock.

@@ -23,7 +23,7 @@ std::string join(const std::vector<int64_t>& values) {
 bool Problem::operator==(const Problem& other) const {
   auto key = [](const Problem& p) {
     return std::tie(p.layout, p.kernel_size, p.stride, p.dilation, p.is_causal, p.heads, p.heads_kv, p.head_dim,
-                    p.head_dim_v, p.additional_kv, p.operands, p.dtype);
+                    p.head_dim_v, p.additional_kv, p.operands, p.border, p.dtype);
   };
   return key(*this) == key(other);
 }
@@ -39,6 +39,9 @@ std::string Problem::text() const {
   if (stride != ones) text += " stride=" + join(stride);
   if (dilation != ones) text += " dilation=" + join(dilation);
   if (is_causal != zeros) text += " is_causal=" + join(is_causal);
+  if (!border.empty()) {
+    for (size_t axis = 0; axis < border.size(); ++axis) text += (axis == 0 ? " border=" : ",") + border[axis];
+  }
   if (additional_kv) text += " additional_kv";
   for (const std::string& option : operands) text += " " + option;
   return text + " " + dtype;
@@ -87,11 +90,7 @@ void Problem::check() const {
       throw Error("stride must be at least 1 and at most kernel_size=" + std::to_string(kernel) + on_axis(axis) +
                   ", got " + std::to_string(step));
     }
-    // Without a product, which might overflow.
-    if (kernel > layout[axis] / gap) {
-      throw Error("kernel_size * dilation must be at most the layout's " + std::to_string(layout[axis]) + " tokens" +
-                  on_axis(axis) + ", got kernel_size=" + std::to_string(kernel) + " and dilation=" + std::to_string(gap));
-    }
+    check_border(axis);
   }
   if (heads_kv < 1 || heads % heads_kv != 0) {
     throw Error("query's heads must be a multiple of key's, got " + std::to_string(heads) + " and " +

@@ -18,11 +18,15 @@ struct Problem {
   std::string dtype;
   // The other options that it has, in the order of `options()`.
   std::vector<std::string> operands;
+  // What windows do at the ends of each axis; nothing where they shift on all. Canonical, as Problem's in Python.
+  std::vector<std::string> border;
 
   // Whether it has the operands of an option; those of none it has always.
   bool has(const std::string& option) const;
   // Has an option from now on; to be called in the order of `options()`.
   void take(const std::string& option);
+  // Has a border from now on, as an operator says it, after everything else that it has. Throws Error as `check`.
+  void take_border(const std::string& words);
   // What the terms of an operand's shape come to for some batch and additional keys.
   std::vector<int64_t> shape_of(const TableOperand& operand, int64_t batch, int64_t additional) const;
 
@@ -31,6 +35,7 @@ struct Problem {
   std::string text() const;
   // Throws Error if attributes do not fit the layout, as Problem does.
   void check() const;
+  void check_border(size_t axis) const;
 };
 
 // An extent of a buffer that a kernel needs beside its inputs and outputs; -1 is the number of additional keys.

@@ -167,12 +167,30 @@ void read_options(const Said& said, Problem& problem) {
   if (problem.operands != found) said.refuse("names of operands that this version knows, in its order");
 }
 
+// A problem's border, which is canonical in a manifest.
+void read_border(const Said& said, Problem& problem) {
+  static const char kWanted[] = "shift, cut, cut:LEFT or wrap";
+  auto each = [](const Said& word) { return word.name("a0:", 32, kWanted); };
+  std::vector<std::string> found = said.list(1, kMaxRank, each);
+  if (found.size() != problem.layout.size()) throw Error(said.place() + " has another number of values than axes");
+  std::string words;
+  for (const std::string& word : found) words += (words.empty() ? "" : ",") + word;
+  try {
+    problem.take_border(words);
+  } catch (const Error& error) {
+    throw Error(said.place() + ": " + error.what());
+  }
+  if (problem.border != found) said.refuse("as problems are written that are the same");
+}
+
 Problem read_problem(const Said& said) {
   // There only where there are some: so a problem is called as it was before there were any.
   bool has_operands = said.has("operands");
   std::vector<const char*> names = {"layout",    "heads",    "head_dim",   "kernel_size",   "stride", "dilation",
                                     "is_causal", "heads_kv", "head_dim_v", "additional_kv", "dtype"};
+  bool has_border = said.has("border");
   if (has_operands) names.push_back("operands");
+  if (has_border) names.push_back("border");
   said.has_exactly(names);
   Problem problem;
   problem.layout = read_per_axis(said["layout"]);
@@ -190,6 +208,7 @@ Problem read_problem(const Said& said) {
   for (const auto* values : {&problem.kernel_size, &problem.stride, &problem.dilation, &problem.is_causal}) {
     if (values->size() != problem.layout.size()) throw Error(said.place() + " has another number of values than axes");
   }
+  if (has_border) read_border(said["border"], problem);
   problem.check();
   return problem;
 }

@@ -8,5 +8,6 @@
 #include "tvm.cc"
 #include "table.cc"
 #include "kernel.cc"
+#include "border.cc"
 #include "manifest.cc"
 #include "bundle.cc"

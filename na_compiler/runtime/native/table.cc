@@ -94,6 +94,11 @@ const std::vector<const TableOperand*>& output_operands() {
   return *found;
 }
 
+const std::vector<const TableOperand*>& word_operands() {
+  static const auto found = find_with("parameter");
+  return *found;
+}
+
 const std::vector<const TableOperand*>& forward_operands() {
   static const auto found = find_with("input scalar output");
   return *found;

@@ -18,6 +18,7 @@ struct TableOperand {
   // In the problem's terms, such as `batch` and `layout`.
   std::vector<std::string> shape;
 
+  bool is_word() const { return role == "parameter"; }
   bool is_input() const { return role == "input"; }
   bool is_integer() const { return dtype == "int64"; }
   // Whether a call may leave it out.
@@ -35,6 +36,8 @@ const std::vector<TableOperand>& operand_table();
 const std::vector<const TableOperand*>& input_operands();
 const std::vector<const TableOperand*>& number_operands();
 const std::vector<const TableOperand*>& output_operands();
+// Parts of a problem that are words, with which no kernel is called.
+const std::vector<const TableOperand*>& word_operands();
 // Inputs, numbers, outputs: what a forward is called with, before its workspace.
 const std::vector<const TableOperand*>& forward_operands();
 // What problems have operands for, beside those that every problem has.
