@@ -12,6 +12,7 @@ from na_compiler.schedules.shared.visit import Visit
 from na_compiler.schedules.sm90 import planner
 from na_compiler.schedules.sm90.backward import planner as backward_planner
 from na_compiler.schedules.sm90.backward.config import Sm90Backward
+from na_compiler.schedules.sm90.backward.fused.config import Sm90Fused
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.visit import visit
 from na_compiler.target import CudaTarget, Target
@@ -65,10 +66,14 @@ class _Sm90(Family):
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the kernel, for nvcc."""
         if direction == "backward":
+            from na_compiler.schedules.sm90.backward.fused.kernel import schedule_fused  # noqa: PLC0415
             from na_compiler.schedules.sm90.backward.kernel import schedule_backward  # noqa: PLC0415
 
-            assert isinstance(config, Sm90Backward)
-            function = schedule_backward(config.plan(problem))
+            assert isinstance(config, Sm90Backward | Sm90Fused)
+            if isinstance(config, Sm90Fused):
+                function = schedule_fused(config.plan(problem))
+            else:
+                function = schedule_backward(config.plan(problem))
         else:
             from na_compiler.schedules.sm90.kernel import schedule_forward  # noqa: PLC0415
 

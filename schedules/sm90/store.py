@@ -65,6 +65,11 @@ class RowStore:
             row = i % 2
             emit(convert(pairs[i], sums[2 * i + 1] * factors[row], sums[2 * i] * factors[row]))
         sync_warpgroup(rows.warpgroup)
+        self.put(pairs)
+
+    def put(self, pairs: Any) -> None:
+        """Put packed accumulators in their place."""
+        rows, extent = self.rows, self.columns.extent
         # A lane gives the address of one row of one of the four 8x8 matrices: rows 0-7 and 8-15, of two column groups.
         row = let(rows.warp * 16 + T.bitwise_and(rows.lane, 15))
         half = let(T.shift_right(rows.lane, 4))

@@ -120,6 +120,8 @@ struct CUtensorMap {
   int box[5], step[5], swizzle;
 };
 struct Store { const CUtensorMap* map; int at[5]; uint32_t source; };
+// A copy of bytes in one piece, or its addition to what is there.
+struct Bulk { uchar* target; uint32_t source, bytes; bool adds, is_read; std::vector<uchar> data; };
 struct Copy { uint32_t target; const uchar* source; uint32_t bytes, whole = 16; };
 struct Fiber {
   ucontext_t context;
@@ -132,6 +134,10 @@ struct Fiber {
   std::vector<Product> open;
   std::deque<std::vector<Product>> groups;
   std::vector<Store> stores;
+  std::vector<Bulk> bulks;
+  const void* polled = nullptr;
+  uint32_t seen = 0;
+  int polls = 0;
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> copy_groups;
 };
@@ -154,6 +160,7 @@ inline void fiber_main() {
   for (auto& group : fiber.groups)
     if (!group.empty()) die("thread %d ends with products that were never waited for", thread_number);
   if (!fiber.stores.empty()) die("thread %d ends with TMA stores that were never waited for", thread_number);
+  if (!fiber.bulks.empty()) die("thread %d ends with copies in bulk that were never waited for", thread_number);
   if (!fiber.copies.empty()) die("thread %d ends with copies that were never committed", thread_number);
   for (auto& group : fiber.copy_groups)
     if (!group.empty()) die("thread %d ends with copies that were never waited for", thread_number);
@@ -299,6 +306,58 @@ inline void tma_store_wait() {
   self().stores.clear();
 }
 
+// ------------------------------------------------------------------------------------------------ bulk copies, turns
+inline void bulk_read(Bulk& bulk) {
+  if (!bulk.is_read) bulk.data.assign(shared_memory + bulk.source, shared_memory + bulk.source + bulk.bytes);
+  bulk.is_read = true;
+}
+inline void bulk_write(Bulk& bulk) {
+  bulk_read(bulk);
+  if (!bulk.adds) memcpy(bulk.target, bulk.data.data(), bulk.bytes);
+  else
+    for (uint32_t place = 0; place < bulk.bytes; place += 4) {
+      float sum, term;
+      memcpy(&sum, bulk.target + place, 4), memcpy(&term, &bulk.data[place], 4);
+      sum += term;
+      memcpy(bulk.target + place, &sum, 4);
+    }
+}
+inline void bulk(const void* target, uint32_t source, uint32_t bytes, bool adds) {
+  if ((uintptr_t)target % 16 || source % 16 || bytes % 16) die("a copy of %u bytes in bulk, from %u, not all multiples of 16", bytes, source);
+  if (source + bytes > SHARED) die("a copy in bulk from beyond shared memory");
+  check_global((const uchar*)target, bytes);
+  Bulk made{(uchar*)target, source, bytes, adds, false, {}};
+  if (!late_products) bulk_write(made);
+  self().bulks.push_back(made);
+}
+inline void bulk_wait(bool only_read) {
+  for (auto& one : self().bulks) {
+    if (!late_products) continue;
+    if (only_read) bulk_read(one);
+    else bulk_write(one);
+  }
+  if (!only_read) self().bulks.clear();
+}
+// Blocks run one after another, so what a thread waits for in global memory is there, or never comes.
+inline uint32_t poll(const void* address) {
+  Fiber& fiber = self();
+  uint32_t value;
+  check_global((const uchar*)address, 4);
+  memcpy(&value, address, 4);
+  fiber.polls = address == fiber.polled && value == fiber.seen ? fiber.polls + 1 : 0;
+  fiber.polled = address, fiber.seen = value;
+  if (fiber.polls > 3) die("deadlock in block %d: a thread waits for a number in global memory, which is %u, to change", blockIdx.x, value);
+  return value;
+}
+inline uint32_t add_global(const void* address, uint32_t value) {
+  uint32_t before;
+  check_global((const uchar*)address, 4);
+  memcpy(&before, address, 4);
+  value += before;
+  memcpy((void*)address, &value, 4);
+  return before;
+}
+
 // ------------------------------------------------------------------------------------------------ wgmma
 inline float element(int kind, uint16_t bits) { return kind ? f16_to_float(bits) : bf16_to_float(bits); }
 // Element of an operand in shared memory: `along` the columns of the product (or its rows), `depth` in the sum.
@@ -427,6 +486,7 @@ inline void run_block(int threads, void (*body)()) {
     Fiber& fiber = fibers[t];
     fiber.wait = Wait::none;
     fiber.groups.clear(), fiber.open.clear(), fiber.stores.clear();
+    fiber.bulks.clear(), fiber.polls = 0;
     fiber.copies.clear(), fiber.copy_groups.clear();
     if (!fiber.stack) fiber.stack = (uchar*)malloc(STACK);
     getcontext(&fiber.context);
@@ -592,7 +652,27 @@ inline void TMA_STORE(3)(const void* map, int a, int b, int c, uint32_t from) { 
 inline void TMA_STORE(4)(const void* map, int a, int b, int c, int d, uint32_t from) { tma_store(map, {a, b, c, d}, from); }
 inline void TMA_STORE(5)(const void* map, int a, int b, int c, int d, int e, uint32_t from) { tma_store(map, {a, b, c, d, e}, from); }
 inline void tvm_builtin_ptx_cp_async_bulk_commit_group_async_bulk_commit_group() {}
-inline void tvm_builtin_ptx_cp_async_bulk_wait_group_async_bulk_wait_group_read_0() { tma_store_wait(); }
+inline void tvm_builtin_ptx_cp_async_bulk_wait_group_async_bulk_wait_group_read_0() { tma_store_wait(), bulk_wait(true); }
+inline void tvm_builtin_ptx_cp_async_bulk_wait_group_async_bulk_wait_group_0() { tma_store_wait(), bulk_wait(false); }
+inline void tvm_builtin_ptx_cp_async_bulk_s2g_async_bulk_global_shared__cta_bulk_group(const void* to, uint32_t from, uint32_t bytes) { bulk(to, from, bytes, false); }
+inline void tvm_builtin_ptx_cp_reduce_async_bulk_s2g_reduce_async_bulk_global_shared__cta_bulk_group_add_f32(const void* to, uint32_t from, uint32_t bytes) {
+  bulk(to, from, bytes, true);
+}
+inline void tvm_builtin_ptx_fence_proxy_proxy_async_global() {}
+inline void tvm_builtin_ptx_ld_acquire_gpu_global_u32(uint32_t& target, const void* address) { target = poll(address); }
+inline void tvm_builtin_ptx_red_release_gpu_global_add_u32(const void* address, uint32_t value) { add_global(address, value); }
+inline void tvm_builtin_ptx_atom_global_add_u32(uint32_t& target, const void* address, uint32_t value) { target = add_global(address, value); }
+inline void tvm_builtin_ptx_st_vec_global_v4_u32(const void* address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  if ((uintptr_t)address % 16) die("a store of 16 bytes at an address that is no multiple of 16");
+  check_global((const uchar*)address, 16);
+  uint32_t words[4] = {a, b, c, d};
+  memcpy((void*)address, words, sizeof words);
+}
+inline void tvm_builtin_ptx_st_vec_shared_v4_f32(uint32_t address, float a, float b, float c, float d) {
+  if (address % 16) die("a store of 16 bytes at %u of shared memory", address);
+  float numbers[4] = {a, b, c, d};
+  memcpy(shared_memory + address, numbers, sizeof numbers);
+}
 inline void ptx_wgmma_encode_matrix_descriptor(uint64_t* target, void* address, int leading, int stride, int swizzle) {
   uint64_t layout = swizzle == 3 ? 1 : swizzle == 2 ? 2 : swizzle == 1 ? 3 : 0;
   *target = ((uint64_t)(shared_address(address) >> 4) & 0x3fff) | ((uint64_t)leading << 16) | ((uint64_t)stride << 32) | (layout << 62);

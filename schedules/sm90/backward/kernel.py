@@ -28,7 +28,7 @@ from na_compiler.schedules.sm90.backward.producer import SweepProducer
 from na_compiler.schedules.sm90.backward.statistics import launch_statistics
 from na_compiler.schedules.sm90.backward.work import KeyWork, QueryWork, StripWork
 
-__all__ = ["schedule_backward"]
+__all__ = ["launch", "schedule_backward"]
 
 Expr = Any
 
@@ -47,27 +47,27 @@ def _trace(plan: BackwardPlan) -> None:
     arguments = BackwardArguments(plan)
     # There are no tensor maps of nothing, and no launches on an empty grid.
     with when(arguments.batch > 0):
-        with _launch(1):
+        with launch(1):
             launch_statistics(plan, arguments)
         for sweep in plan.sweeps:
             maps = arguments.encode(sweep)
             if sweep.of_queries and arguments.additional is not None:
                 arguments.encode_additional(sweep, maps)
-            with _launch(sweep.config.blocks):
+            with launch(sweep.config.blocks):
                 _sweep(sweep, arguments, maps)
         if plan.additional:
             with when(arguments.additional > 0):
                 for sweep in plan.additional:
                     maps = arguments.encode(sweep)
-                    with _launch(sweep.config.blocks):
+                    with launch(sweep.config.blocks):
                         _sweep(sweep, arguments, maps)
                 for name in ("key", "value"):
-                    with _launch(1):
+                    with launch(1):
                         launch_gather(plan.problem, arguments, plan.strips, name)
 
 
 @contextlib.contextmanager
-def _launch(blocks: int) -> Iterator[None]:
+def launch(blocks: int) -> Iterator[None]:
     """Make a kernel of what is traced inside, of which so many thread blocks share a multiprocessor.
 
     The second bound of the launch: without it, setmaxnreg is ignored.

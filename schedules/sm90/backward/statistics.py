@@ -8,12 +8,13 @@ along no innermost axis.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.shared.statistics import exponent_of, widened
 from na_compiler.schedules.shared.trace import I, T, both, emit, flat, index64, let, local, put, register, when
 from na_compiler.schedules.sm90.backward.arguments import BackwardArguments
-from na_compiler.schedules.sm90.backward.plan import BackwardPlan
+from na_compiler.schedules.sm90.backward.plan import BackwardPlan, SweepPlan
 from na_compiler.schedules.sm90.backward.work import statistics_address
 
 __all__ = ["launch_statistics"]
@@ -23,8 +24,20 @@ _THREADS = 256
 _VECTOR = 8  # Elements that a lane reads at once: 16 bytes.
 
 
-def launch_statistics(plan: BackwardPlan, arguments: BackwardArguments) -> None:
-    """Emit the kernel, inside a launch."""
+def launch_statistics(
+    plan: BackwardPlan | SweepPlan, arguments: BackwardArguments, cleared: Sequence[str] = ()
+) -> None:
+    """Emit the kernel, inside a launch.
+
+    Parameters
+    ----------
+    plan
+        Of the backward.
+    arguments
+        Of the function.
+    cleared
+        Workspace that is set to zeros as well: not more numbers than there are queries.
+    """
     problem = plan.problem
     # Lanes that share a row; two rows of 32 elements are one cache line.
     lanes = 8 if problem.head_dim_v > 32 else 4
@@ -35,6 +48,10 @@ def launch_statistics(plan: BackwardPlan, arguments: BackwardArguments) -> None:
     thread = I.thread_id([_THREADS])
     number = let(block * per_block + thread // lanes)
     lane = let(thread % lanes)
+    for name in cleared:
+        numbers = T.Cast("int32", arguments.batch * math.prod(int(extent) for extent in arguments[name].shape[1:]))
+        with when(both(lane == 0, number < numbers)):
+            I.buffer_store(flat(arguments[name]), T.float32(0), [index64(number)])
     # Threads beyond the last row do as it does, but store nothing: lanes exchange what they have.
     rest: Expr = register(T.max(T.min(number, count - 1), 0))
     head, rest = let(rest % problem.heads), rest // problem.heads
