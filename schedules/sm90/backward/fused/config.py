@@ -31,7 +31,11 @@ class Sm90Fused(Config):
     parts
         Parts of gradients of queries that shared memory holds on their way to be added up.
     together
-        Heads, dilation groups and batch entries whose tiles are taken in turn: they have nothing to wait for each other.
+        Heads, dilation groups and batch entries whose tiles are taken in turn: none has to wait for another.
+    order
+        Axes by which tiles of keys are numbered, the one that runs fastest last. Empty: as they are.
+    walk
+        Axes by which a thread block goes through tiles of queries, the one that runs fastest last. Empty: as they are.
     """
 
     key_tile: tuple[int, ...]
@@ -40,6 +44,8 @@ class Sm90Fused(Config):
     slopes: int = 2
     parts: int = 2
     together: int = 32
+    order: tuple[int, ...] = ()
+    walk: tuple[int, ...] = ()
 
     family = "sm90"
 
@@ -48,7 +54,7 @@ class Sm90Fused(Config):
         return FusedPlan(problem, self)
 
     def workspace(self, problem: Problem, direction: str) -> Workspace:  # noqa: ARG002
-        """Return two numbers a query, the gradients of queries in float32, whose turn it is at each tile, and a ticket."""
+        """Return two numbers a query, gradients of queries in float32, whose turn it is at each tile, a ticket."""
         plan = self.plan(problem)
         return Workspace((statistics_shape(problem), plan.parts_shape, plan.turns_shape, (1,)))
 

@@ -113,7 +113,7 @@ class FusedConsumer(SweepConsumer):
         emit(T.ptx.fence.proxy.async_.shared__cta())
 
     def _hand_over(self, tile: Any) -> None:
-        """Write the part of the gradients of queries where a copy reads it: each thread's accumulators, four by four."""
+        """Write the part of the gradients of queries where a copy reads it: accumulators of a thread four by four."""
         block, plan, products = self.block, self.plan, self.products
         parts = plan.fused.parts
         stage, phase = let(tile[0] % parts), let((tile[0] // parts) % 2)

@@ -6,12 +6,12 @@ of: ``dQ = dS K``. Its parts leave by shared memory and are added up in global m
 computed twice, and the bits are the same in every run.
 
 Budget with head_dim 128, of a thread that computes (240 registers): dK and dV 128, S and dP 32 each, P packed 16, and
-what is beside. dS packed and dQ come when S and dP are gone. Shared memory: K and V 64 KB, two stages of Q and dO 64 KB,
-two of dS 32 KB, two parts of dQ 64 KB: 224 KB, and the statistics.
+what is beside. dS packed and dQ come when S and dP are gone. Shared memory: K and V 64 KB, two stages of Q and dO
+64 KB, two of dS 32 KB, two parts of dQ 64 KB: 224 KB, and the statistics.
 
 Prediction: a tile of 128 keys and 64 queries is five products of 512 cycles. Shared memory gives their operands in
-2048 (an instruction of S, dP or dQ reads two tiles of 64 rows, as long as it takes), takes 256 of loads and 128 of dS, and
-512 of dQ in and out: 2944 cycles at best, 87% of the products' rate.
+2048 (an instruction of S, dP or dQ reads two tiles of 64 rows, as long as it takes), takes 256 of loads and 128 of
+dS, and 512 of dQ in and out: 2944 cycles at best, 87% of the products' rate.
 """
 
 from __future__ import annotations

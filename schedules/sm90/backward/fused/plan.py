@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.sm90.backward.config import Sweep
+from na_compiler.schedules.sm90.backward.fused.limits import check_config, check_room
 from na_compiler.schedules.sm90.backward.plan import SweepPlan
 from na_compiler.schedules.sm90.plan import ROWS, Columns
 
@@ -27,14 +28,24 @@ class FusedPlan(SweepPlan):
         What to compute.
     config
         The choices.
+
+    Raises
+    ------
+    NotImplementedError
+        If the form does not take the problem.
+    ValueError
+        If a choice is none, or there is not enough shared memory for all.
     """
 
     def __init__(self, problem: Problem, config: Sm90Fused) -> None:
+        check_config(problem, config)
         sweep = Sweep(tuple(config.key_tile), tuple(config.query_tile), 2, config.stages)
         super().__init__(problem, sweep, "keys", ("grad_key", "grad_value"))
         self.fused = config
+        axes = tuple(range(problem.rank))
+        self.order, self.walk = tuple(config.order) or axes, tuple(config.walk) or axes
         self.slope_columns = Columns.of(ROWS)
-        assert self.streamed == ROWS, "a tile of queries is the rows of a product"
+        check_room(self)
 
     @property
     def strips(self) -> int:

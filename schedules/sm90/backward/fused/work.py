@@ -1,14 +1,14 @@
 """Where a thread block of the backward of five products is, and whose turn it is at a tile of queries.
 
-**The order.** Several tiles of keys add to the gradients of one query. So that the bits are the same in every run, each
-tile of queries has a counter, and the tiles of keys that meet it add in the order of their numbers: the ``n``'th when
-the counter says ``n``. Which ones meet it is one stretch of tiles along each axis, since windows begin and end in order,
-so the number of those before is a product of extents, and nothing is looked up.
+**The order.** Several tiles of keys add to the gradients of one query. So that the bits are the same in every run,
+each tile of queries has a counter, and the tiles of keys that meet it add in the order of their numbers: the ``n``'th
+when the counter says ``n``. Which ones meet it is one stretch of tiles along each axis, since windows begin and end in
+order, so the number of those before is a product of extents, and nothing is looked up.
 
 **Why it cannot deadlock.** Thread blocks take their tiles from a ticket counter, so tiles are taken in the order of
 their numbers, whatever order the blocks start in. A block waits only for tiles with lower numbers of the same head:
-those have been taken before, by blocks that run already and hold their registers and shared memory until they end. Of all
-tiles that are not finished, the lowest waits for none. So there always is a block that goes on.
+those have been taken before, by blocks that run already and hold their registers and shared memory until they end. Of
+all tiles that are not finished, the lowest waits for none. So there always is a block that goes on.
 
 **Why it seldom waits.** A block goes through its queries from the last to the first. The next tile of keys is seen by
 queries that end one tile later, so when both begin at once it comes to each tile of queries after the block before it,
@@ -32,7 +32,7 @@ __all__ = ["FusedWork", "GridCursor", "item_of_ticket"]
 Expr = Any
 
 
-def item_of_ticket(plan: FusedPlan, ticket: Expr, problems: Expr) -> Expr:
+def item_of_ticket(plan: FusedPlan, ticket: Expr, problems: Expr, together: Expr = None) -> Expr:
     """Return which tile a ticket is for: of some heads in turn, tile by tile; then of the next heads.
 
     Parameters
@@ -44,11 +44,26 @@ def item_of_ticket(plan: FusedPlan, ticket: Expr, problems: Expr) -> Expr:
     problems
         Heads, dilation groups and batch entries in all.
     """
-    tiles, most = plan.items // plan.groups, plan.fused.together
+    tiles = plan.items // plan.groups
+    most = plan.fused.together if together is None else together
     chunk = let(ticket // (most * tiles))
     rest = let(ticket - chunk * (most * tiles))
     size = let(minimum(problems - chunk * most, most))
-    return (chunk * most + rest % size) * tiles + rest // size
+    return (chunk * most + rest % size) * tiles + _tile_of_number(plan, let(rest // size))
+
+
+def _tile_of_number(plan: FusedPlan, number: Expr) -> Expr:
+    """Return which tile is the ``number``'th of its head, counted by the axes as they are."""
+    if plan.order == tuple(range(plan.rank)):
+        return number
+    tile: dict[int, Expr] = {}
+    for axis in reversed(plan.order):
+        tile[axis] = let(number % plan.tiles[axis])
+        number = number // plan.tiles[axis]
+    place: Expr = 0
+    for axis, extent in enumerate(plan.tiles):
+        place = place * extent + tile[axis]
+    return place
 
 
 class FusedWork(KeyWork):
@@ -83,8 +98,9 @@ class FusedWork(KeyWork):
     def before(self, cursor: GridCursor) -> Expr:
         """Return how many tiles of keys add to a tile of queries before this one."""
         number: Expr = 0
-        for axis, first in enumerate(cursor):
-            size = self.plan.own_tile[axis]
+        firsts = list(cursor)
+        for axis in self.plan.order:
+            first, size = firsts[axis], self.plan.own_tile[axis]
             last = minimum(first + self.plan.stream_tile[axis], self.lengths[axis]) - 1
             # Of queries' windows, which `bounds` is the inverse of here.
             low = let(Work.bounds(self, axis, first)[0] // size)
@@ -104,12 +120,18 @@ class GridCursor(QueryCursor):
         for axis, last in enumerate(self._last):
             put(self.at, axis, last)
 
-    def _step(self, axis: int) -> None:
+    def advance(self) -> None:
+        """Step to the next tile."""
+        self._step(self.work.plan.rank - 1)
+
+    def _step(self, place: int) -> None:
+        """Step along an axis, the ``place``'th of those that the walk names."""
+        axis = self.work.plan.walk[place]
         put(self.at, axis, self.at[axis] - self.work.plan.stream_tile[axis])
-        if axis > 0 or self.has_heads:
+        if place > 0 or self.has_heads:
             with when(self.at[axis] < self.work.low[axis]):
                 put(self.at, axis, self._last[axis])
-                if axis > 0:
-                    self._step(axis - 1)
+                if place > 0:
+                    self._step(place - 1)
                 else:
                     put(self._head, 0, self._head[0] + 1)
