@@ -28,10 +28,10 @@ CASES = {
     "2d stride": (Problem((24, 40), 1, 128, (12, 16), (4, 8), dtype="bfloat16"),
                   Sm90Fused((8, 8), (4, 16), order=(1, 0), walk=(1, 0))),
     "2d dilated causal": (Problem((31, 29), 1, 128, 7, (2, 1), (3, 2), (False, True), dtype="float16"),
-                          Sm90Fused((4, 16), (16, 4), walk=(1, 0), together=2)),
+                          Sm90Fused((4, 16), (8, 8), walk=(1, 0), together=2)),
     "3d": (Problem((5, 7, 17), 2, 128, (3, 5, 4), dtype="bfloat16"), Sm90Fused((2, 4, 8), (2, 4, 8))),
     "3d stride": (Problem((9, 10, 18), 1, 128, (9, 6, 8), (1, 3, 4), dtype="bfloat16"),
-                  Sm90Fused((4, 4, 4), (2, 8, 4), order=(1, 2, 0), walk=(2, 0, 1))),
+                  Sm90Fused((4, 4, 4), (2, 4, 8), order=(1, 2, 0), walk=(2, 0, 1))),
 }  # fmt: skip
 _SOME = 2
 
@@ -152,7 +152,7 @@ def test_names_what_it_does_not_take(changed, named):
     [
         ({"key_tile": (4, 8)}, r"key_tile must be a box of 64 .* as \(1, 64\), got \(4, 8\)"),
         ({"query_tile": (64,)}, r"query_tile must be a box of 64 .* got \(64,\)"),
-        ({"query_tile": (32, 2)}, "query_tile must have a multiple of 4 tokens"),
+        ({"query_tile": (16, 4)}, "query_tile must have a multiple of 8 tokens"),
         ({"order": (1, 1)}, r"order must name each of 2 axes once, as \(0, 1\), or none, got \(1, 1\)"),
         ({"walk": (1,)}, "walk must name each"),
         ({"stages": 3}, "stages=3, slopes=2 and parts=2 need 264336 bytes of shared memory, of which there are 232448"),

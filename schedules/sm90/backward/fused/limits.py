@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from na_compiler.problem import Problem
-from na_compiler.schedules.sm90.backward.plan import ALIGNED
 from na_compiler.schedules.sm90.plan import ROWS, SHARED_MEMORY, pieces_of
 
 if TYPE_CHECKING:
@@ -17,6 +16,8 @@ __all__ = ["HEAD_DIM", "check_config", "check_room", "refusal"]
 
 # A warpgroup makes half of the columns of the gradients of queries: one box of a swizzle's width, which is 64.
 HEAD_DIM = 128
+# Columns of scores that four threads share: the bits of a mask are made of these, along the last axis.
+_COLUMNS = 8
 
 
 def refusal(problem: Problem) -> str | None:
@@ -50,10 +51,9 @@ def check_config(problem: Problem, config: Sm90Fused) -> None:
             raise ValueError(f"{name} must be a box of {ROWS} tokens on {problem.rank} axes, as {works}, got {tile}")
         if pieces_of(tile, problem.dilation) is None:
             raise ValueError(f"{name} must be what tensor maps can fetch with dilation {problem.dilation}, got {tile}")
-    if config.query_tile[-1] % ALIGNED:
+    if config.query_tile[-1] % _COLUMNS:
         raise ValueError(
-            f"query_tile must have a multiple of {ALIGNED} tokens on its last axis, where tensor maps fetch statistics "
-            f"by 16 bytes, got {config.query_tile}"
+            f"query_tile must have a multiple of {_COLUMNS} tokens on its last axis, got {config.query_tile}"
         )
     for name in ("order", "walk"):
         axes = getattr(config, name)
