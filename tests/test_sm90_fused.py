@@ -1,4 +1,4 @@
-"""`na_compiler.schedules.sm90.backward.fused`: its CUDA in the emulator, against the reference; planted faults; limits.
+"""`na_compiler.schedules.sm90.backward.fused`: its CUDA in the emulator, against the reference; faults; limits; plans.
 
 The emulator runs thread blocks one after another, so it sees a wrong turn as a deadlock or a wrong sum, but neither a
 missing fence nor two blocks that add at once: `tests/gpu` asks for the same bits of runs on a GPU.
@@ -6,17 +6,25 @@ missing fence nor two blocks that add at once: `tests/gpu` asks for the same bit
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import re
 import zlib
 
 import pytest
 from cuda_emulator import EmulatorError
-from test_sm90_backward import _ORDERS, emulate
+from nvcc import needs_nvcc
+from test_sm90_backward import _ORDERS, TARGET, emulate
 
+from na_compiler.compiler import cuda
+from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
-from na_compiler.schedules.sm90.backward.fused import adder, consumer, convert, work
+from na_compiler.schedules.choose import candidates, choose
+from na_compiler.schedules.sm90.backward.config import Sm90Backward
+from na_compiler.schedules.sm90.backward.fused import adder, consumer, convert, planner, work
 from na_compiler.schedules.sm90.backward.fused.config import Sm90Fused
+from na_compiler.window import group_length, query_bounds
 
 # Tiles of every rank that lie across each other, every order and walk that is not that of the axes, every parameter.
 CASES = {
@@ -163,3 +171,104 @@ def test_names_what_it_does_not_take(changed, named):
 def test_names_a_choice_that_is_none(choices, named):
     with pytest.raises(ValueError, match=named):
         Sm90Fused(**{"key_tile": (4, 16), "query_tile": (8, 8), **choices}).plan(_PROBLEM)
+
+
+def test_names_more_tiles_than_queries():
+    with pytest.raises(ValueError, match=r"query_tile=\(1, 64\) cuts 10 queries into 12 tiles"):
+        Sm90Fused((1, 64), (1, 64)).plan(Problem((5, 2), 1, 128, 1, dilation=2, dtype="bfloat16"))
+
+
+# ---------------------------------------------------------------------------------------------- choices
+_IMAGE, _VIDEO, _WORLD = (256, 256), (30, 48, 80), (24, 44, 80)
+# What ran on an H100, which is what has to be chosen (docs/notes-hopper.md).
+MEASURED = [
+    ((_IMAGE, 24, 128, 80, 16), Sm90Fused((8, 8), (8, 8), together=6)),
+    ((_IMAGE, 24, 128, 80), Sm90Fused((8, 8), (8, 8), together=6)),
+    ((_VIDEO, 24, 128, (18, 24, 24), (16, 8, 8)), Sm90Fused((1, 8, 8), (2, 4, 8), together=4, order=(1, 2, 0))),
+    ((_VIDEO, 24, 128, (18, 24, 24)), Sm90Fused((2, 8, 4), (2, 4, 8), together=4)),
+    ((_WORLD, 16, 128, (24, 12, 24), (1, 4, 8)),
+     Sm90Fused((4, 4, 4), (2, 4, 8), together=4, order=(1, 2, 0), walk=(1, 2, 0))),
+    ((_WORLD, 16, 128, (24, 12, 24)), Sm90Fused((4, 4, 4), (8, 1, 8), together=4, order=(1, 2, 0), walk=(1, 2, 0))),
+    (((32768,), 1, 128, 2048), Sm90Fused((64,), (64,), together=4)),
+    (((32768,), 1, 128, 2048, 256), Sm90Fused((64,), (64,), together=4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "config"), MEASURED)
+def test_what_was_measured_is_chosen(given, config):
+    problem = Problem(*given, dtype="bfloat16")
+    assert choose(problem, TARGET, "backward").config == config
+    found = candidates(problem, TARGET, "backward", 3)
+    assert [one.cycles for one in found] == sorted(one.cycles for one in found)
+    assert found[0].config == config
+    assert isinstance(found[1].config, Sm90Backward)
+    assert found[0].columns().keys() == found[1].columns().keys()
+    assert "one sweep" in str(found[0])
+
+
+_CHOSEN = {"layout": (128, 128), "heads": 6, "head_dim": 128, "kernel_size": 48, "stride": 16, "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"head_dim": 64},
+        {"head_dim_v": 64},
+        {"additional_kv": True},
+        {"kernel_size": 16},
+        {"layout": (16, 16, 32), "heads": 3, "kernel_size": (16, 12, 12), "stride": (1, 4, 8)},
+        {"layout": (256, 256), "heads": 2},
+        {"kernel_size": 128, "stride": 1},
+        {"layout": (1024, 1024), "heads": 24},
+    ],
+    ids=str,
+)
+def test_the_rest_is_left_to_two_sweeps(changed):
+    """Other head_dims, additional keys, short windows, few blocks, few heads, windows of everything, much workspace."""
+    assert isinstance(choose(Problem(**_CHOSEN), TARGET, "backward").config, Sm90Fused)
+    assert isinstance(choose(Problem(**{**_CHOSEN, **changed}), TARGET, "backward").config, Sm90Backward)
+
+
+def _blocks(problem, config):
+    """Each thread block of a head: how many tiles of queries it goes through, and which is the first."""
+    for groups in itertools.product(*map(range, problem.dilation)):
+        axes = []
+        for axis, group in enumerate(groups):
+            length = group_length(problem.layout[axis], problem.dilation[axis], group)
+            own, stream = config.key_tile[axis] * (2 if axis == 0 else 1), config.query_tile[axis]
+            rule = (length, problem.kernel_size[axis], problem.stride[axis], problem.is_causal[axis])
+            spans = []
+            for first in range(0, length, own):
+                low, high = query_bounds(first, *rule)[0], query_bounds(min(first + own, length) - 1, *rule)[1]
+                spans.append((low // stream, (high - 1) // stream))
+            axes.append(spans)
+        order = config.order or range(problem.rank)
+        for tile in itertools.product(*(axes[axis] for axis in order)):
+            yield math.prod(last - first + 1 for first, last in tile), (groups, *(last for _, last in tile))
+
+
+@pytest.mark.parametrize("dilation", [1, (2, 1)])
+def test_counts_are_what_there_is(dilation):
+    """Tiles, and blocks that begin where another one does, counted one by one."""
+    changed = {"layout": (121, 130), "kernel_size": (33, 47), "stride": (1, 16), "is_causal": (True, False)}
+    problem = Problem(**{**_CHOSEN, **changed, "dilation": dilation})
+    tiles, key_tile, query_tile = planner._tiles(problem)
+    config = Sm90Fused(key_tile, query_tile, together=6)
+    assert tiles == sum(count for count, _ in _blocks(problem, config))
+    if dilation == 1:
+        lasts = [last for _, last in _blocks(problem, config)]
+        under_way = 132 // 6
+        alike = sum(last == other for n, last in enumerate(lasts) for other in lasts[max(n - under_way, 0) : n])
+        assert planner._waits(config.plan(problem)) == pytest.approx(alike / len(lasts))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.full)])
+def test_no_spills_and_no_serialised_products(dtype, tmp_path):
+    """Of a problem that has most: three axes, dilation, strides, a causal axis, grouped heads."""
+    problem = Problem((16, 21, 40), 4, 128, (9, 6, 8), (1, 3, 4), (1, 1, 2), (False, True, False), 2, dtype=dtype)
+    spec = KernelSpec(problem, "backward", TARGET, Sm90Fused((4, 4, 4), (2, 4, 8), order=(1, 2, 0), walk=(2, 0, 1)))
+    built = cuda.build_library(spec, tmp_path / "kernel.so")
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.log)
+    assert set(frames) == {("0", "0", "0")}
+    assert not re.search(r"C75\d\d", built.log), built.log

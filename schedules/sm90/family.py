@@ -12,6 +12,7 @@ from na_compiler.schedules.shared.visit import Visit
 from na_compiler.schedules.sm90 import planner
 from na_compiler.schedules.sm90.backward import planner as backward_planner
 from na_compiler.schedules.sm90.backward.config import Sm90Backward
+from na_compiler.schedules.sm90.backward.fused import planner as fused_planner
 from na_compiler.schedules.sm90.backward.fused.config import Sm90Fused
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.visit import visit
@@ -34,10 +35,10 @@ class _Sm90(Family):
         """Return in a sentence why the family does not take a problem; ``None`` if it does."""
         return planner.refusal(problem, direction)
 
-    def choose(self, problem: Problem, target: Target, direction: str) -> Sm90 | Sm90Backward:
+    def choose(self, problem: Problem, target: Target, direction: str) -> Sm90 | Sm90Backward | Sm90Fused:
         """Return the tiles that take least cycles."""
         config = self.candidates(problem, target, direction, 1)[0].config
-        assert isinstance(config, Sm90 | Sm90Backward)
+        assert isinstance(config, Sm90 | Sm90Backward | Sm90Fused)
         return config
 
     def candidates(
@@ -47,9 +48,10 @@ class _Sm90(Family):
         direction: str,
         count: int,
     ) -> tuple[Candidate, ...]:
-        """Return the best tiles."""
+        """Return the best tiles, of the backward in both of its forms."""
         if direction == "backward":
-            return backward_planner.candidates(problem, count)
+            found = (*fused_planner.candidates(problem), *backward_planner.candidates(problem, count))
+            return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
         return planner.candidates(problem, count)
 
     def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:

@@ -51,6 +51,13 @@ PROBLEMS = [
     Problem((20, 20), 2, 40, 5, additional_kv=True, dtype=FP16),
     Problem((9, 10), 3, 72, (2, 10), (1, 4), (3, 1), dtype=FP16),
 ]
+# One sweep makes all gradients of these: strides, causal windows of grouped heads, 3-D in other orders, dilation.
+ONE_SWEEP = [
+    Problem((128, 128), 6, 128, 48, 16, dtype=BF16),
+    Problem((125, 131), 6, 128, 48, 1, 1, (True, False), heads_kv=3, dtype=FP16),
+    Problem((16, 16, 32), 4, 128, (16, 12, 12), (1, 4, 8), dtype=FP16),
+    Problem((255, 128), 6, 128, 48, 1, (2, 1), (True, False), heads_kv=3, dtype=BF16),
+]
 LAYER = Problem((24, 28), 4, 32, 7, dtype=FP16)
 MEASURED = Problem((64, 64), 8, 64, 13, dtype=BF16)
 LARGE = check.LARGE
@@ -85,9 +92,12 @@ RANDOM = random_problems(16)
 
 def specs(target: str) -> Iterator[Any]:
     """Yield what has to be in the bundle."""
-    for problem in dict.fromkeys([*PROBLEMS, *RANDOM, LAYER, MEASURED, LARGE]):
+    for problem in dict.fromkeys([*PROBLEMS, *ONE_SWEEP, *RANDOM, LAYER, MEASURED, LARGE]):
         for direction in ("forward", "backward"):
-            yield na_compiler.KernelSpec.make(problem, target, direction)
+            spec = na_compiler.KernelSpec.make(problem, target, direction)
+            if target == "cuda:sm_90a" and direction == "backward":
+                assert (type(spec.config).__name__ == "Sm90Fused") == (problem in ONE_SWEEP), spec
+            yield spec
 
 
 def main() -> int:
@@ -110,7 +120,10 @@ class Training(check.Checks):
 
     def checks(self) -> list[tuple[str, Any]]:
         """Return the checks by name."""
-        problems = [(f"{problem}", lambda problem=problem: self.gradients(problem)) for problem in [*PROBLEMS, *RANDOM]]
+        problems = [
+            (f"{problem}", lambda problem=problem: self.gradients(problem))
+            for problem in [*PROBLEMS, *ONE_SWEEP, *RANDOM]
+        ]
         names = [name.removeprefix("train_") for name in vars(Training) if name.startswith("train_")]
         return [*problems, *((name, getattr(self, f"train_{name}")) for name in names)]
 
@@ -132,21 +145,23 @@ class Training(check.Checks):
 
     def train_views_of_a_fused_projection(self) -> None:
         """Nothing is copied, forward or backward; gradients of views are exact."""
-        example = self.example(LAYER, batch=2)
-        fused = torch.stack(example.inputs, -3).requires_grad_()
-        output, lse = self.operate(LAYER, list(fused.unbind(-3)))
-        (grad,) = torch.autograd.grad((output, lse), fused, (example.grad_output, example.grad_lse))
-        oracle.check_backward(example, grad.unbind(-3))
+        for problem in (LAYER, ONE_SWEEP[2]):
+            example = self.example(problem, batch=2)
+            fused = torch.stack(example.inputs, -3).requires_grad_()
+            output, lse = self.operate(problem, list(fused.unbind(-3)))
+            (grad,) = torch.autograd.grad((output, lse), fused, (example.grad_output, example.grad_lse))
+            oracle.check_backward(example, grad.unbind(-3))
 
     def train_gradients_as_they_come(self) -> None:
         """Gradients of the output with other strides: heads first, misaligned, padded, expanded."""
-        example = self.example(LAYER)
-        for kind in ("heads_first", "misaligned", "padded"):
-            inputs = [tensor.requires_grad_() for tensor in example.inputs]
-            output, lse = self.operate(LAYER, inputs)
-            moved = check._moved(example.grad_output, kind)
-            grads = torch.autograd.grad((output, lse), inputs, (moved, example.grad_lse))
-            oracle.check_backward(example, grads)
+        for problem in (ONE_SWEEP[2], LAYER):
+            example = self.example(problem)
+            for kind in ("heads_first", "misaligned", "padded"):
+                inputs = [tensor.requires_grad_() for tensor in example.inputs]
+                output, lse = self.operate(problem, inputs)
+                moved = check._moved(example.grad_output, kind)
+                grads = torch.autograd.grad((output, lse), inputs, (moved, example.grad_lse))
+                oracle.check_backward(example, grads)
         inputs = [tensor.requires_grad_() for tensor in example.inputs]
         by_sum = torch.autograd.grad(self.operate(LAYER, inputs)[0].sum(), inputs)
         output, _ = self.operate(LAYER, inputs)
@@ -202,12 +217,15 @@ class Training(check.Checks):
 
     def train_memory(self) -> str:
         """What a backward takes beside its gradients is its workspace."""
-        example = self.example(MEASURED, batch=4)
+        return "; ".join(self._memory(problem) for problem in (MEASURED, ONE_SWEEP[0]))
+
+    def _memory(self, problem: Problem) -> str:
+        example = self.example(problem, batch=4)
         inputs = [tensor.requires_grad_() for tensor in example.inputs]
-        kernel = self.kernel(MEASURED, "backward")
+        kernel = self.kernel(problem, "backward")
         spaces = sum(4 * math.prod(shape) for shape in kernel.info.workspace.shapes(4))
         gradients = sum(2 * tensor.numel() for tensor in inputs)
-        output, lse = self.operate(MEASURED, inputs)
+        output, lse = self.operate(problem, inputs)
         torch.autograd.grad((output, lse), inputs, (example.grad_output, example.grad_lse), retain_graph=True)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

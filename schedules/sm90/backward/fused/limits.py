@@ -68,7 +68,17 @@ def check_config(problem: Problem, config: Sm90Fused) -> None:
 
 
 def check_room(plan: FusedPlan) -> None:
-    """Raise an error if a plan needs more shared memory than there is."""
+    """Raise an error if a plan needs more shared memory than there is, or has more tiles than queries.
+
+    The kernel that sets turns to 0 has a few threads for each query.
+    """
+    problem = plan.problem
+    tiles, queries = math.prod(plan.turns_shape), problem.tokens * problem.heads
+    if tiles > queries:
+        raise ValueError(
+            f"query_tile={plan.stream_tile} cuts {queries} queries into {tiles} tiles, most of them of nothing: "
+            f"with dilation {problem.dilation} its boxes have to be no longer than groups of tokens"
+        )
     if plan.shared_bytes > SHARED_MEMORY:
         config = plan.fused
         raise ValueError(

@@ -32,7 +32,7 @@ __all__ = ["FusedWork", "GridCursor", "item_of_ticket"]
 Expr = Any
 
 
-def item_of_ticket(plan: FusedPlan, ticket: Expr, problems: Expr, together: Expr = None) -> Expr:
+def item_of_ticket(plan: FusedPlan, ticket: Expr, problems: Expr) -> Expr:
     """Return which tile a ticket is for: of some heads in turn, tile by tile; then of the next heads.
 
     Parameters
@@ -45,7 +45,7 @@ def item_of_ticket(plan: FusedPlan, ticket: Expr, problems: Expr, together: Expr
         Heads, dilation groups and batch entries in all.
     """
     tiles = plan.items // plan.groups
-    most = plan.fused.together if together is None else together
+    most = plan.fused.together
     chunk = let(ticket // (most * tiles))
     rest = let(ticket - chunk * (most * tiles))
     size = let(minimum(problems - chunk * most, most))
