@@ -8,6 +8,8 @@
 //   late_products  wgmma and TMA stores happen when they are waited for (finds operands that change too early, and
 //                  results that are read too early); otherwise when their group is committed
 //   descending     the last warp and lane run first
+//   greedy         the first warp that can go on always does, before those behind it get on (finds missing waits for
+//                  warps that are slow); copies in bulk let others go first before they read
 // What a program must not do ends the process with a message: a deadlock, a barrier used wrongly, an address outside
 // shared memory or the tensors, a descriptor that is not aligned.
 #pragma once
@@ -99,7 +101,7 @@ struct Index { int x = 0, y = 0, z = 0; };
 // ------------------------------------------------------------------------------------------------ fibers
 constexpr size_t STACK = 256 << 10, SHARED = 227 << 10;
 constexpr int THREADS = 1024;
-inline bool late_loads = true, late_products = true, descending = false;
+inline bool late_loads = true, late_products = true, descending = false, greedy = false;
 inline Index threadIdx, blockIdx;
 inline int thread_number;  // Of its block, counted along x first.
 inline Index blockDim, gridDim;
@@ -331,6 +333,7 @@ inline void bulk(const void* target, uint32_t source, uint32_t bytes, bool adds)
   self().bulks.push_back(made);
 }
 inline void bulk_wait(bool only_read) {
+  if (greedy) block_on(Wait::none);
   for (auto& one : self().bulks) {
     if (!late_products) continue;
     if (only_read) bulk_read(one);
@@ -499,14 +502,18 @@ inline void run_block(int threads, void (*body)()) {
     bool progress = false;
     int ended = 0;
     int warps = (threads + 31) / 32;
-    for (int n = 0; n < warps; n++) {
+    for (int n = 0; n < warps && !(greedy && progress); n++) {
       int first = (descending ? warps - 1 - n : n) * 32, end = min(first + 32, threads);
       // A warp goes on alone until it waits for others.
       while (run_lanes(first, end)) {
         progress = true;
-        if (!warp_waits(first, threads)) continue;
+        if (!warp_waits(first, threads)) {
+          if (greedy) break;
+          continue;
+        }
         for (int t = first; t < end; t++)
           if (fibers[t].wait == Wait::warp) fibers[t].wait = Wait::none;
+        if (greedy) break;
       }
       for (int t = first; t < end; t++) ended += fibers[t].wait == Wait::done;
     }

@@ -32,6 +32,7 @@ class Order:
     late_loads: bool
     late_products: bool
     descending: bool
+    greedy: bool = False
 
 
 # Data as late as it may come and used at once, and data that comes at once and is used as late as it may be.
@@ -112,7 +113,8 @@ class Emulator:
             lines.append(f"tensor {count}")
         lines += [self._launch(launch, numbers) for launch in self.host.run(described)]
         (self.folder / "call.txt").write_text("\n".join(lines) + "\n", encoding="ascii")
-        flags = "".join(str(int(flag)) for flag in (order.late_loads, order.late_products, order.descending))
+        chosen = (order.late_loads, order.late_products, order.descending, order.greedy)
+        flags = "".join(str(int(flag)) for flag in chosen)
         try:
             result = subprocess.run(
                 [str(self.folder / "kernel"), str(self.folder), flags],
@@ -225,7 +227,8 @@ struct Kernel { const char* name; void (*run)(); };
 extern Kernel kernels[];
 int main(int, char** argv) {
   std::string folder = argv[1];
-  late_loads = argv[2][0] == '1', late_products = argv[2][1] == '1', descending = argv[2][2] == '1';
+  late_loads = argv[2][0] == '1', late_products = argv[2][1] == '1';
+  descending = argv[2][2] == '1', greedy = argv[2][3] == '1';
   catch_faults();
   std::ifstream call(folder + "/call.txt");
   std::string word, name;
