@@ -33,7 +33,7 @@ class BackwardArguments:
     all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The last ones are workspace.
     """
 
-    def __init__(self, plan: BackwardPlan) -> None:
+    def __init__(self, plan: BackwardPlan | SweepPlan) -> None:
         self.plan = plan
         problem = plan.problem
         self.batch = tirx.Var("batch", "int64")

@@ -192,7 +192,7 @@ def _last(which: list[bool]) -> tuple[int, ...]:
 
 def _windows(problem: Problem, axis: int) -> int:
     """Return how many different windows the queries of an axis have."""
-    length = group_length(problem.layout[axis], problem.dilation[axis])
+    length: int = group_length(problem.layout[axis], problem.dilation[axis])
     if problem.is_causal[axis]:
         return length
     return -(-(length - problem.kernel_size[axis]) // problem.stride[axis]) + 1
