@@ -95,7 +95,7 @@ def test_counts_along_an_axis(seed):
     """The closed forms, token by token."""
     for length in random.sample(range(1, 60), 12):
         drawn = list(rules(min(length, 14)))
-        for kernel_size, *rest, border in random.sample(drawn, 40):
+        for kernel_size, *rest, border in random.sample(drawn, min(40, len(drawn))):
             if border == "wrap" and length % rest[0]:
                 continue
             rule = (kernel_size, *rest, border)

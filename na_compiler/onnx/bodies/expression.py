@@ -89,6 +89,10 @@ class Expression:
         return self.writer("Max", self, other)
 
 
+# Not computed by bodies, so that no node with a body has one: a function's attributes are all asked for.
+_WORDS = frozenset(operand.name for operand in operands.words())
+
+
 class Writer:
     """Writes nodes one after another.
 
@@ -149,5 +153,7 @@ class Writer:
             opset_imports={"": self._opset},
             name=operator,
         )
-        declared = [ir.Attr(attribute, ir.AttributeType.UNDEFINED, None) for attribute in ATTRIBUTES]
+        declared = [
+            ir.Attr(attribute, ir.AttributeType.UNDEFINED, None) for attribute in ATTRIBUTES if attribute not in _WORDS
+        ]
         return ir.Function(DOMAIN, operator, overload, graph=graph, attributes=declared)
