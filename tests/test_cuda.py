@@ -12,9 +12,10 @@ from processes import run_python
 
 import na_compiler
 from na_compiler.compiler import cuda, toolkit
-from na_compiler.compiler.nvcc import check_library
+from na_compiler.compiler.nvcc import Nvcc, check_library
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
+from na_compiler.target import Target
 
 PROBLEM = Problem((9, 10), 2, 32, (3, 5), heads_kv=1, additional_kv=True, dtype="bfloat16")
 
@@ -166,3 +167,13 @@ def test_everything_of_a_row_is_in_registers(direction, tmp_path):
     assert frames
     for line in frames:
         assert line.strip() == "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", line
+
+
+@pytest.mark.parametrize("parameter", ["uint64_t moved", "bool moved", "half moved"])
+def test_kernels_take_what_the_launcher_passes(parameter: str) -> None:
+    """What TVM moves out of a kernel is refused where it compiles, not at the first launch on a GPU."""
+    text = 'extern "C" __global__ void __launch_bounds__(32) main_kernel(half* __restrict__ key, int64_t n{}) {{}}'
+    source = text.format(", const __grid_constant__ CUtensorMap map, float scale")
+    assert Nvcc(Target.parse("cuda:sm_80"), None)(source) == b"/"
+    with pytest.raises(RuntimeError, match=parameter):
+        Nvcc(Target.parse("cuda:sm_80"), None)(text.format(", " + parameter))

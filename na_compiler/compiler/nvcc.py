@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import tempfile
@@ -10,6 +11,11 @@ from pathlib import Path
 from na_compiler.target import CudaTarget
 
 __all__ = ["Nvcc", "check_library"]
+
+# A kernel's parameters in what TVM generates.
+_PARAMETERS = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(([^)]*)\)')
+# The numbers that TVM's launcher passes, beside pointers and tensor maps; any other it refuses, at the first launch.
+_PASSED = {"int", "int64_t", "uint", "uint32_t", "unsigned int", "float", "double"}
 
 
 class Nvcc:
@@ -31,6 +37,7 @@ class Nvcc:
     def __call__(self, source: str) -> bytes:
         """Return machine code."""
         self.source = source
+        _check_parameters(source)
         if self._nvcc is None:
             return b"/"  # TVM takes what begins so for text.
         with tempfile.TemporaryDirectory(prefix="na_compiler-nvcc-") as folder:
@@ -46,6 +53,15 @@ class Nvcc:
             if result.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{self.log}")
             return code.read_bytes()
+
+
+def _check_parameters(source: str) -> None:
+    """Check that each kernel can be launched; what TVM moves out of a kernel becomes a parameter of its type."""
+    for name, parameters in _PARAMETERS.findall(source):
+        for parameter in filter(None, (each.strip() for each in parameters.split(","))):
+            kind = parameter.rpartition(" ")[0]
+            if not (kind in _PASSED or "*" in parameter or "CUtensorMap" in parameter):
+                raise RuntimeError(f"{name} has a parameter that TVM cannot pass: {parameter}; its type must be signed")
 
 
 def check_library(path: Path) -> None:

@@ -229,6 +229,7 @@ class WindowLists(Lists):
 
 def _stretch(first: Expr, end: Expr) -> Expr:
     """Return a word with the bits from one place to before another, at most 32."""
-    one = tirx.IntImm("uint64", 1)
-    powers = [T.shift_left(one, T.Cast("uint64", place)) for place in (first, end)]
+    # Signed: what is the same in all threads TVM computes on the host, and kernels take no uint64 from there.
+    one = tirx.IntImm("int64", 1)
+    powers = [T.shift_left(one, T.Cast("int64", place)) for place in (first, end)]
     return T.Cast("uint32", powers[1] - powers[0])
