@@ -499,3 +499,10 @@ def test_operators_without_python(tmp_path, seed):
         check_forward(example, *result[:2])
     for message, found in zip(refused.values(), results[-4:], strict=True):
         assert message in found
+
+
+def test_calls_that_differ_in_the_border_only(seed):
+    tensors = torch.randn(3, 1, 12, 2, 8)
+    for border in ("shift", "cut", "wrap"):
+        expected, _ = neighborhood_attention(*tensors.double(), 5, border=border)
+        assert (na1d(*tensors, 5, border=border) - expected).norm() < 1e-5 * expected.norm()
