@@ -481,7 +481,8 @@ def test_fuzzed_nodes_never_crash(bundle, session_seed):
 def test_the_library_is_small_and_needs_no_header(tmp_path):
     library = build_library(tmp_path / "deployment")
     assert library == tmp_path / "deployment" / build.LIBRARY
-    assert library.stat().st_size < 150_000
+    # A budget, so that nothing large slips in: 139 kB without biases, masks and borders; 155 to 159 with them.
+    assert library.stat().st_size < 170_000
     assert build_library() == build_library()
     sources = "".join(path.read_text() for path in native.sources(build.source_folder()))
     assert sources.count("OrtStatus* RegisterCustomOps(") == 1
