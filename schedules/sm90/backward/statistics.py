@@ -15,7 +15,7 @@ from na_compiler.schedules.shared.statistics import exponent_of, widened
 from na_compiler.schedules.shared.trace import I, T, both, emit, flat, index64, let, local, put, register, when
 from na_compiler.schedules.sm90.backward.arguments import BackwardArguments
 from na_compiler.schedules.sm90.backward.plan import BackwardPlan, SweepPlan
-from na_compiler.schedules.sm90.backward.work import statistics_address
+from na_compiler.schedules.sm90.backward.work import QueryRow
 
 __all__ = ["launch_statistics"]
 
@@ -41,7 +41,7 @@ def launch_statistics(
     problem = plan.problem
     # Lanes that share a row; two rows of 32 elements are one cache line.
     lanes = 8 if problem.head_dim_v > 32 else 4
-    rows = math.prod(plan.lengths) * plan.groups * problem.heads
+    rows = QueryRow.count(plan)
     count = T.Cast("int32", arguments.batch * rows)
     per_block = _THREADS // lanes
     block = I.cta_id([T.Cast("int32", (arguments.batch * rows + (per_block - 1)) // per_block)])
@@ -54,33 +54,18 @@ def launch_statistics(
             I.buffer_store(flat(arguments[name]), T.float32(0), [index64(number)])
     # Threads beyond the last row do as it does, but store nothing: lanes exchange what they have.
     rest: Expr = register(T.max(T.min(number, count - 1), 0))
-    head, rest = let(rest % problem.heads), rest // problem.heads
-    cell: list[Expr] = []
-    for length in reversed(plan.lengths):
-        cell.insert(0, let(rest % length))
-        rest = rest // length
-    residue: list[Expr] = []
-    group, batch = let(rest % plan.groups), let(rest // plan.groups)
-    rest = group
-    for dilation in reversed(problem.dilation):
-        residue.insert(0, rest % dilation)
-        rest = rest // dilation
-    token = [let(c * d + r) for c, d, r in zip(cell, problem.dilation, residue, strict=True)]
-    # The shorter groups have no such token. Nobody asks for it, but boxes reach there.
-    exists = both(*(t < x for t, x, d in zip(token, problem.layout, problem.dilation, strict=True) if x % d))
-    token = [let(T.min(t, x - 1)) for t, x in zip(token, problem.layout, strict=True)]
-    place = [batch, *token, head]
+    row = QueryRow(plan, rest)
+    place = row.place
     total = _dot(arguments, place, lane, lanes)
     offset = _offset(arguments["lse"], place)
     with when(both(lane == 0, number < count)):
         exponent = exponent_of(flat(arguments["lse"])[offset])
         grad_lse = flat(arguments["grad_lse"])[offset]
-        delta = total - T.if_then_else(batch < arguments.given, grad_lse, T.float32(0))
+        delta = total - T.if_then_else(row.batch < arguments.given, grad_lse, T.float32(0))
         statistics = flat(arguments["statistics"])
         for plane, value in enumerate((exponent, delta)):
-            kept = value if exists is None else T.Select(exists, value, T.float32(0))
-            address = statistics_address(problem, batch, plane, head, group, cell)
-            I.buffer_store(statistics, kept, [address])
+            kept = value if row.exists is None else T.Select(row.exists, value, T.float32(0))
+            I.buffer_store(statistics, kept, [row.statistics(plane)])
 
 
 def _offset(buffer: Any, place: list[Expr]) -> Expr:

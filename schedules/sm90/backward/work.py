@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared import keys
-from na_compiler.schedules.shared.trace import T, index64, let, local, maximum, put, when
+from na_compiler.schedules.shared.trace import T, both, index64, let, local, maximum, put, when
 from na_compiler.schedules.shared.work import StreamCursor, Work
-from na_compiler.schedules.sm90.backward.plan import ALIGNED, SweepPlan, statistics_shape
+from na_compiler.schedules.sm90.backward.plan import ALIGNED, BackwardPlan, SweepPlan, statistics_shape
 
-__all__ = ["KeyCursor", "KeyWork", "QueryCursor", "QueryWork", "StripCursor", "StripWork", "statistics_address"]
+__all__ = [
+    "KeyCursor",
+    "KeyWork",
+    "QueryCursor",
+    "QueryRow",
+    "QueryWork",
+    "StripCursor",
+    "StripWork",
+    "statistics_address",
+]
 
 Expr = Any
 
@@ -33,6 +43,47 @@ class QueryWork(Work):
         problem = self.plan.problem
         group = _number(self.group, problem.dilation)
         return statistics_address(problem, self.batch, plane, self.head, group, positions)
+
+
+class QueryRow:
+    """A query of one head. Heads run fastest, then tokens of a dilation group, groups, the batch.
+
+    Parameters
+    ----------
+    plan
+        Of the backward.
+    number
+        Of the query, below `count` times the batch.
+    """
+
+    def __init__(self, plan: BackwardPlan | SweepPlan, number: Expr) -> None:
+        self._problem = problem = plan.problem
+        self.head, rest = let(number % problem.heads), number // problem.heads
+        self._cell: list[Expr] = []
+        for length in reversed(plan.lengths):
+            self._cell.insert(0, let(rest % length))
+            rest = rest // length
+        residue: list[Expr] = []
+        self._group, self.batch = let(rest % plan.groups), let(rest // plan.groups)
+        rest = self._group
+        for dilation in reversed(problem.dilation):
+            residue.insert(0, rest % dilation)
+            rest = rest // dilation
+        token = [let(c * d + r) for c, d, r in zip(self._cell, problem.dilation, residue, strict=True)]
+        # The shorter groups have no such token. Nobody asks for it, but boxes reach there.
+        self.exists = both(*(t < x for t, x, d in zip(token, problem.layout, problem.dilation, strict=True) if x % d))
+        token = [let(T.min(t, x - 1)) for t, x in zip(token, problem.layout, strict=True)]
+        self.place = [self.batch, *token, self.head]
+
+    @staticmethod
+    def count(plan: BackwardPlan | SweepPlan) -> int:
+        """Return how many there are in a batch entry, with those that the shorter groups lack."""
+        rows: int = math.prod(plan.lengths) * plan.groups * plan.problem.heads
+        return rows
+
+    def statistics(self, plane: int) -> Expr:
+        """Return where its statistics are."""
+        return statistics_address(self._problem, self.batch, plane, self.head, self._group, self._cell)
 
 
 class KeyWork(keys.KeyWork):

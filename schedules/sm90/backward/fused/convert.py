@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from na_compiler.schedules.shared.trace import I, T, both, emit, flat, index64, let, local, when
+from na_compiler.schedules.shared.trace import I, T, emit, flat, index64, let, local, when
 from na_compiler.schedules.sm90.backward.fused.arguments import FusedArguments
 from na_compiler.schedules.sm90.backward.fused.plan import FusedPlan
+from na_compiler.schedules.sm90.backward.fused.work import QueryTile
 from na_compiler.schedules.sm90.plan import ROWS
 from na_compiler.schedules.sm90.products import conversion
 
@@ -29,7 +30,7 @@ def launch_convert(plan: FusedPlan, arguments: FusedArguments) -> None:
     thread = I.thread_id([_THREADS])
     eights, floats = plan.part_columns // 8, plan.part_bytes // 4
     parts = flat(arguments["parts"])
-    tile = _Tile(plan, number)
+    tile = QueryTile(plan, number)
     for start in range(0, floats // 16, _THREADS):
         item = let(start + thread)
         eight, rest = let(item % eights), item // eights
@@ -49,7 +50,7 @@ def _pairs(half: int) -> list[int]:
     return [4 * quad + 2 * half + e for quad in range(_QUADS) for e in range(2)]
 
 
-def _store(arguments: FusedArguments, tile: _Tile, row: Expr, column: Expr, words: list[Expr]) -> None:
+def _store(arguments: FusedArguments, tile: QueryTile, row: Expr, column: Expr, words: list[Expr]) -> None:
     """Scale, round and store eight columns of a row."""
     dtype = arguments.plan.problem.dtype
     pairs = local(4, "uint32")
@@ -61,35 +62,3 @@ def _store(arguments: FusedArguments, tile: _Tile, row: Expr, column: Expr, word
     with when(exists):
         place = flat(arguments["grad_query"]).ptr_to([address + index64(column)])
         emit(T.ptx["st.global.v4.u32"](place, *(pairs[i] for i in range(4))))
-
-
-class _Tile:
-    """Where a tile of queries is in the layout."""
-
-    def __init__(self, plan: FusedPlan, number: Expr) -> None:
-        self.plan = plan
-        rest = number
-        self.first: list[Expr] = []
-        for extent, size in zip(reversed(plan.stream_tiles), reversed(plan.stream_tile), strict=True):
-            self.first.insert(0, let(rest % extent * size))
-            rest = rest // extent
-        self.group: list[Expr] = []
-        for dilation in reversed(plan.problem.dilation):
-            self.group.insert(0, let(rest % dilation))
-            rest = rest // dilation
-        self.head, self.batch = let(rest % plan.problem.heads), let(rest // plan.problem.heads)
-
-    def address(self, row: Expr) -> tuple[Expr | None, Expr]:
-        """Return whether a row is a query, and where its columns begin."""
-        problem = self.plan.problem
-        offsets: list[Expr] = []
-        for extent in reversed(self.plan.stream_tile):
-            offsets.insert(0, row % extent)
-            row = row // extent
-        exists, address = None, index64(self.batch)
-        for axis, extent in enumerate(problem.layout):
-            token = let((self.first[axis] + offsets[axis]) * problem.dilation[axis] + self.group[axis])
-            if extent % (self.plan.stream_tile[axis] * problem.dilation[axis]):
-                exists = both(exists, token < extent)
-            address = address * extent + index64(token)
-        return exists, (address * problem.heads + index64(self.head)) * problem.head_dim

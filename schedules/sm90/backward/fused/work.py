@@ -22,12 +22,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from na_compiler.schedules.shared.trace import let, minimum, put, when
+from na_compiler.schedules.shared.trace import both, index64, let, minimum, put, when
 from na_compiler.schedules.shared.work import Work
 from na_compiler.schedules.sm90.backward.fused.plan import FusedPlan
 from na_compiler.schedules.sm90.backward.work import KeyWork, QueryCursor
 
-__all__ = ["FusedWork", "GridCursor", "item_of_ticket"]
+__all__ = ["FusedWork", "GridCursor", "QueryTile", "item_of_ticket"]
 
 Expr = Any
 
@@ -135,3 +135,35 @@ class GridCursor(QueryCursor):
                     self._step(place - 1)
                 else:
                     put(self._head, 0, self._head[0] + 1)
+
+
+class QueryTile:
+    """Where a tile of queries is in the layout."""
+
+    def __init__(self, plan: FusedPlan, number: Expr) -> None:
+        self.plan = plan
+        rest = number
+        self.first: list[Expr] = []
+        for extent, size in zip(reversed(plan.stream_tiles), reversed(plan.stream_tile), strict=True):
+            self.first.insert(0, let(rest % extent * size))
+            rest = rest // extent
+        self.group: list[Expr] = []
+        for dilation in reversed(plan.problem.dilation):
+            self.group.insert(0, let(rest % dilation))
+            rest = rest // dilation
+        self.head, self.batch = let(rest % plan.problem.heads), let(rest // plan.problem.heads)
+
+    def address(self, row: Expr) -> tuple[Expr | None, Expr]:
+        """Return whether a row is a query, and where its columns begin."""
+        problem = self.plan.problem
+        offsets: list[Expr] = []
+        for extent in reversed(self.plan.stream_tile):
+            offsets.insert(0, row % extent)
+            row = row // extent
+        exists, address = None, index64(self.batch)
+        for axis, extent in enumerate(problem.layout):
+            token = let((self.first[axis] + offsets[axis]) * problem.dilation[axis] + self.group[axis])
+            if extent % (self.plan.stream_tile[axis] * problem.dilation[axis]):
+                exists = both(exists, token < extent)
+            address = address * extent + index64(token)
+        return exists, (address * problem.heads + index64(self.head)) * problem.head_dim
