@@ -11,10 +11,11 @@ import pytest
 import torch
 from cuda_emulator import ORDERS, Emulator, EmulatorError
 from draws import some
-from oracle import check_forward, draw, poisoned
+from oracle import check, check_forward, draw, poisoned
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
+from na_compiler.reference import neighborhood_attention
 from na_compiler.schedules.choose import choose
 from na_compiler.schedules.mma import copies, planner, products, resident
 from na_compiler.schedules.mma.boxes import largest_union
@@ -87,6 +88,43 @@ def test_bias(name, seed):
     """By relative position: its place is right for every key that is seen, whatever the others read."""
     problem, config = CASES[name]
     emulate(problem.replace(operands=("relative_position_bias",)), config, **_ARGUMENTS.get(name, {}))
+
+
+_MASKED = itertools.product(CASES, [("key_mask",), ("relative_position_bias", "key_mask")])
+
+
+@pytest.mark.parametrize(("name", "operands"), some(_MASKED, 3, "mma key mask"))
+def test_key_mask(name, operands, seed):
+    """Its place is right for every key, and there are queries that see nothing."""
+    problem, config = CASES[name]
+    emulate(problem.replace(operands=operands), config, **_ARGUMENTS.get(name, {}))
+
+
+_HIDDEN = list(itertools.product([(32,), (64,), None], [None, 0, 3]))
+
+
+@pytest.mark.parametrize(("key_tile", "additional"), some(_HIDDEN, 2, "mma hidden"))
+def test_hidden_keys(key_tile, additional, seed):
+    """They may hold NaN. Who sees none, is told from who sees scores of minus infinity, whatever tiles keys lie in."""
+    problem = Problem(150, 1, 16, 65, additional_kv=additional is not None, dtype="bfloat16", operands=("key_mask",))
+    emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, Mma((16,), (2,), key_tile, chunk=3)))
+    example = draw(problem, batch=4, additional=additional or 0)
+    query, key, value, *more = example.inputs
+    mask = torch.zeros(4, 150, dtype=torch.bool)
+    # A tile, or half of one, that all queries of a block see; some here and there, none at the end; all; low scores.
+    mask[0, 32:64], mask[1, :80], mask[2], mask[3, :20] = True, torch.rand(80) < 0.3, True, True
+    query[3], key[3] = 1.0, -math.inf
+    expected, expected_lse = neighborhood_attention(
+        *(tensor.double() for tensor in (query, key, value)), 65, 1, 1, False, None,
+        *(tensor.double() for tensor in more), key_mask=mask,
+    )  # fmt: skip
+    key[~mask], value[~mask] = math.nan, 3e38
+    output, lse = poisoned(value, torch.empty(4, 150, 1))
+    emulator(query, key, value, *more, mask, problem.head_dim**-0.5, output, lse, order=random.choice(ORDERS))
+    check("output", output, expected, "bfloat16")
+    check("lse", lse, expected_lse, "float32", floor=math.sqrt(lse.numel()))
+    assert lse.isneginf().any() != bool(additional)
+    assert lse[3].isnan().any() != bool(additional)
 
 
 @pytest.mark.parametrize(("scale", "key_tile"), some(itertools.product([0.0, -0.5, 3.0], [(16,), None]), 2, "scale"))

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from tvm import tirx
 
-from na_compiler.operands import RELATIVE_POSITION_BIAS
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.schedules.mma.plan import CHUNK, Plan
 from na_compiler.schedules.shared.trace import I, T, emit, index64, let, register
 
@@ -20,9 +20,9 @@ Expr = Any
 class Arguments:
     """The function's arguments.
 
-    ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] scale, output, lse)``:
-    inputs may have any strides that are multiples of 16 bytes, the last one 1; the table of biases, output and lse are
-    contiguous.
+    ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] scale, output,
+    lse)``: inputs may have any strides that are multiples of 16 bytes, the last one 1; the table of biases, the mask,
+    output and lse are contiguous.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -42,6 +42,8 @@ class Arguments:
             places = (2 * extent - 1 for extent in problem.kernel_size)
             buffer = I.buffer(wide((problem.heads, *places)), "float32", align=4)
             self.bias = I.arg(RELATIVE_POSITION_BIAS, buffer)
+        if problem.has(KEY_MASK):
+            self.key_mask = I.arg(KEY_MASK, I.buffer(wide(tokens), "bool", align=1))
         self.scale = I.arg("scale", tirx.Var("scale", "float32"))
         shape = (*tokens, problem.heads, problem.head_dim_v)
         self.output = I.arg("output", I.buffer(wide(shape), dtype, align=16))

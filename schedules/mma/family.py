@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from na_compiler.operands import RELATIVE_POSITION_BIAS
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.mma import planner
@@ -24,7 +24,7 @@ _OLDEST = (8, 0)
 
 class _Mma(Family):
     name = "mma"
-    operands = frozenset({RELATIVE_POSITION_BIAS})
+    operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
 
     def is_for(self, target: Target) -> bool:
         """GPUs from sm_80 on."""

@@ -15,7 +15,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 
-from na_compiler.operands import RELATIVE_POSITION_BIAS
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.schedules.mma.bias import Bias
 from na_compiler.schedules.mma.block import Arguments, Block, Source
 from na_compiler.schedules.mma.copies import Copy
@@ -24,6 +24,7 @@ from na_compiler.schedules.mma.plan import GROUP, Plan
 from na_compiler.schedules.mma.products import Products
 from na_compiler.schedules.mma.resident import Resident, WarpMask
 from na_compiler.schedules.mma.rows import Rows
+from na_compiler.schedules.shared.key_mask import KeyMask
 from na_compiler.schedules.shared.mask import Mask
 from na_compiler.schedules.shared.softmax import Softmax
 from na_compiler.schedules.shared.trace import I, T, both, hold, let, local, put, register, when
@@ -76,7 +77,10 @@ class _Forward:
         if problem.has(RELATIVE_POSITION_BIAS):
             self.bias = Bias(self.products, self.rows, work, arguments.bias, arguments.scale)
         self.softmax = Softmax(self.products, None if self.bias else arguments.scale)
-        self.mask = Mask(self.products, self.rows, work, arguments.count)
+        self.key_mask: KeyMask | None = None
+        if problem.has(KEY_MASK):
+            self.key_mask = KeyMask(self.products, work, arguments.key_mask, block.lane, arguments.count)
+        self.mask = Mask(self.products, self.rows, work, arguments.count, self.key_mask)
         self.epilogue = Epilogue(block, self.products, self.rows)
         groups = problem.dilation, work.group
         self.query = Source(work, arguments.query, work.head, *groups)
@@ -95,6 +99,8 @@ class _Forward:
         self.softmax.start()
         self.visit()
         inverse, logarithm = self.softmax.finish()
+        if self.key_mask is not None:
+            self.key_mask.finish(self.products.output, inverse, logarithm)
         self.epilogue.store(self.work, self.mask, inverse, logarithm)
 
     def visit(self) -> None:
@@ -173,11 +179,16 @@ class _Ring(_Forward):
         tile = local(1, "int32")
         put(tile, 0, 0)
         with I.While(tile[0] < self.total):
+            if self.key_mask is not None:
+                # Before the waits, behind which it hides; in place of additional keys' the last ones' is read.
+                self.key_mask.load(self.plan.stream_tile, list(visiting), self.work.high, 0, self.plan.streamed)
             block.wait(ahead - 1)
             block.sync()
             stage: Expr = let(tile[0] % stages) if stages > 1 else 0
             if stages > 1:
                 self._copy_ahead(loading, tile[0] + ahead)
+            if self.key_mask is not None:
+                self.key_mask.vote()
             with when(self._is_needed(visiting, tile[0], low, high)):
                 self.products.score(stage * (self.plan.key.bytes // 2))
                 if self.bias is not None:
@@ -237,12 +248,13 @@ class _Ring(_Forward):
         return low, high
 
     def _is_needed(self, cursor: StreamCursor, tile: Expr, low: list[Expr], high: list[Expr]) -> Expr | None:
-        """Return whether a tile has keys that the warp's windows come to."""
-        if self.plan.warps == 1:
+        """Return whether a tile has keys that the warp's windows come to, and that are not all hidden."""
+        meets = None if self.key_mask is None else self.key_mask.has_any
+        if self.plan.warps > 1:
+            for axis, extent in enumerate(self.plan.stream_tile):
+                meets = both(meets, cursor[axis] < high[axis], cursor[axis] + extent > low[axis])
+        if meets is None:
             return None
-        meets = None
-        for axis, extent in enumerate(self.plan.stream_tile):
-            meets = both(meets, cursor[axis] < high[axis], cursor[axis] + extent > low[axis])
         return T.Or(tile >= self.windows, meets) if self.plan.problem.additional_kv else meets
 
 
@@ -259,7 +271,8 @@ class _Resident(_Forward):
             copy.emit(source, buffer, 0, work.low, work.high, keys.order)
             block.commit()
         self.take_queries(2)
-        mask = WarpMask(self.products, self.rows, work, keys)
+        mask = WarpMask(self.products, self.rows, work, keys, self.key_mask)
+        self._load_key_mask(keys, 0)
         block.wait(1)
         block.sync()
         for first in range(0, plan.groups, plan.config.chunk):
@@ -269,7 +282,10 @@ class _Resident(_Forward):
             self.products.score_scattered(keys.keys_at(rows))
             if self.bias is not None:
                 self.bias.add(plan.warp_union, keys.low, GROUP * groups.start, GROUP * len(groups))
+            if self.key_mask is not None:
+                self.key_mask.vote()
             mask.apply(groups)
+            self._load_key_mask(keys, groups.stop)
             self.weigh(is_first=first == 0)
             if first == 0:
                 block.wait(0)
@@ -278,6 +294,13 @@ class _Resident(_Forward):
         self.softmax.elements = plan.streamed // 2
         if plan.problem.additional_kv:
             self._visit_additional()
+
+    def _load_key_mask(self, keys: Resident, first: int) -> None:
+        """Emit the reads of the key mask for the next groups, from the first of them on."""
+        plan = self.plan
+        count = min(plan.config.chunk, plan.groups - first)
+        if self.key_mask is not None and count > 0:
+            self.key_mask.load(plan.warp_union, keys.low, keys.high, GROUP * first, GROUP * count)
 
     def _visit_additional(self) -> None:
         """Emit the loop over tiles of additional keys, which take the place of the others."""

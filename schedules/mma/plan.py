@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from na_compiler.operands import RELATIVE_POSITION_BIAS
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.boxes import largest_unions
 from na_compiler.tensorir.axes import round_up
@@ -28,8 +28,8 @@ _ALIGNMENT = 128
 # Registers of a thread: for queries, sums and scores together, beyond which queries are read again; and beside those,
 # for addresses, the mask and the softmax. Assumed: the two are three quarters of what a thread can have.
 _KEPT, _BESIDE = 144, 48
-# And for places in a table of biases. Assumed.
-_BIAS = 16
+# And for places in a table of biases, and for bits of a key mask. Assumed.
+_BIAS, _KEY_MASK = 16, 8
 
 
 @dataclass(frozen=True)
@@ -202,4 +202,5 @@ class Plan:
         """About how many registers a thread needs: queries, accumulators, scores, and what is beside them."""
         queries = self.query.width // 4 if self.keeps_queries else 4
         bias = _BIAS if self.problem.has(RELATIVE_POSITION_BIAS) else 0
-        return _BESIDE + bias + queries + self.problem.head_dim_v // 2 + self.streamed // 2
+        key_mask = _KEY_MASK if self.problem.has(KEY_MASK) else 0
+        return _BESIDE + bias + key_mask + queries + self.problem.head_dim_v // 2 + self.streamed // 2

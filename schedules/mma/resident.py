@@ -15,7 +15,8 @@ from na_compiler.schedules.mma.copies import swizzled
 from na_compiler.schedules.mma.plan import GROUP
 from na_compiler.schedules.mma.products import Products
 from na_compiler.schedules.mma.rows import Rows
-from na_compiler.schedules.shared.trace import T, let, put, register
+from na_compiler.schedules.shared.key_mask import KeyMask
+from na_compiler.schedules.shared.trace import T, let, maximum, minimum, put, register
 from na_compiler.schedules.shared.work import Work
 
 __all__ = ["Resident", "WarpMask"]
@@ -92,7 +93,10 @@ class WarpMask:
     window does not reach along the other axes.
     """
 
-    def __init__(self, products: Products, rows: Rows, work: Work, resident: Resident) -> None:
+    def __init__(
+        self, products: Products, rows: Rows, work: Work, resident: Resident, key_mask: KeyMask | None = None
+    ) -> None:
+        self.key_mask = key_mask
         self.plan, self.scores = products.plan, products.scores
         self._pair = let(T.bitwise_and(rows.lane, 3) * 2)
         self._windows: list[list[tuple[Expr, Expr]]] = []
@@ -125,7 +129,7 @@ class WarpMask:
     def apply(self, groups: range) -> None:
         """Mask the scores of some groups of 16 keys."""
         for row in range(_ROWS):
-            if self.is_line:
+            if self.is_line and self.key_mask is None:
                 self._compare(row, groups)
             else:
                 self._mask(row, groups)
@@ -142,7 +146,11 @@ class WarpMask:
         first, end = GROUP * groups.start, GROUP * groups.stop
         rows: dict[int, Expr] = {}
         for start in range(first, end, _WORD):
-            word = register(T.shift_right(self._word(row, start, end, rows), T.Cast("uint32", self._pair)), "uint32")
+            word = self._word(row, start, end, rows)
+            if self.key_mask is not None:
+                word = register(T.bitwise_and(word, self.key_mask.words[(start - first) // _WORD]), "uint32")
+                self.key_mask.see(row, [word])
+            word = register(T.shift_right(word, T.Cast("uint32", self._pair)), "uint32")
             for number in range(start, min(start + _WORD, end), 8):
                 for e in (0, 1):
                     bit = T.uint32(1 << (number - start + e))
@@ -150,6 +158,8 @@ class WarpMask:
 
     def _word(self, row: int, start: int, end: int, rows: dict[int, Expr]) -> Expr:
         """Return a bit for each of 32 keys of the box from ``start`` on."""
+        if self.is_line:
+            return self._line_from(row, start)
         width, count = self.plan.warp_union[-1], math.prod(self.plan.warp_union)
         word: Expr = T.uint32(0)
         for line in range(start // width, -(-min(start + _WORD, end, count) // width)):
@@ -162,6 +172,16 @@ class WarpMask:
                 bits = T.shift_right(bits, T.uint32(-shift))
             word = T.bitwise_or(word, bits)
         return word
+
+    def _line_from(self, row: int, start: int) -> Expr:
+        """Return the part of the one row of the box from ``start`` on."""
+        low, extent = self._windows[row][0]
+        # A shift by 32 needs 64 bits.
+        first, end = (
+            T.shift_left(T.uint64(1), T.Cast("uint64", register(maximum(minimum(at - start, _WORD), 0))))
+            for at in (low, low + extent)
+        )
+        return T.Cast("uint32", end - first)
 
     def _line(self, row: int, line: int) -> Expr:
         """Return the stretch of one row of the box, or no bits where the window does not reach."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
+from na_compiler.schedules.shared.key_mask import KeyMask
 from na_compiler.schedules.shared.tiles import Fragments, Rows
 from na_compiler.schedules.shared.trace import I, T, both, let, maximum, minimum, put, register, when
 from na_compiler.schedules.shared.work import StreamCursor, Work
@@ -20,10 +21,14 @@ _ROWS = 2
 class Mask:
     """Emits the mask for one tile of queries.
 
-    A tile of keys that lies in every window of the warp's queries needs none, which is found out for the whole warp.
+    A tile of keys that lies in every window of the warp's queries needs none, which is found out for the whole warp;
+    with a key mask, where that hides none of them.
     """
 
-    def __init__(self, products: Fragments, rows: Rows, work: Work, additional: Expr | None) -> None:
+    def __init__(
+        self, products: Fragments, rows: Rows, work: Work, additional: Expr | None, key_mask: KeyMask | None = None
+    ) -> None:
+        self.key_mask = key_mask
         self.plan, self.scores, self.rows, self.work = products.plan, products.scores, rows, work
         self.additional = additional
         self.queries = [rows.position(row, work.first) for row in rows.rows]
@@ -62,17 +67,34 @@ class Mask:
         whole = None
         for axis, (start, end) in enumerate(self._common):
             whole = both(whole, cursor[axis] >= start, cursor[axis] + tile[axis] <= end)
-        with when(T.Not(whole)):
-            for row, windows in enumerate(self._windows):
-                word = None
-                for axis, (start, extent) in enumerate(windows):
-                    bits = self._bits(axis, start - cursor[axis], extent)
-                    word = bits if word is None else T.bitwise_and(word, bits)
-                for half, part in enumerate(self._words(word)):
-                    for bit in range(min(32, self.plan.streamed // 4 - 32 * half)):
-                        group, e = divmod(32 * half + bit, 2)
-                        keep = T.bitwise_and(part, T.uint32(1 << bit)) != T.uint32(0)
-                        self._keep(4 * group + 2 * row + e, keep)
+        if self.key_mask is None:
+            with when(T.Not(whole)):
+                self._hide(cursor)
+            return
+        with I.If(both(whole, self.key_mask.has_all)):
+            with I.Then():
+                self.key_mask.see_all()
+            with I.Else():
+                self._hide(cursor)
+
+    def _hide(self, cursor: StreamCursor) -> None:
+        keys = self.key_mask
+        taking: list[Expr] = [] if keys is None else keys.pairs(self.pair)
+        for row, windows in enumerate(self._windows):
+            word = None
+            for axis, (start, extent) in enumerate(windows):
+                bits = self._bits(axis, start - cursor[axis], extent)
+                word = bits if word is None else T.bitwise_and(word, bits)
+            parts = self._words(word)
+            if keys is not None:
+                pairs = zip(parts, taking, strict=True)
+                parts = [register(T.bitwise_and(part, bits), "uint32") for part, bits in pairs]
+                keys.see(row, parts)
+            for half, part in enumerate(parts):
+                for bit in range(min(32, self.plan.streamed // 4 - 32 * half)):
+                    group, e = divmod(32 * half + bit, 2)
+                    keep = T.bitwise_and(part, T.uint32(1 << bit)) != T.uint32(0)
+                    self._keep(4 * group + 2 * row + e, keep)
 
     def _bits(self, axis: int, start: Expr, extent: Expr) -> Expr:
         """Return which of a row's scores are in its window along one axis, a bit for each that the thread has.

@@ -576,6 +576,15 @@ inline float __shfl_xor_sync(uint, float value, int distance, int = 32) {
 inline void tvm_builtin_ptx_shfl_sync_bfly_b32_f32_f32_u32_u32_u32(float& target, float value, uint32_t distance, uint32_t, uint32_t) {
   target = __shfl_xor_sync(0xffffffffu, value, distance);
 }
+inline uint tvm_builtin_ballot_sync(uint, int predicate) {
+  int thread = thread_number;
+  exchange[thread] = predicate != 0;
+  warp_point();
+  uint found = 0;
+  for (int lane = 0; lane < 32; lane++) found |= exchange[thread / 32 * 32 + lane] << lane;
+  warp_point();
+  return found;
+}
 inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(const void* pointer) { return shared_address(pointer); }
 inline void tvm_builtin_cuda_cta_sync() { __syncthreads(); }
 inline void tvm_builtin_cuda_warp_sync() { warp_point(); }

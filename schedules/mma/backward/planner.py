@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from na_compiler.operands import RELATIVE_POSITION_BIAS
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.backward.config import MmaBackward, Sweep
 from na_compiler.schedules.mma.backward.plan import MOST_INNER, MOST_LISTED, SweepPlan
@@ -41,9 +41,8 @@ _SHORT, _NARROW = 64, 128
 
 def unsuited(problem: Problem) -> str | None:
     """Return what of a problem only the forward takes; ``None`` if the backward takes all of it."""
-    if problem.has(RELATIVE_POSITION_BIAS):
-        return "takes relative_position_bias in the forward only"
-    return None
+    given = [option for option in (RELATIVE_POSITION_BIAS, KEY_MASK) if problem.has(option)]
+    return f"takes {' and '.join(given)} in the forward only" if given else None
 
 
 @dataclass(frozen=True)
