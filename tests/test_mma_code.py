@@ -26,10 +26,15 @@ _PROBLEMS = (
     Problem((64, 64), 8, 128, 31, additional_kv=True, dtype="bfloat16"),
     Problem(4096, 4, 256, 255, dtype="bfloat16"),
 )
+_MASKED = (
+    Problem((56, 56), 4, 32, 7, dtype="float16", operands=("key_mask",)),
+    Problem((64, 64), 8, 64, 13, dtype="bfloat16", operands=("key_mask",)),
+    Problem(4096, 4, 64, 255, dtype="bfloat16", operands=("key_mask",)),
+)
 
 
 @pytest.mark.parametrize(
-    ("problem", "architecture"), some([(p, a) for p in _PROBLEMS for a in _ARCHITECTURES], 3, "registers")
+    ("problem", "architecture"), some([(p, a) for p in _PROBLEMS + _MASKED for a in _ARCHITECTURES], 3, "registers")
 )
 def test_no_spills(problem, architecture, tmp_path):
     """And no more registers and shared memory than so many blocks of a multiprocessor have."""
