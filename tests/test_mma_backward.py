@@ -308,8 +308,10 @@ def test_is_chosen_where_there_is_no_better_one(problem, architecture):
 
 
 def test_says_what_it_does_not_take():
-    problem = Problem((56, 56), 4, 32, 7, operands=("relative_position_bias",), dtype="float16")
-    assert "relative_position_bias in the forward only" in choose(problem, TARGET, "backward").reason
+    problem = Problem((56, 56), 4, 32, 7, dtype="float16")
+    for operands in (("relative_position_bias",), ("key_mask",), ("relative_position_bias", "key_mask")):
+        reason = choose(problem.replace(operands=operands), TARGET, "backward").reason
+        assert f"{' and '.join(operands)} in the forward only" in reason
 
 
 @pytest.mark.parametrize(("layout", "window", "head_dim", "family"), [
