@@ -173,7 +173,7 @@ def widest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, 
     Examples
     --------
     >>> [widest_inverse(10, 3, 1, False, keys) for keys in (1, 2, 4)]
-    [4, 5, 6]
+    [4, 5, 7]
     """
     last = -(-length // keys) - 1
     rule = (length, kernel_size, stride, is_causal)

@@ -16,7 +16,8 @@ from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.schedules.choose import choose
 from na_compiler.schedules.mma.backward import lists, planner, products, statistics, strips, sweep, weights
-from na_compiler.schedules.mma.backward.config import MmaBackward, Sweep
+from na_compiler.schedules.mma.backward.config import MmaBackward
+from na_compiler.schedules.mma.backward.sweep_config import Sweep
 from na_compiler.schedules.mma.boxes import largest_inverse
 from na_compiler.schedules.shared import keys
 from na_compiler.target import Target

@@ -6,38 +6,11 @@ from dataclasses import dataclass
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.backward.plan import BackwardPlan, statistics_shape
+from na_compiler.schedules.mma.backward.sweep_config import Sweep
 from na_compiler.schedules.shared.config import Config
 from na_compiler.workspace import ADDITIONAL, Workspace
 
-__all__ = ["MmaBackward", "Sweep"]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The choices for one of the kernels: what a thread block owns, and what streams by.
-
-    Parameters
-    ----------
-    warp_box
-        Box of 16 tokens that one warp owns.
-    warps
-        Warps of a thread block along each axis, their boxes one beside the other.
-    stream_tile
-        Box of tokens that come into shared memory at once; ``None`` for all that the block's tokens come to.
-    stages
-        Boxes that shared memory holds.
-    chunk
-        Groups of 16 tokens whose scores are computed together.
-    blocks
-        Thread blocks of a multiprocessor that registers are limited for; 0 leaves it to the compiler.
-    """
-
-    warp_box: tuple[int, ...]
-    warps: tuple[int, ...]
-    stream_tile: tuple[int, ...] | None = None
-    stages: int = 1
-    chunk: int = 2
-    blocks: int = 1
+__all__ = ["MmaBackward"]
 
 
 @dataclass(frozen=True)

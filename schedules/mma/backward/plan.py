@@ -8,13 +8,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from na_compiler.problem import Problem
+from na_compiler.schedules.mma.backward.sweep_config import Sweep
 from na_compiler.schedules.mma.boxes import largest_inverses, largest_unions, usual_inverses
 from na_compiler.schedules.mma.plan import GROUP, ROWS, Tile
 from na_compiler.tensorir.axes import round_up
 from na_compiler.window import group_length
 
 if TYPE_CHECKING:
-    from na_compiler.schedules.mma.backward.config import MmaBackward, Sweep
+    from na_compiler.schedules.mma.backward.config import MmaBackward
 
 __all__ = ["MOST_INNER", "MOST_LISTED", "STATISTICS", "AdditionalPlan", "BackwardPlan", "SweepPlan", "statistics_shape"]
 
@@ -318,8 +319,6 @@ class AdditionalPlan(SweepPlan):
     """
 
     def __init__(self, problem: Problem, results: tuple[str, ...]) -> None:
-        from na_compiler.schedules.mma.backward.config import Sweep  # noqa: PLC0415 - it imports this module
-
         is_wide = max(problem.head_dim, problem.head_dim_v) > _NARROW
         warps, tokens, chunk = _WIDE_STRIP if is_wide else _NARROW_STRIP
         tile: list[int] = []

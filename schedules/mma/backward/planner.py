@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
-from na_compiler.schedules.mma.backward.config import MmaBackward, Sweep
+from na_compiler.schedules.mma.backward.config import MmaBackward
 from na_compiler.schedules.mma.backward.plan import MOST_INNER, MOST_LISTED, SweepPlan
+from na_compiler.schedules.mma.backward.sweep_config import Sweep
 from na_compiler.schedules.mma.boxes import largest_inverses, largest_unions
 from na_compiler.schedules.mma.occupancy import blocks_without_spills
 from na_compiler.schedules.mma.plan import GROUP, ROWS
