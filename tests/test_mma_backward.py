@@ -142,6 +142,12 @@ def test_any_scale(scale, seed):
     emulate(Problem(70, 1, 32, 9, dtype="bfloat16"), _config((16,), (2,)), orders=ORDERS[:1], scale=scale)
 
 
+def test_additional_keys_that_fill_no_step(seed):
+    """Words of the mask beyond the last of them hide all."""
+    problem = Problem(70, 1, 32, 9, additional_kv=True, dtype="bfloat16")
+    emulate(problem, _config((16,), (2,), chunk=4), orders=ORDERS[:1], additional=5)
+
+
 def test_no_additional_keys(seed):
     """There is nothing to launch for them then."""
     problem = Problem(70, 1, 32, 9, additional_kv=True, dtype="bfloat16")

@@ -150,7 +150,8 @@ class Lists:
     def _fill_mask_of_all(self) -> None:
         """Write that each row sees all tokens of the list."""
         with self._words() as (first, bits):
-            put(bits, 0, _stretch(0, T.min(self.count - first, self.plan.word)))
+            # The last step may have words beyond the list.
+            put(bits, 0, _stretch(0, T.max(T.min(self.count - first, self.plan.word), 0)))
 
     def gather_statistics(self, stage: Expr) -> None:
         """Emit the copy of the statistics of the list's queries, from those of the tile, in the list's order."""
