@@ -100,7 +100,17 @@ def emulate(problem, config, *, edit=None, orders=ORDERS, spreads=False, **argum
         check_backward(example, grads, spreads=spreads)
 
 
-@pytest.mark.parametrize("name", some(CASES, 4, "mma backward"))
+# Half a minute to two each.
+_HEAVY = ("additional 3d grouped ring", "head_dim 256", "2d grouped ring")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *some([name for name in CASES if name not in _HEAVY], 4, "mma backward"),
+        *(pytest.param(name, marks=pytest.mark.full) for name in _HEAVY),
+    ],
+)
 def test_matches_the_reference(name, seed):
     problem, config = CASES[name]
     emulate(problem, config, **_ARGUMENTS.get(name, {}))

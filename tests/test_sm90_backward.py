@@ -366,7 +366,15 @@ def test_reports_a_deadlock(monkeypatch, seed):
         ({"head_dim_v": 264}, "264"),
         ({"dilation": (9, 1)}, "dilation"),
         (
-            {"layout": (20, 20, 20), "kernel_size": 5, "stride": 1, "dilation": 1, "is_causal": False, "head_dim": 72},
+            {
+                "border": "shift",
+                "layout": (20, 20, 20),
+                "kernel_size": 5,
+                "stride": 1,
+                "dilation": 1,
+                "is_causal": False,
+                "head_dim": 72,
+            },
             "3-D",
         ),
     ],
