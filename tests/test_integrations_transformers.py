@@ -2,6 +2,9 @@
 
 import copy
 import logging
+import re
+import sys
+import types
 
 import pytest
 import torch
@@ -352,6 +355,24 @@ def test_convert_chooses_and_reports(seed, calls, caplog):
     with torch.no_grad():
         model["text"](tokens())
     assert len(calls) == 1
+
+
+def test_convert_leaves_models_of_another_version(monkeypatch, caplog):
+    """Where what is imported as transformers, or as diffusers, is another, NATTEN's layers are converted."""
+    import natten_stub
+
+    name = "na_compiler.integrations.transformers"
+    for module in [each for each in sys.modules if each.startswith((name, "transformers"))]:
+        monkeypatch.delitem(sys.modules, module)
+    for library in ("transformers", "diffusers"):
+        monkeypatch.setitem(sys.modules, library, types.ModuleType(library))
+    _, layers = natten_stub.make("another")
+    report, model = {}, torch.nn.Sequential(layers[1](32, 2, 3))
+    with caplog.at_level("INFO", "na_compiler"):
+        na_compiler.convert(model, report=report)
+    assert report == {"0": "converted"}
+    said = r"models of transformers are left alone: .* needs transformers 5: pip install 'na-compiler\[transformers\]'"
+    assert re.search(said, caplog.text)
 
 
 def test_the_fewest_tokens_are_what_a_kernel_has():

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import na_compiler
 from na_compiler import Problem, passes
+from na_compiler.passes import sdpa as sdpa_pass
 from na_compiler.passes.backend import _buffers
 from na_compiler.passes.canonicalise_torch import canonicalise_torch
 from na_compiler.passes.masks import axis_mask
@@ -169,6 +170,50 @@ def test_what_is_written_later_does_not_count(seed):
     for one, wanted in zip(result, expected, strict=True):
         close(one, wanted)
     close(others[1], inputs[1])
+
+
+@pytest.mark.parametrize("first", ["view", "whole"])
+def test_a_view_that_is_written_into_is_another_mask_than_the_whole(first, seed):
+    class Turned(nn.Module):
+        def forward(self, query, key, value):
+            whole = torch.ones(N, N, dtype=torch.bool)
+            view = whole.t()
+            view.tril_()
+            masks = (view, whole) if first == "view" else (whole, view)
+            return tuple(sdpa(query, key, value, attn_mask=mask) for mask in masks)
+
+    inputs = tensors()
+    program = torch.export.export(Turned(), inputs)
+    passes.canonicalise(program)
+    assert [site.problem for site in passes.collect(program)] == [PROBLEM.replace(kernel_size=N)]
+    for one, wanted in zip(program.module()(*inputs), Turned()(*inputs), strict=True):
+        close(one, wanted)
+
+
+@pytest.mark.parametrize(("dynamic", "makes"), [(False, BAND), (True, None), (False, torch.randn(N, N))])
+def test_a_mask_of_many_layers_is_looked_at_once(dynamic, makes, seed, monkeypatch, caplog):
+    """Also one that is left."""
+
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", makes)
+
+        def forward(self, x):
+            mask = counted(self, x, x.shape[2]) if dynamic else self.mask
+            for _ in range(3):
+                x = sdpa(x, x, x, attn_mask=mask)
+            return x
+
+    looked, real = [], sdpa_pass._as_bool
+    monkeypatch.setattr(sdpa_pass, "_as_bool", lambda mask: [looked.append(mask.shape), real(mask)][1])
+    dims = {2: Dim("length", min=8, max=255)} if dynamic else None
+    program = torch.export.export(Layers(), (torch.randn(2, HEADS, N, 8),), dynamic_shapes=(dims,))
+    with caplog.at_level("INFO", "na_compiler"):
+        passes.canonicalise(program)
+    is_left = makes is not None and makes.dtype is torch.float32
+    assert caplog.text.count("adds more to scores" if is_left else "its mask is a neighborhood") == 3
+    assert len(looked) == 1
 
 
 class MultiHead(nn.Module):

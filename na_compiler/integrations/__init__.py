@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Mod
 
     model, found = convert_modules(model, strict=True)
     others: dict[str, str] = {}
-    # Models of a library that nobody imported are not there.
-    if "transformers" in sys.modules:
-        integration = importlib.import_module("na_compiler.integrations.transformers")
+    integration = _integration("transformers")
+    if integration is not None:
         others |= integration.convert_layers(model, integration.NAME)
-    if "diffusers" in sys.modules:
-        others |= importlib.import_module("na_compiler.integrations.diffusers").convert_layers(model)
+    integration = _integration("diffusers")
+    if integration is not None:
+        others |= integration.convert_layers(model)
     _tell(others)
     if report is not None:
         report.update(found | others)
@@ -68,6 +69,17 @@ def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Mod
     elif not found | others:
         _LOG.warning("convert: no layer of %s is one that is known here; nothing was changed", type(model).__name__)
     return model
+
+
+def _integration(library: str) -> ModuleType | None:
+    """Return what is here for a library's models: nobody has any whose library is not imported, or too old."""
+    if sys.modules.get(library) is None:
+        return None
+    try:
+        return importlib.import_module(f"na_compiler.integrations.{library}")
+    except ImportError as error:
+        _LOG.info("convert: models of %s are left alone: %s", library, error)
+        return None
 
 
 def _tell(report: dict[str, str]) -> None:

@@ -54,7 +54,6 @@ class Constants:
         self.place = {node: place for place, node in enumerate(self.module.graph.nodes)}
         # What is written into, and may have one memory with other nodes.
         self.writes = {node: _memory(written_by(node)) for node in self.place if writes(node)}
-        self.values: dict[frozenset[fx.Node], object] = {}
 
     def value(self, node: fx.Node, at: fx.Node) -> torch.Tensor:
         """Return the value of a node.
@@ -74,14 +73,11 @@ class Constants:
         needed = self.needed(node, at)
         for each in needed:
             self._check(each)
-        key = frozenset(needed)
-        if key not in self.values:
-            try:
-                with torch.no_grad():
-                    self.values[key] = self._run(sorted(needed, key=self.place.__getitem__), node)
-            except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-                raise DeclinedError(f"its mask cannot be computed here: {str(error).partition(chr(10))[0]}") from error
-        value = self.values[key]
+        try:
+            with torch.no_grad():
+                value = self._run(sorted(needed, key=self.place.__getitem__), node)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+            raise DeclinedError(f"its mask cannot be computed here: {str(error).partition(chr(10))[0]}") from error
         if not isinstance(value, torch.Tensor):
             raise DeclinedError("its mask is no tensor")
         return value
@@ -97,6 +93,13 @@ class Constants:
             for write in more:
                 del pending[write]
             found |= _before(more)
+
+    def key(self, node: fx.Node, at: fx.Node) -> tuple[fx.Node, frozenset[fx.Node]]:
+        """Return what a value is the same for; see `value`.
+
+        A view and what it is a view of need the same nodes where one of them is written into, and are not the same.
+        """
+        return node, frozenset(self.needed(node, at))
 
     def inputs_of(self, node: fx.Node, at: fx.Node) -> set[str]:
         """Return the names of the inputs that a node is computed from; see `value`."""

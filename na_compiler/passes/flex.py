@@ -30,6 +30,8 @@ _ARGUMENTS = (
 # The entries of a block mask: lengths; how many blocks of keys each block of queries sees a part of, and which; the
 # same of those that it sees all of; ... ; sizes of blocks; what says which elements of the former are seen.
 _LENGTHS, _PARTIAL, _FULL, _SIZES = slice(0, 2), slice(2, 4), slice(4, 6), slice(-3, -1)
+# Pairs of a query and a key that a mask_mod is asked for at a time.
+_PAIRS = 1 << 22
 
 
 def replace_flex(
@@ -86,7 +88,10 @@ def _replace(
     need(is_plain, "it has a score_mod")
     block_mask, buffers = arguments["block_mask"], arguments.get("mask_mod_other_buffers", ())
     # Masks of all layers are one, and looked at once.
-    key = (*block_mask[:-1], *buffers, str(_inside(constants.module, block_mask[-1]).graph))
+    made_of = (
+        constants.key(each, node) if isinstance(each, fx.Node) else each for each in (*block_mask[:-1], *buffers)
+    )
+    key = (*made_of, str(_inside(constants.module, block_mask[-1]).graph))
     if key not in known:
         mask = _mask(constants, node, block_mask, buffers)
         known[key] = recognize(mask)
@@ -167,7 +172,9 @@ def _elements(
 
     try:
         with torch.no_grad():
-            found = torch.vmap(torch.vmap(sees, in_dims=(None, 0)), in_dims=(0, None))(index, index)
+            # Some rows at a time: what a mask_mod computes on its way takes 8 bytes for each pair.
+            rows = max(_PAIRS // tokens, 1)
+            found = torch.vmap(torch.vmap(sees, in_dims=(None, 0)), in_dims=(0, None), chunk_size=rows)(index, index)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise DeclinedError(f"its mask_mod cannot be computed here: {str(error).partition(chr(10))[0]}") from error
     return found.bool()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ from na_compiler.passes.masks import LARGEST, Mask, Neighborhood, mask_of_bias, 
 
 __all__ = ["replace_sdpa"]
 
+# Masks of all layers are one, mostly, and looked at once: what each is, or why it is left.
+Known = dict[tuple[fx.Node, frozenset[fx.Node]], Neighborhood | str]
 _LOG = logging.getLogger("na_compiler")
 _ARGUMENTS: dict[str, Any] = {
     "query": None,
@@ -62,7 +64,7 @@ def replace_sdpa(
     """
     module = graph_module(program)
     constants = Constants(program, held or {})
-    known: dict[int, Neighborhood | None] = {}
+    known: Known = {}
     replaced: dict[fx.Node, None] = {}
     count = 0
     for node in list(module.graph.nodes):
@@ -143,9 +145,7 @@ def _check(arguments: dict[str, Any], tokens: int | torch.SymInt) -> None:
     check_tensors(tensors, tokens, is_grouped)
 
 
-def _neighborhood(
-    constants: Constants, mask: fx.Node, at: fx.Node, known: dict[int, Neighborhood | None]
-) -> Neighborhood:
+def _neighborhood(constants: Constants, mask: fx.Node, at: fx.Node, known: Known) -> Neighborhood:
     """Return the neighborhood that a mask is for one of its readers.
 
     Raises
@@ -160,27 +160,41 @@ def _neighborhood(
     need(square, f"its mask is {list(shape)}, and not one of all tokens")
     _check_broadcast(shape, tensor_of(_arguments(at)["query"]))
     if not isinstance(shape[-1], int):
-        return _of_any_length(constants, mask, at, shape[-1])
+        return _of_any_length(constants, mask, at, shape[-1], known)
     need(shape[-1] ** 2 <= LARGEST, f"a mask of {shape[-1]} tokens is too large to look at")
     while _is_expand(mask) and not all(isinstance(size, int) for size in tensor_of(mask).shape):
         # For a batch of any size: what is expanded is the same for all of it.
         mask = mask.args[0]  # type: ignore[assignment]
-    value = constants.value(mask, at)
-    if id(value) not in known:  # Constants keep their values, so that there is no other with this one's place.
-        known[id(value)] = recognize(_as_bool(one_of(value.detach())))
-    neighborhood = known[id(value)]
-    need(neighborhood is not None, "its mask is no neighborhood")
-    assert neighborhood is not None
-    return neighborhood
+    return _recognized(constants, mask, at, known, constants.value)
 
 
-def _of_any_length(constants: Constants, mask: fx.Node, at: fx.Node, length: torch.SymInt) -> Neighborhood:
+def _recognized(
+    constants: Constants, mask: fx.Node, at: fx.Node, known: Known, value: Callable[[fx.Node, fx.Node], torch.Tensor]
+) -> Neighborhood:
+    """Return the neighborhood that the value of a mask is, as `known` has it or else by looking at it."""
+    key = constants.key(mask, at)
+    if key not in known:
+        try:
+            known[key] = recognize(_as_bool(one_of(value(mask, at).detach()))) or "its mask is no neighborhood"
+        except DeclinedError as why:
+            known[key] = str(why)
+    found = known[key]
+    if isinstance(found, str):
+        raise DeclinedError(found)
+    return found
+
+
+def _of_any_length(
+    constants: Constants, mask: fx.Node, at: fx.Node, length: torch.SymInt, known: Known
+) -> Neighborhood:
     """Return the neighborhood that a mask is for all lengths that it may have; its layout is of the largest."""
     lowest, highest = range_of(length)
     bound = min(highest, LONGEST)
-    found = recognize(_as_bool(one_of(corner(constants, mask, at, length, bound).detach())))
-    need(found is not None, "its mask is no neighborhood")
-    assert found is not None
+
+    def largest(mask: fx.Node, at: fx.Node) -> torch.Tensor:
+        return corner(constants, mask, at, length, bound)
+
+    found = _recognized(constants, mask, at, known, largest)
     (tokens, *others), size = found.layout, found.kernel_size[0]
     plain = not others and found.is_causal == (True,) and found.stride == (1,)
     need(plain, "its length is dynamic, and its mask is no causal window along one axis")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
+
+    # These import what not all versions have.
+    from na_compiler.integrations.transformers.attention import na_attention_forward
+    from na_compiler.integrations.transformers.layers import convert_layers
+    from na_compiler.integrations.transformers.masks import na_mask
 except ImportError as error:
     raise ImportError(
-        "na_compiler.integrations.transformers needs transformers 5: pip install 'na-compiler[transformers]'"
+        f"na_compiler.integrations.transformers needs transformers 5: pip install 'na-compiler[transformers]' ({error})"
     ) from error
-
-from na_compiler.integrations.transformers.attention import na_attention_forward
-from na_compiler.integrations.transformers.layers import convert_layers
-from na_compiler.integrations.transformers.masks import na_mask
 
 __all__ = ["NAME", "convert_layers", "na_attention_forward", "na_mask", "register"]
 
