@@ -15,20 +15,16 @@ from tvm.tirx.script import builder as T
 
 from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.schedules.simt.bias import GRAD_BIAS, PARTS, bias_task, gather_bias
-from na_compiler.schedules.simt.frame import (
+from na_compiler.schedules.simt.chunks import (
     AdditionalChunks,
-    At,
-    Buffer,
     Chunks,
-    DirectFrame,
     KeyChunks,
     QueryChunks,
     StripChunks,
-    registers,
-    scalar,
     unless_masked,
     with_bias,
 )
+from na_compiler.schedules.simt.frame import At, Buffer, DirectFrame, registers, scalar
 from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.tensorir.arithmetic import LOG2_E, below, weight
 from na_compiler.tensorir.blocks import block, prim_func, reduction

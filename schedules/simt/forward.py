@@ -17,18 +17,8 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from na_compiler.operands import KEY_MASK
-from na_compiler.schedules.simt.frame import (
-    AdditionalChunks,
-    Buffer,
-    Chunks,
-    DirectFrame,
-    KeyChunks,
-    Rows,
-    registers,
-    scalar,
-    unless_masked,
-    with_bias,
-)
+from na_compiler.schedules.simt.chunks import AdditionalChunks, Chunks, KeyChunks, unless_masked, with_bias
+from na_compiler.schedules.simt.frame import Buffer, DirectFrame, Rows, registers, scalar
 from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.tensorir.arithmetic import HIDDEN, LN2, LOG2_E, LOWEST, log2_sum
 from na_compiler.tensorir.blocks import block, prim_func, reduction

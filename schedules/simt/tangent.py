@@ -12,8 +12,9 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from na_compiler.schedules.simt.chunks import Chunks
 from na_compiler.schedules.simt.forward import Query, Weights, describe
-from na_compiler.schedules.simt.frame import Buffer, Chunks, DirectFrame, registers, scalar
+from na_compiler.schedules.simt.frame import Buffer, DirectFrame, registers, scalar
 from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.tensorir.arithmetic import LN2
 from na_compiler.tensorir.blocks import block, reduction
