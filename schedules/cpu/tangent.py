@@ -1,26 +1,10 @@
-"""The forward and its derivative in one direction, in one pass: a Jacobian-vector product.
+"""The forward and its derivative in one direction, in one pass, a strip of queries at a time.
 
-Let the inputs move along their tangents ``query', key', value'``. With ``P`` the softmax's weights and, of each pair of
-query and key, ``S' = scale * (query' . key + query . key')``, what the score changes by::
-
-    lse'    = sum_key P S'
-    P'      = P (S' - lse')
-    output' = sum_key (P' value + P value')
-
-The first line is the derivative of ``log sum exp S``, the second of ``P = exp(S - lse)``, the third that of a product.
-These are six products where the forward has two: scores, output, and the derivative of each by either factor.
-The additional keys and values are keys and values like the others.
-
-``S'`` may be large where all keys of a query have much in common, and what counts are its differences: sums are taken
-of ``S' - mean``, never of ``S'`` itself. The mean is ``lse'`` where all keys are at hand at once. Where they come in
-chunks it is that of the keys so far, and the sum so far moves with it::
-
-    sum_key P (S' - new) value = sum_key P (S' - old) value + (old - new) sum_key P value
+The formula, its names and the parameters are in `na_compiler.schedules.shared.tangents`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tvm import tirx
@@ -30,6 +14,7 @@ from na_compiler.schedules.cpu.forward import Sums, Task, Visit, describe
 from na_compiler.schedules.cpu.frame import Frame, Place
 from na_compiler.schedules.cpu.plan import TilingPlan
 from na_compiler.schedules.cpu.steps import Buffer, Keys, Visible, products, weighted_rows
+from na_compiler.schedules.shared.tangents import mean_so_far, natural_mean, with_tangents
 from na_compiler.tensorir.arithmetic import LN2
 from na_compiler.tensorir.blocks import block, local, reduction, update
 
@@ -42,9 +27,7 @@ def tangent(plan: TilingPlan) -> tirx.PrimFunc:
     Returns
     -------
     PrimFunc
-        ``main(query, key, value, [additional_keys, additional_values,] tangent_query, tangent_key, tangent_value,
-        [tangent_additional_keys, tangent_additional_values,] scale, output, lse, tangent_output, tangent_lse)``. What
-        is before the scale may have any strides but the last one, which is 1; the rest is contiguous.
+        ``main`` of the parameters in `na_compiler.schedules.shared.tangents`.
     """
     return describe(plan, _Task)
 
@@ -72,8 +55,7 @@ class _Task(Task):
 
     @classmethod
     def outputs(cls, f: Frame) -> dict[str, Any]:
-        outputs = super().outputs(f)
-        return outputs | {f"tangent_{name}": kind for name, kind in outputs.items()}
+        return with_tangents(super().outputs(f))
 
     def query_rows(self) -> list[tuple[Buffer, int]]:
         return [*super().query_rows(), (self.tensors["tangent_query"], self.f.head_dim)]
@@ -128,8 +110,7 @@ class _Task(Task):
                 at = [*visit.place, lane]
                 before = kept.total[at] * visit.factor[lane]
                 total = before + sums.total[lane]
-                # A query may see none of the keys so far. A NaN stays one.
-                mean = T.Select(total == T.float32(0), T.float32(0), (before * kept.mean[at] + weighed[lane]) / total)
+                mean = mean_so_far(before, kept.mean[at], weighed[lane], total)
             T.buffer_store(sums.mean, mean, [lane])
 
     def merge(self, visit: Visit, sums: Sums, kept: Sums) -> None:
@@ -156,8 +137,7 @@ class _Task(Task):
         mean = local((f.lanes,))
         with block("tangent_natural", (f.lanes,)) as (lane,):
             at = [*first, lane]
-            value = T.Select(sums.total[at] > T.float32(0), sums.mean[at], T.float32(math.nan))
-            T.buffer_store(mean, value, [lane])
+            T.buffer_store(mean, natural_mean(sums.mean[at], sums.total[at]), [lane])
         self.store("tangent_output", lambda index, lane: sums.tangent[[*first, *index]] * inverse[lane], member, tile)
         self.store_number("tangent_lse", mean, member, tile)
         return inverse

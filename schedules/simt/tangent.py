@@ -1,17 +1,17 @@
 """The forward and its derivative in one direction, directly: a query at a time, over exactly the keys of its window.
 
-The same function as `na_compiler.schedules.cpu.tangent`, where the formula is, with the same parameters. The mean of
-what scores change by is that of the keys so far; the sum so far moves with it from chunk to chunk.
+The formula, its names and the parameters are in `na_compiler.schedules.shared.tangents`. The mean of what scores change
+by is that of the keys so far; the sum so far moves with it from chunk to chunk.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from na_compiler.schedules.shared.tangents import mean_so_far, natural_mean, with_tangents
 from na_compiler.schedules.simt.chunks import Chunks
 from na_compiler.schedules.simt.forward import Query, Weights, describe
 from na_compiler.schedules.simt.frame import Buffer, DirectFrame, registers, scalar
@@ -28,9 +28,7 @@ def direct_tangent(plan: DirectPlan) -> tirx.PrimFunc:
     Returns
     -------
     PrimFunc
-        ``main(query, key, value, [additional_keys, additional_values,] tangent_query, tangent_key, tangent_value,
-        [tangent_additional_keys, tangent_additional_values,] scale, output, lse, tangent_output, tangent_lse)``. What
-        is before the scale may have any strides but the last one, which is 1; the rest is contiguous.
+        ``main`` of the parameters in `na_compiler.schedules.shared.tangents`.
     """
     return describe(plan, _Query)
 
@@ -44,8 +42,7 @@ class _Query(Query):
 
     @classmethod
     def outputs(cls, f: DirectFrame) -> dict[str, Any]:
-        outputs = super().outputs(f)
-        return outputs | {f"tangent_{name}": kind for name, kind in outputs.items()}
+        return with_tangents(super().outputs(f))
 
     def start(self) -> None:
         super().start()
@@ -87,9 +84,7 @@ class _Query(Query):
             T.buffer_store(weighed, weighed[zero] + P[place] * slopes[place], [zero])
         before = scalar(f"{prefix}before", self.total[0] * factor[0])
         total = before[0] + weights.total[0]
-        # A query may have no weight so far. A NaN stays one.
-        value = T.Select(total == T.float32(0), T.float32(0), (before[0] * self.mean[0] + weighed[0]) / total)
-        mean = scalar(f"{prefix}mean", value)
+        mean = scalar(f"{prefix}mean", mean_so_far(before[0], self.mean[0], weighed[0], total))
         moved = scalar(f"{prefix}moved", self.mean[0] - mean[0])
         dP = registers(chunks.size)
         with block(f"{prefix}tangent_weight", chunks.size) as place:
@@ -105,8 +100,7 @@ class _Query(Query):
 
     def finish(self, is_row: Any) -> Buffer:
         inverse = super().finish(is_row)
-        value = T.Select(self.total[0] > T.float32(0), self.mean[0], T.float32(math.nan))
-        natural = scalar("tangent_natural", value)
+        natural = scalar("tangent_natural", natural_mean(self.mean[0], self.total[0]))
         self.store("tangent_output", lambda d: self.dO[d] * inverse[0], is_row)
         self.store_number("tangent_lse", natural, is_row)
         return inverse
