@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from border_problems import BIAS, MASK
+from border_problems import SMALL as BORDERS
 from oracle import check_forward, draw
 from processes import run_python
 
@@ -97,6 +99,33 @@ def test_other_operands(library, tmp_path, seed):
     for copies, (output, lse, copied) in enumerate(run(library, tmp_path / "bundle", calls, tmp_path)):
         check_forward(example, output, lse)
         assert copied == copies
+
+
+def test_borders(library, tmp_path, seed):
+    """By a word; what is the same problem is the same kernel, and what is no border is told so."""
+    problems = [*BORDERS, Problem(12, 2, 8, 4, border="wrap"), Problem(12, 2, 8, 5, is_causal=True)]
+    na_compiler.save_bundle(tmp_path / "bundle", [na_compiler.KernelSpec.make(problem) for problem in problems])
+    examples = [draw(problem, scale=0.3) for problem in problems]
+    calls = []
+    for p, example in zip(problems, examples, strict=True):
+        later = [*example.additional, example.others.get(BIAS), example.others.get(MASK), ",".join(p.border)]
+        calls.append((*call(p, example.inputs[:3]), *later))
+    # What is the same problem is the same kernel: the last one's.
+    (_, *last), rest = call(problems[-1], examples[-1].inputs), (None,) * 4
+    calls += [("na1d", *last, *rest, "cut"), ("na1d", *last[:6], [0], 0.3, *rest, "cut:4")]
+    refused = {
+        "cyclic": "border must be shift, cut, cut:LEFT, wrap or clamp",
+        "cut,cut": "for each of the 1 axes",
+        "wrap": "border=wrap on axis 0 must have no causality",
+        "cut:1": "LEFT less than kernel_size=5, stride=1 and no causality",
+    }
+    calls += [("na1d", *last, *rest, border) for border in refused]
+    results = run(library, tmp_path / "bundle", calls, tmp_path)
+    for example, result in zip([*examples, examples[-1], examples[-1]], results, strict=False):
+        assert not isinstance(result, str), result
+        check_forward(example, *result[:2])
+    for message, found in zip(refused.values(), results[-4:], strict=True):
+        assert message in found
 
 
 def test_tensors_that_a_kernel_cannot_read_are_copied(library, bundle, tmp_path, seed):

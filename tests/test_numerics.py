@@ -6,16 +6,11 @@ import random
 
 import pytest
 import torch
+from chunked import compile_in_chunks
 from oracle import NAMES, check, check_backward, check_forward, draw
 
 import na_compiler
-from na_compiler.compiler import build
-from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
-from na_compiler.runtime.kernel import make_kernel
-from na_compiler.schedules.cpu.config import QueriesInLanes
-from na_compiler.schedules.cpu.plan import Tiling
-from na_compiler.target import Target
 
 NUMBERS = (math.nan, math.inf, -math.inf)
 PROBLEMS = [
@@ -27,24 +22,12 @@ PROBLEMS = [
 ]
 # Keys come in chunks of which many queries see nothing.
 CHUNKED = Problem(90, 2, 16, 41, is_causal=True)
-CHUNKS = Tiling(
-    tile=(1, 1, 8), patch=(1, 1, 4), strip=(1, 1, 4), chunk=(1, 1, 16), key_block=(1, 1, 4), vector=4, grad_block=4,
-    additional_block=4,
-)  # fmt: skip
 
 
 def kernels(problem):
     """Return forward and backward."""
-    if problem is not CHUNKED:
-        return [na_compiler.compile(problem, direction=direction) for direction in ("forward", "backward")]
-    found = []
-    for direction in ("forward", "backward"):
-        spec = KernelSpec(problem, direction, Target.parse("llvm"), QueriesInLanes(CHUNKS, 8))
-        assert spec.plan.is_chunked
-        function, module = build.build_in_memory(spec)
-        found.append(make_kernel(spec.info, function))
-        found[-1].module = module
-    return found
+    make = compile_in_chunks if problem is CHUNKED else na_compiler.compile
+    return [make(problem, direction=direction) for direction in ("forward", "backward")]
 
 
 def tensors(problem):

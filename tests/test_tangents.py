@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from chunked import compile_in_chunks
 from draws import some
 from oracle import (
     NAMES,
@@ -19,18 +20,13 @@ from oracle import (
     poisoned,
 )
 from test_kernels import HALF, PROBLEMS, strided
-from test_numerics import CHUNKED, CHUNKS, NUMBERS
+from test_numerics import CHUNKED, NUMBERS
 from test_numerics import PROBLEMS as SPOILED
 
 import na_compiler
 from na_compiler.cli import bench, bench_tangents, main
-from na_compiler.compiler import build
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
-from na_compiler.runtime.kernel import make_kernel
-from na_compiler.schedules.cpu.config import QueriesInLanes
-from na_compiler.schedules.cpu.plan import TilingPlan
-from na_compiler.target import Target
 
 CHUNKY = [
     Problem(6000, 1, 8, 5001),
@@ -162,12 +158,7 @@ def dataclass_of(problem, inputs):
 
 
 def spoiled_kernel(problem):
-    if problem is not CHUNKED:
-        return compiled(problem)
-    spec = KernelSpec(problem, "tangent", Target.parse("llvm"), QueriesInLanes(CHUNKS, 8))
-    assert TilingPlan.make(problem, CHUNKS).is_chunked
-    function, module = build.build_in_memory(spec)
-    return make_kernel(spec.info, function, module)
+    return compile_in_chunks(problem, "tangent") if problem is CHUNKED else compiled(problem)
 
 
 def test_a_small_window_in_chunks(seed):
