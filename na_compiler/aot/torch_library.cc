@@ -197,11 +197,11 @@ struct Call {
     for (const Given& one : given) {
       if (one.operand->name == name) return one;
     }
-    throw Error("the kernel takes " + name + ", which the operator does not have");
+    throw Error({"the kernel takes ", name, ", which the operator does not have"});
   }
   const Tensor& tensor(const std::string& name) const {
     const Given& one = of(name);
-    if (!one.tensor.has_value()) throw Error("the kernel takes " + name + ", which is not given");
+    if (!one.tensor.has_value()) throw Error({"the kernel takes ", name, ", which is not given"});
     return *one.tensor;
   }
 };
@@ -262,7 +262,7 @@ std::vector<std::string> options_of(const Call& call, int64_t additional) {
       ++(one.is_there() ? there : missing);
       is_empty = is_empty || (one.operand->has_additional() && additional == 0);
     }
-    if (there > 0 && missing > 0) throw Error(names_of(option) + " come together");
+    if (there > 0 && missing > 0) throw Error({names_of(option), " come together"});
     if (there > 0 && !is_empty) found.push_back(option);
   }
   return found;
@@ -291,8 +291,8 @@ Match look(const Problem& problem, bool is_cuda, int device) {
   problem.check();
   std::vector<const Bundle*> loaded = bundles().all();
   if (loaded.empty()) {
-    throw Error("there is no kernel for " + problem.text() +
-                ": no bundle is loaded; call na_compiler_load_bundle, or set NA_COMPILER_BUNDLE");
+    throw Error({"there is no kernel for ", problem.text(),
+                 ": no bundle is loaded; call na_compiler_load_bundle, or set NA_COMPILER_BUNDLE"});
   }
   return find(loaded, problem, is_cuda, device, "");
 }
@@ -385,17 +385,16 @@ void check(const Call& call, size_t rank) {
   for (const Given& one : call.given) {
     size_t axes = one.operand->axes(rank);
     if (one.tensor.has_value() && static_cast<size_t>(one.tensor->dim()) != axes) {
-      throw Error(one.operand->name + " must have " + std::to_string(axes) + " dimensions, got " +
-                  std::to_string(one.tensor->dim()));
+      throw Error({one.operand->name, " must have ", axes, " dimensions, got ", one.tensor->dim()});
     }
   }
   for (const auto& [name, parameter] : kParameters) {
     if ((call.parameters.*parameter).size() != rank) {
-      throw Error(std::string(name) + " must have " + std::to_string(rank) + " values");
+      throw Error({name, " must have ", rank, " values"});
     }
   }
   for (int64_t flag : call.parameters.is_causal) {
-    if (flag != 0 && flag != 1) throw Error("is_causal must be 0 or 1 per axis, got " + std::to_string(flag));
+    if (flag != 0 && flag != 1) throw Error({"is_causal must be 0 or 1 per axis, got ", flag});
   }
 }
 
@@ -502,8 +501,8 @@ STABLE_TORCH_LIBRARY_IMPL(na_compiler, CUDA, library) {
 extern "C" NA_EXPORT int na_compiler_load_bundle(const char* folder) {
   try {
     if (!na::not_defined.empty()) {
-      throw na::Error("the operators of this process are not this library's, which would not use the bundle: " +
-                      na::not_defined);
+      throw na::Error(
+          {"the operators of this process are not this library's, which would not use the bundle: ", na::not_defined});
     }
     na::bundles().add(folder);
     na::forget();

@@ -10,8 +10,11 @@ from na_compiler.runtime.host import HostLibrary
 __all__ = ["LIBRARY", "build_library", "source_folder"]
 
 LIBRARY = "libna_compiler_ort.so"
-# Small rather than fast: the time is in the kernels.
-_OPTIONS = ("-std=c++17", "-Os", "-s", "-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections")
+# Small rather than fast: the time is in the kernels. Constants share pages with code, which is two pages less.
+_OPTIONS = (
+    *("-std=c++17", "-Os", "-s", "-ffunction-sections", "-fdata-sections"),
+    *("-Wl,--gc-sections", "-Wl,-z,noseparate-code"),
+)
 
 
 def source_folder() -> Path:

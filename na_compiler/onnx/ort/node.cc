@@ -69,14 +69,16 @@ bool has_attribute(const Api& api, const OrtKernelInfo* info, const char* name) 
 std::vector<int64_t> integers(const Api& api, const OrtKernelInfo* info, const char* name, size_t rank,
                               const int64_t* otherwise) {
   size_t size = 0;
-  std::string wanted = std::string(name) + " must be " + std::to_string(rank) + " ints, one per axis";
+  std::string wanted = sentence({name, " must be ", rank, " ints, one per axis"});
   if (!succeeds(api, api.KernelInfoGetAttributeArray_int64(info, name, nullptr, &size))) {
-    if (otherwise == nullptr || has_attribute(api, info, name)) throw Error(wanted + ", and is missing or something else");
+    if (otherwise == nullptr || has_attribute(api, info, name)) {
+      throw Error({wanted, ", and is missing or something else"});
+    }
     return std::vector<int64_t>(rank, *otherwise);
   }
   // ONNX Runtime gives an attribute of another type as a list of no ints.
-  if (size == 0) throw Error(wanted + ", and is empty or something else");
-  if (size != rank) throw Error(wanted + ", got " + std::to_string(size));
+  if (size == 0) throw Error({wanted, ", and is empty or something else"});
+  if (size != rank) throw Error({wanted, ", got ", size});
   std::vector<int64_t> values(size);
   check(api, api.KernelInfoGetAttributeArray_int64(info, name, values.data(), &size));
   return values;
@@ -87,7 +89,7 @@ std::string read_word(const Api& api, const OrtKernelInfo* info, const char* nam
   // Of a text that is there it says the size, and that there is no place for it.
   succeeds(api, api.KernelInfoGetAttribute_string(info, name, nullptr, &size));
   if (size == 0) {
-    if (has_attribute(api, info, name)) throw Error(std::string(name) + " must be a string, and is of another type");
+    if (has_attribute(api, info, name)) throw Error({name, " must be a string, and is of another type"});
     return otherwise;
   }
   std::string word(size, '\0');
@@ -135,7 +137,7 @@ void refuse_mistaken(const Api& api, const OrtKernelInfo* info) {
     }
     std::string known;
     for (const std::string& attribute : attributes()) known += (known.empty() ? "" : ", ") + attribute;
-    throw Error("it has an attribute " + name + ", which is unknown; known are " + known);
+    throw Error({"it has an attribute ", name, ", which is unknown; known are ", known});
   }
 }
 
@@ -158,9 +160,9 @@ Node::Node(const Operator& op, const OrtKernelInfo* info) : op_(op), api_(*op.ap
   char name[256];
   size_t size = sizeof name;
   if (succeeds(api_, api_.KernelInfo_GetNodeName(info, name, &size)) && name[0] != '\0') {
-    where_ = "node " + std::string(name) + " (" + op.name + "): ";
+    where_ = sentence({"node ", name, " (", op.name, "): "});
   } else {
-    where_ = std::string(op.name) + ": ";
+    where_ = sentence({op.name, ": "});
   }
 }
 
@@ -172,7 +174,7 @@ void Node::read(const OrtKernelInfo* info) {
   attributes_.dilation = integers(api_, info, "dilation", op_.rank, &kOne);
   attributes_.is_causal = integers(api_, info, "is_causal", op_.rank, &kZero);
   for (int64_t flag : attributes_.is_causal) {
-    if (flag != 0 && flag != 1) throw Error("is_causal must be 0 or 1 per axis, got " + std::to_string(flag));
+    if (flag != 0 && flag != 1) throw Error({"is_causal must be 0 or 1 per axis, got ", flag});
   }
   for (const TableOperand* operand : number_operands()) numbers_.push_back(read_number(info, *operand));
   border_ = read_word(api_, info, "border", "shift");
@@ -188,9 +190,9 @@ Node::Number Node::read_number(const OrtKernelInfo* info, const TableOperand& op
                            : succeeds(api_, api_.KernelInfoGetAttribute_float(info, name, &real))) {
     number.is_there = true;
     number.real = real;
-    if (!std::isfinite(real)) throw Error(operand.name + " must be finite");
+    if (!std::isfinite(real)) throw Error({operand.name, " must be finite"});
   } else if (has_attribute(api_, info, name)) {
-    throw Error(operand.name + " must be " + (operand.is_integer() ? "an int" : "a float") + ", and is of another type");
+    throw Error({operand.name, " must be ", (operand.is_integer() ? "an int" : "a float"), ", and is of another type"});
   } else if (!operand.otherwise.empty()) {
     number.is_there = true;
     number.real = std::strtod(operand.otherwise.c_str(), nullptr);
@@ -283,11 +285,10 @@ Tensor Node::make_output(OrtKernelContext* context, size_t index, const Shape& s
 Problem Node::pose(const Inputs& inputs) const {
   const Shape& query = inputs[0].shape;
   if (!is_problems(inputs[0].element)) {
-    throw Error("query must be float32, float16 or bfloat16, and has ONNX's element type " +
-                std::to_string(inputs[0].element));
+    throw Error({"query must be float32, float16 or bfloat16, and has ONNX's element type ", inputs[0].element});
   }
   if (query.size() != op_.rank + 3) {
-    throw Error("query must have " + std::to_string(op_.rank + 3) + " dimensions, got shape " + text(query));
+    throw Error({"query must have ", op_.rank + 3, " dimensions, got shape ", text(query)});
   }
   Problem problem = attributes_;
   problem.layout.assign(query.begin() + 1, query.end() - 2);
@@ -303,13 +304,13 @@ Problem Node::pose(const Inputs& inputs) const {
     if (operand.is_later() && !inputs[i].is_there) continue;
     Shape expected = problem.shape_of(operand, query[0], additional);
     if (inputs[i].shape != expected) {
-      throw Error(operand.name + " must have shape " + text(expected) + " where query has " + text(query) + ", got " +
-                  text(inputs[i].shape));
+      throw Error({operand.name, " must have shape ", text(expected), " where query has ", text(query), ", got ",
+                   text(inputs[i].shape)});
     }
     int element = element_of(operand, inputs[0].element);
     if (inputs[i].element != element) {
-      throw Error(operand.name + " must " + (operand.dtype == "same" ? "have query's type, " : "be ") +
-                  dtype_name(element));
+      throw Error(
+          {operand.name, " must ", (operand.dtype == "same" ? "have query's type, " : "be "), dtype_name(element)});
     }
   }
   take_options(inputs, problem);
@@ -332,7 +333,7 @@ void Node::take_options(const Inputs& inputs, Problem& problem) const {
     for (const Number& number : numbers_) {
       if (number.operand->option == option) ++(number.is_there ? there : missing);
     }
-    if (there > 0 && missing > 0) throw Error(names_of(option) + " come together, and one is missing");
+    if (there > 0 && missing > 0) throw Error({names_of(option), " come together, and one is missing"});
     if (there > 0 && !is_empty) problem.take(option);
   }
 }
@@ -415,7 +416,7 @@ void Node::run(OrtKernelContext* context, const Found& found, Inputs& inputs, st
     for (size_t i = 0; i < outputs.size(); ++i) {
       if (operand.name == output_operands()[i]->name) return &outputs[i];
     }
-    throw Error("the kernel takes " + operand.name + ", which the operator does not have");
+    throw Error({"the kernel takes ", operand.name, ", which the operator does not have"});
   };
   std::vector<Tensor*> tensors;
   size_t space = 0;
@@ -437,7 +438,7 @@ void Node::add_number(Arguments& arguments, const Operand& operand, const Found&
     double otherwise = 1.0 / std::sqrt(static_cast<double>(found.query.back()));
     return arguments.add(number.is_there ? number.real : otherwise);
   }
-  throw Error("the kernel takes " + operand.name + ", which the operator does not have");
+  throw Error({"the kernel takes ", operand.name, ", which the operator does not have"});
 }
 
 // Calls a kernel with tensors in the order of its operands; there is none where the operand is a number.
@@ -459,7 +460,7 @@ void Node::call(OrtKernelContext* context, const Found& found, const std::vector
     DLTensor view = na::view(tensor.data, op_.is_cuda, device, dtype_name(tensor.element), rank, tensor.shape.data(),
                              strides[i].data());
     std::string misplaced = operand.is_free ? kernel.misplaced(view) : "";
-    if (!misplaced.empty()) throw Error(operand.name + " cannot be read where it is: " + misplaced);
+    if (!misplaced.empty()) throw Error({operand.name, " cannot be read where it is: ", misplaced});
     arguments.add(view);
   }
   std::unique_ptr<CurrentStream> current;

@@ -27,14 +27,14 @@ enum { kRequired = 0, kOptional = 1 };
 
 OrtStatus* create(const OrtCustomOp* custom_op, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
   auto op = static_cast<const Operator*>(custom_op);
-  std::string where = std::string(op->name) + ": ";
+  std::string where = sentence({op->name, ": "});
   return guarded(*op->api, "", [&] {
     auto node = std::make_unique<Node>(*op, info);
     where = node->where();
     try {
       node->read(info);
     } catch (const std::exception& error) {
-      throw Error(where + error.what());
+      throw Error({where, error.what()});
     }
     *kernel = node.release();
   });
@@ -50,7 +50,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
 OrtStatus* infer(const OrtCustomOp* custom_op, OrtShapeInferContext* context) {
   auto op = static_cast<const Operator*>(custom_op);
   const Api& api = *op->api;
-  return guarded(api, std::string(op->name) + ": ", [&] {
+  return guarded(api, sentence({op->name, ": "}), [&] {
     size_t count = 0;
     if (!succeeds(api, api.ShapeInferContext_GetInputCount(context, &count)) || count < 3) return;
     std::vector<int64_t> sizes;
@@ -166,8 +166,8 @@ std::vector<const Bundle*> open_bundles(const Api& api, const OrtSessionOptions*
     for (const std::string& folder : split(named)) bundles.push_back(&Bundle::open(folder));
   }
   if (bundles.empty()) {
-    throw Error(std::string("no bundle of kernels is named; add the session config entry ") + kBundleEntry +
-                " before registering the library, or set " + kBundleVariable);
+    throw Error({"no bundle of kernels is named; add the session config entry ", kBundleEntry,
+                 " before registering the library, or set ", kBundleVariable});
   }
   return bundles;
 }

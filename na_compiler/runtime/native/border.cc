@@ -36,8 +36,8 @@ std::vector<std::string> borders_of(const std::string& words, size_t rank) {
     is_known = is_known && (word == kShift || word == kCut || word == kWrap || word == kClamp || has_left(word));
   }
   if (!is_known) {
-    throw Error("border must be shift, cut, cut:LEFT, wrap or clamp, or one of these for each of the " +
-                std::to_string(rank) + " axes with commas between them, got " + words);
+    throw Error({"border must be shift, cut, cut:LEFT, wrap or clamp, or one of these for each of the ", rank,
+                 " axes with commas between them, got ", words});
   }
   return parts;
 }
@@ -60,7 +60,9 @@ void Problem::take_border(const std::string& words) {
     int64_t tokens = layout[axis], gap = dilation[axis], kernel = kernel_size[axis], step = stride[axis];
     std::string& word = border[axis];
     if (word == kShift) continue;
-    if (has_left(word) && has_bias) throw Error("border must not be cut:LEFT with relative_position_bias, got " + word);
+    if (has_left(word) && has_bias) {
+      throw Error({"border must not be cut:LEFT with relative_position_bias, got ", word});
+    }
     if (word == kWrap) {
       if (kernel == 1 || (kernel == tokens / gap && !has_bias)) word = kShift;
       continue;
@@ -87,26 +89,24 @@ void Problem::take_border(const std::string& words) {
 }
 
 void Problem::check_border(size_t axis) const {
-  const std::string word = border.empty() ? kShift : border[axis], where = " on axis " + std::to_string(axis);
+  const std::string word = border.empty() ? kShift : border[axis], where = sentence({" on axis ", axis});
   int64_t tokens = layout[axis], gap = dilation[axis], kernel = kernel_size[axis], step = stride[axis];
   bool is_cut = word == kCut || has_left(word);
   if (!is_cut && kernel > tokens / gap) {
     // Without a product, which might overflow.
-    throw Error("kernel_size * dilation must be at most the layout's " + std::to_string(tokens) + " tokens" + where +
-                ", got kernel_size=" + std::to_string(kernel) + " and dilation=" + std::to_string(gap));
+    throw Error({"kernel_size * dilation must be at most the layout's ", tokens, " tokens", where,
+                 ", got kernel_size=", kernel, " and dilation=", gap});
   }
   if (gap > tokens) {
-    throw Error("dilation must be at most the layout's " + std::to_string(tokens) + " tokens" + where + ", got " +
-                std::to_string(gap));
+    throw Error({"dilation must be at most the layout's ", tokens, " tokens", where, ", got ", gap});
   }
   if (has_left(word) && (before(kernel, word) >= kernel || step != 1 || is_causal[axis] != 0)) {
-    throw Error("border=" + word + where + " must have LEFT less than kernel_size=" + std::to_string(kernel) +
-                ", stride=1 and no causality");
+    throw Error(
+        {"border=", word, where, " must have LEFT less than kernel_size=", kernel, ", stride=1 and no causality"});
   }
   if (word == kWrap && (is_causal[axis] != 0 || tokens % gap != 0 || tokens / gap % step != 0)) {
-    throw Error("border=wrap" + where + " must have no causality, a dilation that divides the layout's " +
-                std::to_string(tokens) + " tokens, and a stride that divides a dilation group's; got dilation=" +
-                std::to_string(gap) + " and stride=" + std::to_string(step));
+    throw Error({"border=wrap", where, " must have no causality, a dilation that divides the layout's ", tokens,
+                 " tokens, and a stride that divides a dilation group's; got dilation=", gap, " and stride=", step});
   }
 }
 

@@ -12,9 +12,7 @@
 namespace na {
 namespace {
 
-std::string gpu_here(int capability) {
-  return "cuda:sm_" + std::to_string(capability) + (capability == 90 ? "a" : "");
-}
+std::string gpu_here(int capability) { return sentence({"cuda:sm_", capability, capability == 90 ? "a" : ""}); }
 
 void check_file(const std::string& folder, const File& file) {
   // By its size first: what is endless is not read.
@@ -24,7 +22,7 @@ void check_file(const std::string& folder, const File& file) {
   } catch (const TooLargeError&) {
   }
   if (static_cast<int64_t>(content.size()) != file.bytes || sha256(content) != file.sha256) {
-    throw Error(file.library + " is not the file that was put in");
+    throw Error({file.library, " is not the file that was put in"});
   }
 }
 
@@ -35,12 +33,12 @@ Bundle::Bundle(std::string folder, const std::string& manifest) : folder_(std::m
     try {
       manifest_ = Manifest::parse(manifest);
     } catch (const Error& error) {
-      throw Error(std::string("manifest.json: ") + error.what());
+      throw Error({"manifest.json: ", error.what()});
     }
     check_version(manifest_.ffi_version, {folder_});
     check_files();
   } catch (const Error& error) {
-    throw Error("the bundle in " + folder_ + " cannot be used: " + error.what() + "; make it again with na-compile");
+    throw Error({"the bundle in ", folder_, " cannot be used: ", error.what(), "; make it again with na-compile"});
   }
   check_machine();
 }
@@ -71,21 +69,21 @@ void Bundle::check_machine() const {
     instead = gpu_here(gpus[0]);
     here += " with " + instead;
   }
-  throw Error("the bundle in " + folder_ + " has kernels for " + all + " only, and this machine is " + here +
-              "; make it again with --target " + instead);
+  throw Error({"the bundle in ", folder_, " has kernels for ", all, " only, and this machine is ", here,
+               "; make it again with --target ", instead});
 }
 
 const Bundle& Bundle::open(const std::string& folder) {
   static std::mutex mutex;
   static auto bundles = new std::map<std::pair<std::string, std::string>, const Bundle*>;
   std::unique_ptr<char, void (*)(void*)> resolved(realpath(folder.c_str(), nullptr), std::free);
-  if (resolved == nullptr) throw Error("there is no bundle in " + folder + ": no such folder");
+  if (resolved == nullptr) throw Error({"there is no bundle in ", folder, ": no such folder"});
   std::string path = resolved.get(), manifest;
-  if (!is_there(path + "/manifest.json")) throw Error("there is no bundle in " + folder + ": it has no manifest.json");
+  if (!is_there(path + "/manifest.json")) throw Error({"there is no bundle in ", folder, ": it has no manifest.json"});
   try {
     manifest = read_file(path + "/manifest.json", kMaxManifestBytes);
   } catch (const Error& error) {
-    throw Error("the bundle in " + path + " cannot be used: " + error.what() + "; make it again with na-compile");
+    throw Error({"the bundle in ", path, " cannot be used: ", error.what(), "; make it again with na-compile"});
   }
   std::lock_guard<std::mutex> lock(mutex);
   // Kept by what it says, not by all of its text. One for each bundle that the process ever opened.
@@ -109,8 +107,8 @@ const Kernel* Bundle::find(const Problem& problem, bool is_cuda, int capability,
   }
   if (best == nullptr) {
     why += (why.empty() ? "the bundle in " : ", and that in ") + folder_;
-    why += others.empty() ? " has " + std::to_string(manifest_.kernels.size()) + " kernels for other problems"
-                          : " has the problem for " + others + " only";
+    why += others.empty() ? sentence({" has ", manifest_.kernels.size(), " kernels for other problems"})
+                          : sentence({" has the problem for ", others, " only"});
   }
   return best;
 }
@@ -125,8 +123,8 @@ const Function& Bundle::function(const Kernel& kernel) const {
     Function loaded = load_function(folder_ + "/" + kernel.file.library, kernel.is_cuda(), {folder_});
     return functions_.emplace(&kernel, loaded).first->second;
   } catch (const Error& error) {
-    throw Error("the kernel for " + kernel.problem.text() + " in the bundle in " + folder_ + " cannot be used: " +
-                error.what());
+    throw Error(
+        {"the kernel for ", kernel.problem.text(), " in the bundle in ", folder_, " cannot be used: ", error.what()});
   }
 }
 
@@ -147,8 +145,8 @@ Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bo
     place = "CUDA device " + std::to_string(device) + ", compute capability " + std::to_string(capability / 10) + "." +
             std::to_string(capability % 10);
   }
-  throw Error("there is no kernel for " + problem.text() + " on " + place + ": " + why + "; compile it with na-compile" +
-              advice);
+  throw Error(
+      {"there is no kernel for ", problem.text(), " on ", place, ": ", why, "; compile it with na-compile", advice});
 }
 
 }  // namespace na

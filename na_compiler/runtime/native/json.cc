@@ -71,7 +71,7 @@ class JsonReader {
 
   void enter(int depth) {
     if (depth > kMaxDepth) {
-      throw Error("its lists and objects lie more than " + std::to_string(kMaxDepth) + " deep in one another");
+      throw Error({"its lists and objects lie more than ", kMaxDepth, " deep in one another"});
     }
     ++at_;
   }
@@ -98,7 +98,7 @@ class JsonReader {
     std::sort(names.begin(), names.end(), [](auto one, auto other) { return *one < *other; });
     auto same = [](auto one, auto other) { return *one == *other; };
     auto twice = std::adjacent_find(names.begin(), names.end(), same);
-    if (twice != names.end()) throw Error("it says '" + **twice + "' twice");
+    if (twice != names.end()) throw Error({"it says '", **twice, "' twice"});
   }
 
   Json::List list(int depth) {
@@ -127,7 +127,7 @@ class JsonReader {
     if (is_large || (is_negative && number == 0) || is_at('.') || is_at('e') || is_at('E')) {
       while (at_ < end_ && *at_ != '\0' && std::strchr("0123456789.eE+-", *at_) != nullptr) ++at_;
       std::string written(start, std::min<ptrdiff_t>(at_ - start, 24));
-      throw Error("it has the number " + written + ", and numbers are integers of at most 53 bits");
+      throw Error({"it has the number ", written, ", and numbers are integers of at most 53 bits"});
     }
     return is_negative ? -number : number;
   }
@@ -186,7 +186,7 @@ Json Json::parse(const std::string& text) {
     if (byte == '\t' || byte == '\n' || byte == '\r' || (byte >= ' ' && byte <= '~' && byte != '\\')) continue;
     char shown[8];
     std::snprintf(shown, sizeof shown, "0x%02x", byte);
-    throw Error(std::string("it has the byte ") + shown + ", and a manifest is ASCII without backslashes");
+    throw Error({"it has the byte ", shown, ", and a manifest is ASCII without backslashes"});
   }
   return JsonReader(text).document();
 }

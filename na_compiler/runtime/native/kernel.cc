@@ -29,22 +29,21 @@ bool Problem::operator==(const Problem& other) const {
 }
 
 std::string Problem::text() const {
-  std::string text = "na" + std::to_string(layout.size()) + "d layout=" + join(layout) +
-                     " heads=" + std::to_string(heads);
-  if (heads_kv != heads) text += " heads_kv=" + std::to_string(heads_kv);
-  text += " head_dim=" + std::to_string(head_dim);
-  if (head_dim_v != head_dim) text += " head_dim_v=" + std::to_string(head_dim_v);
-  text += " kernel_size=" + join(kernel_size);
+  std::string text = sentence({"na", layout.size(), "d layout=", join(layout), " heads=", heads});
+  if (heads_kv != heads) text += sentence({" heads_kv=", heads_kv});
+  text += sentence({" head_dim=", head_dim});
+  if (head_dim_v != head_dim) text += sentence({" head_dim_v=", head_dim_v});
+  text += sentence({" kernel_size=", join(kernel_size)});
   std::vector<int64_t> ones(layout.size(), 1), zeros(layout.size(), 0);
-  if (stride != ones) text += " stride=" + join(stride);
-  if (dilation != ones) text += " dilation=" + join(dilation);
-  if (is_causal != zeros) text += " is_causal=" + join(is_causal);
+  if (stride != ones) text += sentence({" stride=", join(stride)});
+  if (dilation != ones) text += sentence({" dilation=", join(dilation)});
+  if (is_causal != zeros) text += sentence({" is_causal=", join(is_causal)});
   if (!border.empty()) {
     for (size_t axis = 0; axis < border.size(); ++axis) text += (axis == 0 ? " border=" : ",") + border[axis];
   }
   if (additional_kv) text += " additional_kv";
-  for (const std::string& option : operands) text += " " + option;
-  return text + " " + dtype;
+  for (const std::string& option : operands) text += sentence({" ", option});
+  return sentence({text, " ", dtype});
 }
 
 bool Problem::has(const std::string& option) const {
@@ -81,20 +80,18 @@ std::vector<int64_t> Problem::shape_of(const TableOperand& operand, int64_t batc
 }
 
 void Problem::check() const {
-  auto on_axis = [](size_t axis) { return " on axis " + std::to_string(axis); };
+  auto on_axis = [](size_t axis) { return sentence({" on axis ", axis}); };
   for (size_t axis = 0; axis < layout.size(); ++axis) {
     int64_t kernel = kernel_size[axis], step = stride[axis], gap = dilation[axis];
-    if (kernel < 1) throw Error("kernel_size must be at least 1, got " + std::to_string(kernel) + on_axis(axis));
-    if (gap < 1) throw Error("dilation must be at least 1, got " + std::to_string(gap) + on_axis(axis));
+    if (kernel < 1) throw Error({"kernel_size must be at least 1, got ", kernel, on_axis(axis)});
+    if (gap < 1) throw Error({"dilation must be at least 1, got ", gap, on_axis(axis)});
     if (step < 1 || step > kernel) {
-      throw Error("stride must be at least 1 and at most kernel_size=" + std::to_string(kernel) + on_axis(axis) +
-                  ", got " + std::to_string(step));
+      throw Error({"stride must be at least 1 and at most kernel_size=", kernel, on_axis(axis), ", got ", step});
     }
     check_border(axis);
   }
   if (heads_kv < 1 || heads % heads_kv != 0) {
-    throw Error("query's heads must be a multiple of key's, got " + std::to_string(heads) + " and " +
-                std::to_string(heads_kv));
+    throw Error({"query's heads must be a multiple of key's, got ", heads, " and ", heads_kv});
   }
 }
 
@@ -118,10 +115,10 @@ void Kernel::check(const Operand& operand, const DLTensor& tensor, int64_t batch
   };
   std::vector<int64_t> wanted, got(tensor.shape, tensor.shape + tensor.ndim);
   for (int64_t extent : operand.shape) wanted.push_back(extent >= 0 ? extent : extent == -1 ? additional : batch);
-  if (got != wanted) throw Error(operand.name + " must have shape " + text(wanted) + ", got " + text(got));
+  if (got != wanted) throw Error({operand.name, " must have shape ", text(wanted), ", got ", text(got)});
   DLDataType type = type_of(operand.dtype);
   if (tensor.dtype.code != type.code || tensor.dtype.bits != type.bits) {
-    throw Error(operand.name + " must be " + operand.dtype + ", and is of another type");
+    throw Error({operand.name, " must be ", operand.dtype, ", and is of another type"});
   }
 }
 
@@ -131,14 +128,14 @@ std::string Kernel::misplaced(const DLTensor& tensor) const {
   int64_t elements = std::max<int64_t>(8 * alignment / tensor.dtype.bits, 1);
   std::string multiple_of = " must be a multiple of ";
   if (reinterpret_cast<uintptr_t>(tensor.data) % alignment != 0) {
-    return "its address" + multiple_of + std::to_string(alignment);
+    return sentence({"its address", multiple_of, alignment});
   }
   for (int64_t axis = 0; axis < last; ++axis) {
-    if (tensor.strides[axis] % elements != 0) return "its strides" + multiple_of + std::to_string(elements) + " elements";
+    if (tensor.strides[axis] % elements != 0) return sentence({"its strides", multiple_of, elements, " elements"});
   }
   // Additional keys have one axis of tokens only, and strides of their own for heads.
   if (adjacent_heads && last > 3 && tensor.strides[last - 1] != tensor.shape[last]) {
-    return "its heads must lie " + std::to_string(tensor.shape[last]) + " elements apart";
+    return sentence({"its heads must lie ", tensor.shape[last], " elements apart"});
   }
   return "";
 }

@@ -33,15 +33,15 @@ class Said {
   std::string place() const {
     if (parent_ == nullptr) return "";
     std::string before = parent_->place();
-    if (name_ == nullptr) return before + "[" + std::to_string(index_) + "]";
-    return (before.empty() ? "" : before + ".") + name_;
+    if (name_ == nullptr) return sentence({before, "[", index_, "]"});
+    return sentence({before, before.empty() ? "" : ".", name_});
   }
 
   [[noreturn]] void refuse(const std::string& wanted) const {
     std::string got = json_.canonical();
     if (got.size() > 40) got = got.substr(0, 40) + "...";
     std::string where = place();
-    throw Error((where.empty() ? "it" : where) + " must be " + wanted + ", got " + got);
+    throw Error({(where.empty() ? "it" : where), " must be ", wanted, ", got ", got});
   }
 
   // Of an object: that it has these members, and no others.
@@ -52,10 +52,10 @@ class Said {
     if (!within.empty()) within += ".";
     for (const auto& member : *object) {
       bool is_known = std::any_of(names.begin(), names.end(), [&](const char* name) { return member.first == name; });
-      if (!is_known) throw Error(within + member.first.substr(0, 40) + " is unknown");
+      if (!is_known) throw Error({within, member.first.substr(0, 40), " is unknown"});
     }
     for (const char* name : names) {
-      if (json_.find(name) == nullptr) throw Error(within + name + " is missing");
+      if (json_.find(name) == nullptr) throw Error({within, name, " is missing"});
     }
   }
 
@@ -66,7 +66,7 @@ class Said {
   auto list(size_t low, size_t high, Each each) const {
     auto values = json_.as<Json::List>();
     if (values == nullptr || values->size() < low || values->size() > high) {
-      refuse("a list" + (high == kAnyNumber ? "" : " of " + std::to_string(low) + " to " + std::to_string(high)));
+      refuse(high == kAnyNumber ? "a list" : sentence({"a list of ", low, " to ", high}));
     }
     std::vector<decltype(each(*this))> made;
     for (size_t i = 0; i < values->size(); ++i) made.push_back(each(Said((*values)[i], this, nullptr, i)));
@@ -76,7 +76,7 @@ class Said {
   int64_t integer(int64_t low = 1, int64_t high = kMaxInteger) const {
     auto number = json_.as<int64_t>();
     if (number == nullptr || *number < low || *number > high) {
-      refuse("an integer from " + std::to_string(low) + " to " + std::to_string(high));
+      refuse(sentence({"an integer from ", low, " to ", high}));
     }
     return *number;
   }
@@ -84,7 +84,7 @@ class Said {
   int64_t power_of_two(int64_t high) const {
     auto number = json_.as<int64_t>();
     if (number == nullptr || *number < 1 || *number > high || (*number & (*number - 1)) != 0) {
-      refuse("a power of two from 1 to " + std::to_string(high));
+      refuse(sentence({"a power of two from 1 to ", high}));
     }
     return *number;
   }
@@ -172,13 +172,13 @@ void read_border(const Said& said, Problem& problem) {
   static const char kWanted[] = "shift, cut, cut:LEFT or wrap";
   auto each = [](const Said& word) { return word.name("a0:", 32, kWanted); };
   std::vector<std::string> found = said.list(1, kMaxRank, each);
-  if (found.size() != problem.layout.size()) throw Error(said.place() + " has another number of values than axes");
+  if (found.size() != problem.layout.size()) throw Error({said.place(), " has another number of values than axes"});
   std::string words;
   for (const std::string& word : found) words += (words.empty() ? "" : ",") + word;
   try {
     problem.take_border(words);
   } catch (const Error& error) {
-    throw Error(said.place() + ": " + error.what());
+    throw Error({said.place(), ": ", error.what()});
   }
   if (problem.border != found) said.refuse("as problems are written that are the same");
 }
@@ -206,7 +206,7 @@ Problem read_problem(const Said& said) {
   if (has_operands) read_options(said["operands"], problem);
   problem.dtype = said["dtype"].one_of({"float32", "bfloat16", "float16"});
   for (const auto* values : {&problem.kernel_size, &problem.stride, &problem.dilation, &problem.is_causal}) {
-    if (values->size() != problem.layout.size()) throw Error(said.place() + " has another number of values than axes");
+    if (values->size() != problem.layout.size()) throw Error({said.place(), " has another number of values than axes"});
   }
   if (has_border) read_border(said["border"], problem);
   problem.check();
@@ -234,7 +234,7 @@ Buffer read_buffer(const Said& said) {
   Buffer buffer = said.list(1, 32, [](const Said& each) { return each.is("additional") ? -1 : each.integer(); });
   int64_t elements = 1;
   for (int64_t extent : buffer) {
-    if (extent > kMaxInteger / elements) said.refuse("of at most " + std::to_string(kMaxInteger) + " elements");
+    if (extent > kMaxInteger / elements) said.refuse(sentence({"of at most ", kMaxInteger, " elements"}));
     elements *= std::max<int64_t>(extent, 1);
   }
   return buffer;
@@ -265,10 +265,10 @@ void check_operands(const Kernel& kernel) {
   for (const TableOperand* operand : forward_operands()) {
     if (kernel.problem.has(operand->option)) given.push_back(operand->name);
   }
-  for (size_t i = 0; i < kernel.workspace.size(); ++i) given.push_back("workspace" + std::to_string(i));
+  for (size_t i = 0; i < kernel.workspace.size(); ++i) given.push_back(sentence({"workspace", i}));
   for (const Operand& operand : kernel.operands) takes.push_back(operand.name);
   if (takes != given) {
-    throw Error("its kernel for " + kernel.problem.text() + " takes other operands than those of this version");
+    throw Error({"its kernel for ", kernel.problem.text(), " takes other operands than those of this version"});
   }
 }
 
@@ -305,7 +305,7 @@ ExtraFile read_extra(const Said& said) {
 void check_unique(std::vector<std::string> names, const char* what) {
   std::sort(names.begin(), names.end());
   auto twice = std::adjacent_find(names.begin(), names.end());
-  if (twice != names.end()) throw Error(std::string(what) + " has " + *twice + " twice");
+  if (twice != names.end()) throw Error({what, " has ", *twice, " twice"});
 }
 
 }  // namespace
@@ -316,8 +316,8 @@ Manifest Manifest::parse(const std::string& text) {
   if (format == nullptr) throw Error("it has no format");
   if (format->as<int64_t>() == nullptr || *format->as<int64_t>() != NA_BUNDLE_FORMAT) {
     const int64_t* number = format->as<int64_t>();
-    throw Error("its format is " + (number == nullptr ? "no number" : std::to_string(*number)) +
-                ", and this version of na_compiler reads " + std::to_string(NA_BUNDLE_FORMAT));
+    throw Error({"its format is ", (number == nullptr ? "no number" : std::to_string(*number)),
+                 ", and this version of na_compiler reads ", NA_BUNDLE_FORMAT});
   }
   Said said(json);
   said.has_exactly({"format", "versions", "kernels", "files", "digest"});
@@ -333,13 +333,13 @@ Manifest Manifest::parse(const std::string& text) {
   manifest.files = said["files"].list(0, Said::kAnyNumber, read_extra);
   std::string digest = read_digest(said["digest"]);
   if (manifest.abi != std::to_string(NA_KERNEL_ABI)) {
-    throw Error("it is of na_compiler " + manifest.package_version + ", whose kernels are called in another way (ABI " +
-                manifest.abi + ", here " + std::to_string(NA_KERNEL_ABI) + ")");
+    throw Error({"it is of na_compiler ", manifest.package_version, ", whose kernels are called in another way (ABI ",
+                 manifest.abi, ", here ", NA_KERNEL_ABI, ")"});
   }
   if (sha256(json.canonical("digest")) != digest) throw Error("it was edited");
   std::vector<std::string> keys, files;
   for (const Kernel& kernel : manifest.kernels) keys.push_back(kernel.key);
-  for (const ExtraFile& extra : manifest.files) files.push_back("a " + extra.kind + " for " + extra.machine);
+  for (const ExtraFile& extra : manifest.files) files.push_back(sentence({"a ", extra.kind, " for ", extra.machine}));
   check_unique(keys, "kernels");
   check_unique(files, "files");
   return manifest;

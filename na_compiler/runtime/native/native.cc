@@ -1,6 +1,7 @@
 // All of this folder, for a library that is one translation unit: libraries are built on users' machines, and so in half
 // of the time.
 // clang-format off
+#include "error.cc"
 #include "file.cc"
 #include "json.cc"
 #include "sha256.cc"

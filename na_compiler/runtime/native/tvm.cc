@@ -72,16 +72,17 @@ void* load_global(const char* name, const std::vector<std::string>& folders) {
     problems += std::string("; ") + dlerror() + advice(path);
   }
   if (void* loaded = dlopen(name, RTLD_NOW | RTLD_GLOBAL)) return loaded;  // Where the system looks.
-  std::string message = std::string("cannot load ") + name + problems + "; looked in";
-  for (const std::string& folder : places(folders)) message += " " + folder;
-  throw Error(message + "; set NA_COMPILER_TVM_LIB to the folders that have libtvm_ffi.so and libtvm_runtime.so, with a "
-                        "colon between them");
+  std::string message = sentence({"cannot load ", name, problems, "; looked in"});
+  for (const std::string& folder : places(folders)) message += sentence({" ", folder});
+  throw Error({message,
+               "; set NA_COMPILER_TVM_LIB to the folders that have libtvm_ffi.so and libtvm_runtime.so, with a "
+               "colon between them"});
 }
 
 template <typename F>
 F symbol(void* library, const char* name) {
   void* found = dlsym(library, name);
-  if (found == nullptr) throw Error(std::string("libtvm_ffi.so has no ") + name + "; it is of another version");
+  if (found == nullptr) throw Error({"libtvm_ffi.so has no ", name, "; it is of another version"});
   return reinterpret_cast<F>(found);
 }
 
@@ -128,7 +129,7 @@ TVMFFIAny call_global(const char* name, TVMFFIAny* arguments, int count) {
   TVMFFIByteArray bytes{name, std::strlen(name)};
   TVMFFIObjectHandle function = nullptr;
   if (ffi().get_global(&bytes, &function) != 0 || function == nullptr) {
-    throw Error(std::string("libtvm_ffi.so has no function ") + name + "; it is of another version");
+    throw Error({"libtvm_ffi.so has no function ", name, "; it is of another version"});
   }
   TVMFFIAny result = make(kTVMFFINone);
   int failed = ffi().call(function, arguments, count, &result);
@@ -144,8 +145,7 @@ void check_version(const std::string& ffi_version, const std::vector<std::string
   // Compatible within a minor version.
   std::string here = std::to_string(version.major) + "." + std::to_string(version.minor);
   if (ffi_version != here && ffi_version.rfind(here + ".", 0) != 0) {
-    throw Error("it was made with apache-tvm-ffi " + ffi_version + ", and " + here + "." +
-                std::to_string(version.patch) + " is here");
+    throw Error({"it was made with apache-tvm-ffi ", ffi_version, ", and ", here, ".", version.patch, " is here"});
   }
 }
 
@@ -158,7 +158,7 @@ Function load_function(const std::string& library, bool is_cuda, const std::vect
   try {
     module = call_global("ffi.ModuleLoadFromFile", &path, 1);
   } catch (const Error& error) {
-    throw Error(error.what() + advice(library));
+    throw Error({error.what(), advice(library)});
   }
   TVMFFIAny arguments[3] = {module, make(kTVMFFIRawStr), make(kTVMFFIBool)};
   arguments[1].v_c_str = "main";
