@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from na_compiler.operands import BATCH, COMPACT, DIRECTIONS, FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
-from na_compiler.problem import DTYPES, MAX_RANK
+from na_compiler.problem import DTYPES, LONGEST_HEAD, MAX_RANK
 from na_compiler.workspace import ADDITIONAL
 
 __all__ = [
@@ -351,13 +351,13 @@ _PER_AXIS = _list(_int(), 1, MAX_RANK)
 _FIELDS = {
     "layout": _PER_AXIS,
     "heads": _int(),
-    "head_dim": _int(),
+    "head_dim": _int(1, LONGEST_HEAD),
     "kernel_size": _PER_AXIS,
     "stride": _PER_AXIS,
     "dilation": _PER_AXIS,
     "is_causal": _list(_flag, 1, MAX_RANK),
     "heads_kv": _int(),
-    "head_dim_v": _int(),
+    "head_dim_v": _int(1, LONGEST_HEAD),
     "additional_kv": _flag,
     "dtype": _one_of(*DTYPES),
 }

@@ -149,6 +149,7 @@ class Said {
 // ---- The schema ----------------------------------------------------------------------------------------------------
 
 constexpr size_t kMaxRank = 3;
+constexpr int64_t kLongestHead = 8192;  // LONGEST_HEAD of na_compiler.problem.
 
 std::vector<int64_t> read_per_axis(const Said& said) {
   return said.list(1, kMaxRank, [](const Said& each) { return each.integer(); });
@@ -195,13 +196,13 @@ Problem read_problem(const Said& said) {
   Problem problem;
   problem.layout = read_per_axis(said["layout"]);
   problem.heads = said["heads"].integer();
-  problem.head_dim = said["head_dim"].integer();
+  problem.head_dim = said["head_dim"].integer(1, kLongestHead);
   problem.kernel_size = read_per_axis(said["kernel_size"]);
   problem.stride = read_per_axis(said["stride"]);
   problem.dilation = read_per_axis(said["dilation"]);
   problem.is_causal = said["is_causal"].list(1, kMaxRank, [](const Said& each) { return int64_t{each.flag()}; });
   problem.heads_kv = said["heads_kv"].integer();
-  problem.head_dim_v = said["head_dim_v"].integer();
+  problem.head_dim_v = said["head_dim_v"].integer(1, kLongestHead);
   problem.additional_kv = said["additional_kv"].flag();
   if (has_operands) read_options(said["operands"], problem);
   problem.dtype = said["dtype"].one_of({"float32", "bfloat16", "float16"});
