@@ -19,7 +19,7 @@ from na_compiler.borders import CLAMP, borders_per_axis, clamped, joined, middle
 from na_compiler.ops.call import call
 from na_compiler.ops.operators import refuse_unless_dense
 from na_compiler.ops.torchscript import is_tracing, refuse_scripting
-from na_compiler.problem import flags_per_axis, ints_per_axis
+from na_compiler.parameters import flags_per_axis, ints_per_axis
 from na_compiler.window import SHIFT
 
 __all__ = ["na1d", "na2d", "na3d"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from na_compiler.borders import borders_per_axis, joined
 from na_compiler.functional import Flags, Ints, canonical_parameters, checked_scale, na1d, na2d, na3d
 from na_compiler.ops.torchscript import Scriptable
-from na_compiler.problem import check_strides
+from na_compiler.parameters import check_strides
 from na_compiler.window import SHIFT
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,21 @@ from na_compiler import checks, operands
 from na_compiler.borders import borders_per_axis, canonical_rule, check_rule, without_clamp
 from na_compiler.checks import MAX_RANK, TensorLike
 from na_compiler.counting import group_lengths, visible_pairs
+from na_compiler.parameters import (
+    DTYPES,
+    LONGEST_HEAD,
+    check_strides,
+    check_windows,
+    dtype_name,
+    flag,
+    flags_per_axis,
+    head_length,
+    ints_per_axis,
+    layout_of,
+    optional_operands,
+    positive,
+    shown,
+)
 from na_compiler.window import CUT, SHIFT, border_kind
 
 __all__ = [
@@ -27,12 +40,6 @@ __all__ = [
     "ints_per_axis",
     "shown",
 ]
-
-DTYPES = ("float32", "bfloat16", "float16")
-# ONNX, torch and TensorIR count in 64 bits.
-_LARGEST = 2**63 - 1
-# Kernels keep a row of a head in registers, and are as long as it: at this one compiling takes a minute.
-LONGEST_HEAD = 8192
 
 
 @dataclass(frozen=True)
@@ -125,11 +132,11 @@ class Problem:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        layout = _layout(self.layout)
+        layout = layout_of(self.layout)
         rank = len(layout)
-        heads = _positive("heads", self.heads)
-        head_dim = _head("head_dim", self.head_dim)
-        heads_kv = heads if self.heads_kv is None else _positive("heads_kv", self.heads_kv)
+        heads = positive("heads", self.heads)
+        head_dim = head_length("head_dim", self.head_dim)
+        heads_kv = heads if self.heads_kv is None else positive("heads_kv", self.heads_kv)
         if heads % heads_kv:
             raise ValueError(
                 f"heads must be a multiple of heads_kv, got heads={heads} and heads_kv={heads_kv}; "
@@ -144,10 +151,10 @@ class Problem:
             "dilation": ints_per_axis("dilation", self.dilation, rank),
             "is_causal": flags_per_axis("is_causal", self.is_causal, rank),
             "heads_kv": heads_kv,
-            "head_dim_v": head_dim if self.head_dim_v is None else _head("head_dim_v", self.head_dim_v),
-            "additional_kv": _flag("additional_kv", self.additional_kv),
+            "head_dim_v": head_dim if self.head_dim_v is None else head_length("head_dim_v", self.head_dim_v),
+            "additional_kv": flag("additional_kv", self.additional_kv),
             "dtype": dtype_name(self.dtype),
-            "operands": _operands(self.operands),
+            "operands": optional_operands(self.operands),
             "border": borders_per_axis(self.border, rank),
         }
         for name, value in canonical.items():
@@ -155,7 +162,7 @@ class Problem:
         if set(self.border) != {SHIFT}:
             self._make_rule_canonical()
         else:
-            _check_windows(layout, self.kernel_size, self.dilation)
+            check_windows(layout, self.kernel_size, self.dilation)
             check_strides(self.kernel_size, self.stride)
 
     def _make_rule_canonical(self) -> None:
@@ -170,7 +177,7 @@ class Problem:
         kernel_size, stride, _, border = zip(*rules, strict=True)
         limits = [one if border_kind(kind) != CUT else 1 for one, kind in zip(kernel_size, border, strict=True)]
         gaps = [one if border_kind(kind) != CUT else 1 for one, kind in zip(self.dilation, border, strict=True)]
-        _check_windows(self.layout, limits, gaps)
+        check_windows(self.layout, limits, gaps)
         check_strides(kernel_size, stride)
         for axis, rule in enumerate(rules):
             check_rule(axis, *sizes[axis], rule)
@@ -354,149 +361,8 @@ class Problem:
         return " ".join(words)
 
 
-def dtype_name(dtype: object) -> str:
-    """Return the name of a dtype given as a string, a ``torch.dtype`` or a ``numpy.dtype``.
-
-    Raises
-    ------
-    ValueError
-        If the kernels do not have it.
-    """
-    name = str(getattr(dtype, "name", dtype)).rpartition(".")[2]
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}; convert the tensors, e.g. to float32")
-    return name
-
-
 def _times(values: Sequence[int]) -> str:
     return "x".join(map(str, values))
-
-
-def shown(value: object) -> str:
-    """Return a value as messages show it: short, whatever was given."""
-    return reprlib.repr(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_flag(value: object) -> bool:
-    # NumPy's are no bools, and this module does without NumPy.
-    kind = type(value)
-    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in {"bool", "bool_"})
-
-
-def _positive(name: str, value: object) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an int, got {shown(value)}; e.g. {name}=4")
-    number = int(value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {shown(number)}; e.g. {name}=4")
-    if number > _LARGEST:
-        raise ValueError(f"{name} must be less than 2**63, got {shown(number)}; e.g. {name}=4")
-    return number
-
-
-def _head(name: str, value: object) -> int:
-    length = _positive(name, value)
-    if length > LONGEST_HEAD:
-        raise ValueError(f"{name} must be at most {LONGEST_HEAD}, got {length}; {name}={LONGEST_HEAD} would work")
-    return length
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {shown(value)}")
-    return value
-
-
-def _operands(value: object) -> tuple[str, ...]:
-    known = [option for option in operands.options() if option != operands.ADDITIONAL_KV]
-    if isinstance(value, str) or not isinstance(value, Sequence) or not set(value) <= set(known):
-        raise ValueError(f"operands must be names among {', '.join(known) or 'none'}, got {value!r}")
-    return tuple(name for name in known if name in value)
-
-
-def _layout(value: object) -> tuple[int, ...]:
-    axes = (value,) if _is_int(value) else value
-    if not isinstance(axes, Sequence) or isinstance(axes, str) or not 1 <= len(axes) <= MAX_RANK:
-        raise ValueError(f"layout must have 1, 2 or 3 axes, got {shown(value)}; e.g. (56, 56)")
-    if not all(map(_is_int, axes)) or min(axes) < 1:
-        raise ValueError(f"layout must have at least one token on each axis, got {shown(tuple(axes))}; e.g. (56, 56)")
-    if max(axes) > _LARGEST:
-        raise ValueError(
-            f"layout must have less than 2**63 tokens on each axis, got {shown(tuple(axes))}; e.g. (56, 56)"
-        )
-    return tuple(map(int, axes))
-
-
-def ints_per_axis(name: str, value: object, rank: int) -> tuple[int, ...]:
-    """Return a parameter that is an int, or a sequence of one an axis, as a tuple.
-
-    Raises
-    ------
-    ValueError
-        If it is neither, or less than 1.
-    """
-    example = (3,) * rank if name == "kernel_size" else (1,) * rank
-    if _is_int(value):
-        axes: tuple[Any, ...] = (value,) * rank
-    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == rank and all(map(_is_int, value)):
-        axes = tuple(value)
-    else:
-        raise ValueError(f"{name} must be an int or {rank} ints (one per axis of the layout), got {shown(value)}; "
-                         f"e.g. {example}")  # fmt: skip
-    for axis, extent in enumerate(axes):
-        if extent < 1:
-            raise ValueError(f"{name} must be at least 1, got {shown(extent)} on axis {axis}; e.g. {example}")
-        if extent > _LARGEST:
-            raise ValueError(f"{name} must be less than 2**63, got {shown(extent)} on axis {axis}; e.g. {example}")
-    return tuple(map(int, axes))
-
-
-def flags_per_axis(name: str, value: object, rank: int) -> tuple[bool, ...]:
-    """Return a parameter that is a bool, or a sequence of one an axis, as a tuple.
-
-    Raises
-    ------
-    ValueError
-        If it is neither.
-    """
-    if _is_flag(value):
-        return (bool(value),) * rank
-    if isinstance(value, Sequence) and len(value) == rank and all(map(_is_flag, value)):
-        return tuple(map(bool, value))
-    raise ValueError(f"{name} must be a bool or {rank} bools (one per axis of the layout), got {shown(value)}; "
-                     f"e.g. {(True,) * rank}")  # fmt: skip
-
-
-def check_strides(kernel_size: Sequence[int], stride: Sequence[int]) -> None:
-    """Check that no stride is longer than its window.
-
-    Raises
-    ------
-    ValueError
-        If one is.
-    """
-    for axis, (kernel, step) in enumerate(zip(kernel_size, stride, strict=True)):
-        if step > kernel:
-            raise ValueError(
-                f"stride must be at most kernel_size={kernel} on axis {axis}, got {step}; stride={kernel} would work"
-            )
-
-
-def _check_windows(layout: Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> None:
-    for axis, (tokens, kernel, dil) in enumerate(zip(layout, kernel_size, dilation, strict=True)):
-        if kernel * dil > tokens:
-            if dil > tokens:
-                advice = f"dilation={max(tokens // kernel, 1)} would work" if kernel <= tokens else "neither fits"
-            else:
-                advice = f"kernel_size={tokens // dil} would work"
-            raise ValueError(
-                f"kernel_size * dilation must be at most the layout's {tokens} tokens on axis {axis}, "
-                f"got kernel_size={kernel} * dilation={dil} = {kernel * dil}; {advice}"
-            )
 
 
 def _axis_pairs(tokens: int, kernel: int, stride: int, dilation: int, is_causal: bool, border: str) -> int:

@@ -16,7 +16,8 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from na_compiler.borders import CLAMP, borders_per_axis, clamped, middle_of_bias
-from na_compiler.problem import Problem, ints_per_axis
+from na_compiler.parameters import ints_per_axis
+from na_compiler.problem import Problem
 from na_compiler.window import SHIFT, WRAP, group_length, window_bounds, window_start
 
 __all__ = ["neighborhood_attention", "neighborhood_mask", "relative_places"]

@@ -16,6 +16,7 @@ LAYERS = """
     counting
     borders operands
     checks
+    parameters
     problem
     reference tensorir
     devices

@@ -12,9 +12,10 @@ from na_compiler import operands
 from na_compiler.cli.output import Commands, add_json, counted, print_json, print_line
 from na_compiler.cli.table import print_rows, rows
 from na_compiler.compiler.bundle import check_place, save_bundle
+from na_compiler.parameters import DTYPES
 from na_compiler.passes.progress import progress_bar
 from na_compiler.passes.sites import Site, Sites
-from na_compiler.problem import DTYPES, Problem
+from na_compiler.problem import Problem
 from na_compiler.runtime.folders import runtime_library
 from na_compiler.window import SHIFT
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from na_compiler import operands
 from na_compiler.operands import PARAMETERS, SAME, Operand
-from na_compiler.problem import Problem, shown
+from na_compiler.parameters import shown
+from na_compiler.problem import Problem
 
 __all__ = [
     "ATTRIBUTES",

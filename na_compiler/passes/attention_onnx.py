@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from na_compiler.parameters import LONGEST_HEAD
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.passes.masks import LARGEST, Mask, Neighborhood, mask_of_bias, recognize
-from na_compiler.problem import LONGEST_HEAD
 
 __all__ = ["MaskedAttention", "match"]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from na_compiler.parameters import DTYPES, LONGEST_HEAD
 from na_compiler.passes.decline import need
 from na_compiler.passes.effects import writes
 from na_compiler.passes.graph import operator_node, propagate, same_size, tensor_of
 from na_compiler.passes.grouped import unrepeated
 from na_compiler.passes.masks import Neighborhood
-from na_compiler.problem import DTYPES, LONGEST_HEAD
 
 __all__ = ["attend", "check_tensors", "drop_unused", "one_of"]
 

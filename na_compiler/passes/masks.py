@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from na_compiler.problem import MAX_RANK
+from na_compiler.checks import MAX_RANK
 from na_compiler.window import group_length, window_bounds
 
 __all__ = ["LARGEST", "Neighborhood", "Search", "axis_mask", "mask_of_bias", "recognize"]

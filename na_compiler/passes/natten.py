@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+from na_compiler.parameters import flags_per_axis, ints_per_axis
 from na_compiler.passes.decline import DeclinedError, need
-from na_compiler.problem import flags_per_axis, ints_per_axis
 from na_compiler.window import SHIFT
 
 __all__ = ["convert", "convert_modules", "is_ours"]

@@ -12,6 +12,7 @@ from torch import fx
 
 from na_compiler import operands
 from na_compiler.functional import TUNING
+from na_compiler.parameters import flags_per_axis, ints_per_axis
 from na_compiler.passes.collect_torch import site_of
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.passes.graph import (
@@ -25,7 +26,6 @@ from na_compiler.passes.graph import (
     tensor_of,
 )
 from na_compiler.passes.natten import convert_modules
-from na_compiler.problem import flags_per_axis, ints_per_axis
 
 __all__ = ["replace_natten"]
 

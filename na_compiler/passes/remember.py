@@ -87,6 +87,7 @@ def _fingerprint() -> str:
     package = Path(__file__).parent
     digest = hashlib.sha256()
     operators = sorted((package.parent / "ops").glob("*.py"))
-    for path in [*sorted(package.glob("*.py")), *operators, package.parent / "problem.py"]:
+    problems = [package.parent / name for name in ("borders.py", "parameters.py", "problem.py")]
+    for path in [*sorted(package.glob("*.py")), *operators, *problems]:
         digest.update(path.relative_to(package.parent).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

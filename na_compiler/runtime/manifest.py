@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from na_compiler.checks import MAX_RANK
 from na_compiler.operands import BATCH, COMPACT, DIRECTIONS, FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
-from na_compiler.problem import DTYPES, LONGEST_HEAD, MAX_RANK
+from na_compiler.parameters import DTYPES, LONGEST_HEAD
 from na_compiler.workspace import ADDITIONAL
 
 __all__ = [

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from na_compiler.functional import canonical_parameters
-from na_compiler.problem import Problem, flags_per_axis, ints_per_axis
+from na_compiler.parameters import flags_per_axis, ints_per_axis
+from na_compiler.problem import Problem
 
 __all__ = ["LATEST", "OLD"]
 

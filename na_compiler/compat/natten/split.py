@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from na_compiler.problem import Problem, flags_per_axis, ints_per_axis
+from na_compiler.parameters import flags_per_axis, ints_per_axis
+from na_compiler.problem import Problem
 from na_compiler.window import group_length, window_bounds
 
 __all__ = ["Neighbors", "attend", "av", "neighbors", "qk"]

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from na_compiler.functional import na1d
 from na_compiler.integrations.transformers.masks import WindowMask
 from na_compiler.integrations.transformers.say import say
+from na_compiler.parameters import DTYPES, LONGEST_HEAD
 from na_compiler.passes.decline import DeclinedError, need
-from na_compiler.problem import DTYPES, LONGEST_HEAD
 
 __all__ = ["na_attention_forward"]
 
