@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from na_compiler.schedules.mma.products import Products
+from na_compiler.schedules.mma.packing import HeadsWork
+from na_compiler.schedules.mma.products import RowTile
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared.trace import I, T, let, put, register
-from na_compiler.schedules.shared.work import Work
 from na_compiler.tensorir.arithmetic import LOG2_E
 
 __all__ = ["Bias"]
@@ -22,7 +22,7 @@ class Bias:
 
     Parameters
     ----------
-    products, rows
+    tile, rows
         Scores, and the two queries whose they are in a thread.
     work
         The block's tile of queries.
@@ -32,8 +32,8 @@ class Bias:
         Of the scores.
     """
 
-    def __init__(self, products: Products, rows: Rows, work: Work, table: Any, scale: Expr) -> None:
-        self.plan, self.scores = products.plan, products.scores
+    def __init__(self, tile: RowTile, rows: Rows, work: HeadsWork, table: Any, scale: Expr) -> None:
+        self.plan, self.scores = tile.plan, tile.scores
         problem = self.plan.problem
         places = [2 * extent - 1 for extent in problem.kernel_size]
         count = math.prod(places)
@@ -41,9 +41,11 @@ class Bias:
         self._flat = I.decl_buffer([problem.heads * count], "float32", data=table.data, scope="global")
         self._unit = register(scale * T.float32(LOG2_E), "float32")
         self._pair = let(T.bitwise_and(rows.lane, 3) * 2)
-        # Places of the head's part. What lies beyond is of keys that are masked; it only has to be some that is there.
-        self._low = register(work.head * count)
-        self._high = register(work.head * count + (count - 1))
+        # Places of each row's head's part. What lies beyond is of keys that are masked; it only has to be some that is
+        # there.
+        heads = [work.first_head + rows.head(row) for row in rows.rows]
+        self._low = [register(head * count) for head in heads]
+        self._high = [register(head * count + (count - 1)) for head in heads]
         # Of each row, the place of the key at 0.
         self._rows = [
             register(
@@ -52,10 +54,10 @@ class Bias:
                         step * (extent - 1 - query)
                         for step, extent, query in self._along(rows.position(row, work.first))
                     ),
-                    self._low,
+                    low,
                 )
             )
-            for row in rows.rows
+            for row, low in zip(rows.rows, self._low, strict=True)
         ]
 
     def _along(self, position: list[Expr]) -> Any:
@@ -71,7 +73,7 @@ class Bias:
             for e in (0, 1):
                 place = register(self._place(box, first + number, e))
                 for row, base in enumerate(bases):
-                    at = T.max(T.min(base + place, self._high), self._low)
+                    at = T.max(T.min(base + place, self._high[row]), self._low[row])
                     self._put(number // 2 + 2 * row + e, self._flat[at] * T.float32(LOG2_E))
 
     def _place(self, box: Sequence[int], number: int, e: int) -> Expr:

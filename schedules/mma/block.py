@@ -143,9 +143,20 @@ class Source:
         Which head.
     dilation, group
         Of the layout's axes; additional keys have neither.
+    steps_heads
+        Whether a place has a head as well, counted from ``head`` on, after the axes.
     """
 
-    def __init__(self, work: _Place, buffer: Any, head: Expr, dilation: Sequence[int], group: Sequence[Expr]) -> None:
+    def __init__(
+        self,
+        work: _Place,
+        buffer: Any,
+        head: Expr,
+        dilation: Sequence[int],
+        group: Sequence[Expr],
+        *,
+        steps_heads: bool = False,
+    ) -> None:
         dtype = str(buffer.dtype)
         whole = I.decl_buffer([2**62], dtype, data=buffer.data, scope="global")
         strides = _strides(buffer)
@@ -156,6 +167,8 @@ class Source:
         # A pointer of its own, so that an address is one multiplication away from it.
         self.buffer = I.decl_buffer([2**62], dtype, data=I.Bind(whole.ptr_to([start])), scope="global")
         self.steps = [self._chunks(step, stride) for step, stride in zip(dilation, strides[1:-2], strict=True)]
+        if steps_heads:
+            self.steps.append(self._chunks(1, strides[-2]))
 
     @staticmethod
     def _chunks(dilation: int, stride: Expr) -> Expr:

@@ -19,7 +19,7 @@ class Mma(Config):
     Parameters
     ----------
     warp_box
-        Box of 16 queries that one warp has.
+        Box of tokens whose queries one warp has: 16 or 32 rows in all, each token's once for each of ``heads``.
     warps
         Warps of a thread block along each axis, their boxes one beside the other: 1, 2, 4 or 8 in all.
     key_tile
@@ -32,6 +32,8 @@ class Mma(Config):
     blocks
         Thread blocks of a multiprocessor that registers are limited for; 0 leaves it to the compiler, which may
         then spill some.
+    heads
+        Heads of queries that share keys, and lie in a warp's rows side by side; divides the heads that share them.
     """
 
     warp_box: tuple[int, ...]
@@ -40,6 +42,7 @@ class Mma(Config):
     stages: int = 2
     chunk: int = 8
     blocks: int = 1
+    heads: int = 1
 
     family = "mma"
 

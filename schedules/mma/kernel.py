@@ -20,8 +20,9 @@ from na_compiler.schedules.mma.bias import Bias
 from na_compiler.schedules.mma.block import Arguments, Block, Source
 from na_compiler.schedules.mma.copies import Copy
 from na_compiler.schedules.mma.epilogue import Epilogue
-from na_compiler.schedules.mma.plan import GROUP, Plan
-from na_compiler.schedules.mma.products import Products
+from na_compiler.schedules.mma.packing import HeadsWork
+from na_compiler.schedules.mma.plan import GROUP, ROWS, Plan
+from na_compiler.schedules.mma.products import Products, RowTile
 from na_compiler.schedules.mma.resident import Resident, WarpMask
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared.key_mask import KeyMask
@@ -55,35 +56,57 @@ def _trace(plan: Plan) -> None:
     I.device_entry()
     if plan.config.blocks:
         hold(I.attr({"tirx.launch_bounds_min_blocks_per_sm": plan.config.blocks}))
-    item = I.cta_id([Work.count(plan, arguments.batch, plan.problem.heads)])
+    item = I.cta_id([Work.count(plan, arguments.batch, plan.problem.heads // plan.packed)])
     block = Block(plan, arguments)
-    work = Work(plan, item)
+    work = HeadsWork(plan, item)
     with when(work.exists):
         (_Resident if plan.is_resident else _Ring)(block, work).compute()
+
+
+class _Strip:
+    """What is done for each 16 rows of a warp by themselves: everything but loads of keys and values."""
+
+    def __init__(self, tile: RowTile, rows: Rows, work: HeadsWork, block: Block, key_mask: KeyMask | None) -> None:
+        arguments = block.arguments
+        self.tile, self.rows = tile, rows
+        self.bias: Bias | None = None
+        if tile.plan.problem.has(RELATIVE_POSITION_BIAS):
+            self.bias = Bias(tile, rows, work, arguments.bias, arguments.scale)
+        self.softmax = Softmax(tile, None if self.bias else arguments.scale)
+        self.mask = Mask(tile, rows, work, arguments.count, key_mask)
+
+    def weigh(self, *, is_first: bool = False) -> None:
+        """Emit the softmax of the scores that are there, but for the weighted sum."""
+        self.softmax.raise_highest()
+        self.softmax.exponentiate()
+        self.softmax.pack()
+        if not is_first:
+            self.softmax.rescale()
 
 
 class _Forward:
     """What both ways share: queries, the softmax, additional keys, the epilogue."""
 
-    def __init__(self, block: Block, work: Work) -> None:
+    def __init__(self, block: Block, work: HeadsWork) -> None:
         self.block, self.plan, self.work = block, block.plan, work
         plan, arguments = self.plan, block.arguments
         problem = plan.problem
         # Kept: bounds are used for every copy, and the simplifier would compute them again for each.
         work.first, work.low, work.high = ([register(at) for at in of] for of in (work.first, work.low, work.high))
-        self.rows = Rows(plan, block.warp, block.lane)
+        self.rows = self._rows(0)
         self.products = Products(block)
-        self.bias: Bias | None = None
-        if problem.has(RELATIVE_POSITION_BIAS):
-            self.bias = Bias(self.products, self.rows, work, arguments.bias, arguments.scale)
-        self.softmax = Softmax(self.products, None if self.bias else arguments.scale)
         self.key_mask: KeyMask | None = None
         if problem.has(KEY_MASK):
-            self.key_mask = KeyMask(self.products, work, arguments.key_mask, block.lane, arguments.count)
-        self.mask = Mask(self.products, self.rows, work, arguments.count, self.key_mask)
-        self.epilogue = Epilogue(block, self.products, self.rows)
+            # It remembers what 16 rows have seen.
+            assert plan.row_tiles == 1, "no key mask with 32 rows a warp"
+            self.key_mask = KeyMask(self.products.tiles[0], work, arguments.key_mask, block.lane, arguments.count)
+        self.strips = [
+            _Strip(tile, self._rows(ROWS * number), work, block, self.key_mask)
+            for number, tile in enumerate(self.products.tiles)
+        ]
+        self.epilogue = Epilogue(block, work)
         groups = problem.dilation, work.group
-        self.query = Source(work, arguments.query, work.head, *groups)
+        self.query = work.source(arguments.query)
         self.key = Source(work, arguments.key, work.stream_head, *groups)
         self.value = Source(work, arguments.value, work.stream_head, *groups)
         if problem.additional_kv:
@@ -94,14 +117,22 @@ class _Forward:
             box = (plan.streamed,)
             self.extra_copies = tuple(Copy(tile, box, plan.threads, block.thread) for tile in (plan.key, plan.value))
 
+    def _rows(self, first: int) -> Rows:
+        return Rows(self.plan, self.block.warp, self.block.lane, first, self.plan.packed)
+
     def compute(self) -> None:
         """Emit all of a tile of queries."""
-        self.softmax.start()
+        for strip in self.strips:
+            strip.softmax.start()
         self.visit()
-        inverse, logarithm = self.softmax.finish()
-        if self.key_mask is not None:
-            self.key_mask.finish(self.products.output, inverse, logarithm)
-        self.epilogue.store(self.work, self.mask, inverse, logarithm)
+        self.block.sync_warp()
+        for strip in self.strips:
+            inverse, logarithm = strip.softmax.finish()
+            if self.key_mask is not None:
+                self.key_mask.finish(strip.tile.output, inverse, logarithm)
+            self.epilogue.store_lse(strip.rows, strip.mask, logarithm)
+            self.epilogue.gather(strip.rows, strip.tile, inverse)
+        self.epilogue.store_rows(self.rows)
 
     def visit(self) -> None:
         """Emit the visit of all keys."""
@@ -110,9 +141,9 @@ class _Forward:
     def copy_queries(self) -> None:
         """Emit the copy of the warp's queries."""
         plan, block = self.plan, self.block
-        copy = Copy(plan.query, plan.warp_box, 32, block.lane)
-        first = self.rows.first(self.work.first)
-        copy.emit(self.query, block.queries, block.warp * (plan.query_bytes // 2), first, self.work.lengths)
+        copy = Copy(plan.query, (*plan.warp_box, plan.packed), 32, block.lane)
+        first, limits = (*self.rows.first(self.work.first), 0), (*self.work.lengths, plan.packed)
+        copy.emit(self.query, block.queries, block.warp * (plan.query_bytes // 2), first, limits)
         block.commit()
 
     def take_queries(self, pending: int) -> None:
@@ -120,10 +151,11 @@ class _Forward:
         block, plan = self.block, self.plan
         block.wait(pending)
         block.sync_warp()
-        if self.softmax.is_negative is None:
+        is_negative = self.strips[0].softmax.is_negative
+        if is_negative is None:
             self.products.load_queries()
             return
-        with when(self.softmax.is_negative):
+        with when(is_negative):
             words = plan.query.bytes // 4
             first = block.warp * (plan.query_bytes // 4) + block.lane
             for place in range(0, words, 32):
@@ -141,14 +173,6 @@ class _Forward:
         ):
             copy.emit(source, buffer, place, [tile * plan.streamed], [self.count])
 
-    def weigh(self, *, is_first: bool = False) -> None:
-        """Emit the softmax of the scores that are there, but for the weighted sum."""
-        self.softmax.raise_highest()
-        self.softmax.exponentiate()
-        self.softmax.pack()
-        if not is_first:
-            self.softmax.rescale()
-
 
 class _Ring(_Forward):
     """Keys come tile by tile, some tiles ahead."""
@@ -158,7 +182,7 @@ class _Ring(_Forward):
         plan = self.plan
         self.copies = tuple(Copy(tile, plan.stream_tile, plan.threads, block.thread) for tile in (plan.key, plan.value))
         windows: Expr = work.tiles
-        self.windows = register(windows)
+        self.windows = register(T.int32(windows) if isinstance(windows, int) else windows)
         extra: Expr = 0
         if plan.problem.additional_kv:
             extra = (self.count + (plan.streamed - 1)) // plan.streamed
@@ -191,10 +215,11 @@ class _Ring(_Forward):
                 self.key_mask.vote()
             with when(self._is_needed(visiting, tile[0], low, high)):
                 self.products.score(stage * (self.plan.key.bytes // 2))
-                if self.bias is not None:
-                    self._add_bias(self.bias, visiting, tile[0])
-                self.mask.apply(visiting, tile[0])
-                self.weigh()
+                for strip in self.strips:
+                    if strip.bias is not None:
+                        self._add_bias(strip.bias, visiting, tile[0])
+                    strip.mask.apply(visiting, tile[0])
+                    strip.weigh()
                 self.products.weigh(stage * (self.plan.value.bytes // 2))
             visiting.advance()
             if stages == 1:
@@ -271,27 +296,28 @@ class _Resident(_Forward):
             copy.emit(source, buffer, 0, work.low, work.high, keys.order)
             block.commit()
         self.take_queries(2)
-        mask = WarpMask(self.products, self.rows, work, keys, self.key_mask)
+        masks = [WarpMask(strip.tile, strip.rows, work, keys, self.key_mask) for strip in self.strips]
         self._load_key_mask(keys, 0)
         block.wait(1)
         block.sync()
         for first in range(0, plan.groups, plan.config.chunk):
             groups = range(first, min(first + plan.config.chunk, plan.groups))
             rows = keys.rows_of(groups)
-            self.softmax.elements = GROUP // 2 * len(groups)
             self.products.score_scattered(keys.keys_at(rows))
-            if self.bias is not None:
-                self.bias.add(plan.warp_union, keys.low, GROUP * groups.start, GROUP * len(groups))
             if self.key_mask is not None:
                 self.key_mask.vote()
-            mask.apply(groups)
-            self._load_key_mask(keys, groups.stop)
-            self.weigh(is_first=first == 0)
+            for strip, mask in zip(self.strips, masks, strict=True):
+                strip.softmax.elements = GROUP // 2 * len(groups)
+                if strip.bias is not None:
+                    strip.bias.add(plan.warp_union, keys.low, GROUP * groups.start, GROUP * len(groups))
+                mask.apply(groups)
+                if strip is self.strips[-1]:
+                    self._load_key_mask(keys, groups.stop)
+                strip.weigh(is_first=first == 0)
             if first == 0:
                 block.wait(0)
                 block.sync()
             self.products.weigh_scattered(keys.values_at(rows))
-        self.softmax.elements = plan.streamed // 2
         if plan.problem.additional_kv:
             self._visit_additional()
 
@@ -314,9 +340,11 @@ class _Resident(_Forward):
             block.wait(0)
             block.sync()
             self.products.score(0)
-            if self.bias is not None:
-                self.bias.scale(plan.streamed)
-            self.mask.tail(tile[0] * plan.streamed)
-            self.weigh()
+            for strip in self.strips:
+                strip.softmax.elements = plan.streamed // 2
+                if strip.bias is not None:
+                    strip.bias.scale(plan.streamed)
+                strip.mask.tail(tile[0] * plan.streamed)
+                strip.weigh()
             self.products.weigh(0)
             put(tile, 0, tile[0] + 1)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "GROUP", "ROWS", "Plan", "Tile"]
 
-# Queries of a warp: rows of one product, fixed by the instruction. Keys of a group: its depth, and two of its widths.
+# Rows of one product, fixed by the instruction. Keys of a group: its depth, and two of its widths.
 ROWS = 16
 GROUP = 16
 # Elements of 16 bytes: what one copy moves, and what shared memory exchanges by the swizzle.
@@ -28,6 +28,8 @@ _ALIGNMENT = 128
 # Registers of a thread: for queries, sums and scores together, beyond which queries are read again; and beside those,
 # for addresses, the mask and the softmax. Assumed: the two are three quarters of what a thread can have.
 _KEPT, _BESIDE = 144, 48
+# And for the mask and the softmax of another 16 rows. Assumed.
+_ANOTHER = 16
 # And for places in a table of biases, and for bits of a key mask. Assumed.
 _BIAS, _KEY_MASK = 16, 8
 
@@ -96,8 +98,24 @@ class Plan:
         # The longest dilation group of each axis.
         self.lengths = tuple(group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True))
         self.tiles = tuple(-(-length // tile) for length, tile in zip(self.lengths, self.own_tile, strict=True))
-        # Of one head of one batch entry.
+        # Of those heads of one batch entry that a warp takes at once.
         self.items = math.prod(self.tiles) * math.prod(problem.dilation)
+        self.packed = config.heads
+        # Queries of a warp, and how many products they fill: each of keys serves all of them.
+        self.rows = math.prod(self.warp_box) * self.packed
+        self.row_tiles = self.rows // ROWS
+
+    def is_whole(self, axis: int) -> bool:
+        """Return whether every window is all of its dilation group along an axis: nothing there depends on a query."""
+        problem = self.problem
+        length, dilation = self.lengths[axis], problem.dilation[axis]
+        same = problem.layout[axis] % dilation == 0 and problem.kernel_size[axis] == length
+        return same and not problem.is_causal[axis]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every window is all of its dilation group: no score of a key that exists is masked."""
+        return all(map(self.is_whole, range(self.rank)))
 
     @property
     def own_box(self) -> tuple[int, ...]:
@@ -139,7 +157,7 @@ class Plan:
     @property
     def query(self) -> Tile:
         """A warp's queries."""
-        return Tile(self.problem.head_dim, ROWS)
+        return Tile(self.problem.head_dim, self.rows)
 
     @property
     def key(self) -> Tile:
@@ -160,7 +178,7 @@ class Plan:
     @property
     def output(self) -> Tile:
         """A warp's outputs, which are gathered where its queries were."""
-        return Tile(self.problem.head_dim_v, ROWS)
+        return Tile(self.problem.head_dim_v, self.rows)
 
     @property
     def query_bytes(self) -> int:
@@ -195,12 +213,14 @@ class Plan:
     @property
     def keeps_queries(self) -> bool:
         """Whether a warp's queries stay in registers; they are read again for each tile of keys otherwise."""
-        return self.query.width // 4 + self.value.width // 2 + self.streamed // 2 <= _KEPT
+        return self.row_tiles * (self.query.width // 4 + self.value.width // 2 + self.streamed // 2) <= _KEPT
 
     @property
     def needed_registers(self) -> int:
         """About how many registers a thread needs: queries, accumulators, scores, and what is beside them."""
         queries = self.query.width // 4 if self.keeps_queries else 4
+        products = self.row_tiles * (queries + self.problem.head_dim_v // 2 + self.streamed // 2)
+        beside = _BESIDE + (self.row_tiles - 1) * _ANOTHER
         bias = _BIAS if self.problem.has(RELATIVE_POSITION_BIAS) else 0
         key_mask = _KEY_MASK if self.problem.has(KEY_MASK) else 0
-        return _BESIDE + bias + key_mask + queries + self.problem.head_dim_v // 2 + self.streamed // 2
+        return beside + bias + key_mask + products

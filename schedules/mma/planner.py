@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from na_compiler.operands import KEY_MASK
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.boxes import largest_unions
 from na_compiler.schedules.mma.config import Mma
@@ -91,7 +92,7 @@ class Candidate(Base):
         """Return its row of a table."""
         config = self.config
         return {
-            "queries": f"{math.prod(config.warps)} x {_times(config.warp_box)}",
+            "queries": f"{math.prod(config.warps)} x {self._queries}",
             "warps": _times(config.warps),
             "keys": "all" if config.key_tile is None else f"{_times(config.key_tile)}, {config.stages} stages",
             "blocks": str(self.blocks),
@@ -99,11 +100,16 @@ class Candidate(Base):
             "KB": f"{self.shared_bytes / 1024:.0f}",
         }
 
+    @property
+    def _queries(self) -> str:
+        heads = self.config.heads
+        return _times(self.config.warp_box) + (f" x {heads} heads" if heads > 1 else "")
+
     def __str__(self) -> str:
         columns = self.columns()
         keys = "all keys of a block kept" if self.config.key_tile is None else f"keys by {columns['keys']}"
         return (
-            f"{columns['warps']} warps of {_times(self.config.warp_box)} queries, {keys}: {self.waste:.2f} scores "
+            f"{columns['warps']} warps of {self._queries} queries, {keys}: {self.waste:.2f} scores "
             f"computed for each one needed, {self.resident_warps} warps at once with {columns['KB']} KB a block"
         )
 
@@ -122,24 +128,35 @@ def candidates(problem: Problem, shared_memory: int, count: int = 8) -> tuple[Ca
 # Groups of 16 keys whose scores a warp holds at once: 8 numbers a thread for each. More where they are all that there
 # are, since no sums so far are scaled then. Assumed: 8 groups are a quarter of a thread's registers.
 _GROUPS_ALONE, _GROUPS = 8, 6
+# Queries of a warp that are tried; the more share each key that is read from shared memory, but registers bound them.
+_ROWS_TRIED = (16, 32)
 # Boxes of a warp, and of the keys that come at once, that are tried: those which compute least.
 _BOXES_TRIED, _ARRANGEMENTS_TRIED, _TILES_TRIED = 3, 2, 2
 
 
 def _configs(problem: Problem) -> Iterator[Mma]:
-    for warp_box in fitting_boxes(problem):
-        union = largest_unions(problem, warp_box)
-        for warps in (warps for number in _WARPS for warps in arrangements(problem, warp_box, number)):
-            if math.prod(union) <= _MOST_KEYS and (problem.rank == 1 or union[-1] <= _MOST_LINE):
-                yield Mma(warp_box, warps, None, chunk=_chunk(-(-math.prod(union) // GROUP)))
-            for key_tile in _key_tiles(union):
-                for stages in _STAGES:
-                    yield Mma(warp_box, warps, key_tile, stages)
+    # As many heads side by side as there can be, or none: each more leaves fewer tokens, whose windows have more in
+    # common.
+    for heads in sorted({1, math.gcd(problem.group_size, ROWS)}):
+        for rows in _ROWS_TRIED[: 1 if problem.has(KEY_MASK) else None]:
+            for warp_box in fitting_boxes(problem, rows // heads):
+                yield from _configs_of(problem, warp_box, heads, rows // ROWS)
 
 
-def fitting_boxes(problem: Problem) -> list[tuple[int, ...]]:
+def _configs_of(problem: Problem, warp_box: tuple[int, ...], heads: int, row_tiles: int) -> Iterator[Mma]:
+    union = largest_unions(problem, warp_box)
+    for warps in (warps for number in _WARPS for warps in arrangements(problem, warp_box, number)):
+        if math.prod(union) <= _MOST_KEYS and (problem.rank == 1 or union[-1] <= _MOST_LINE):
+            chunk = _chunk(-(-math.prod(union) // GROUP), row_tiles)
+            yield Mma(warp_box, warps, None, chunk=chunk, heads=heads)
+        for key_tile in _key_tiles(union):
+            for stages in _STAGES:
+                yield Mma(warp_box, warps, key_tile, stages, heads=heads)
+
+
+def fitting_boxes(problem: Problem, tokens: int = ROWS) -> list[tuple[int, ...]]:
     """Return the boxes of a warp that are tried: those whose windows come to the fewest keys, for all queries."""
-    boxes = sorted(_boxes(ROWS, problem.rank), key=lambda box: _queries_beyond(problem, box))
+    boxes = sorted(_boxes(tokens, problem.rank), key=lambda box: _queries_beyond(problem, box))
     least = _queries_beyond(problem, boxes[0])
     fitting = [box for box in boxes if _queries_beyond(problem, box) <= 2 * least]
     fitting.sort(key=lambda box: math.prod(largest_unions(problem, box)) * _queries_beyond(problem, box))
@@ -172,9 +189,9 @@ def _boxes(volume: int, rank: int) -> list[tuple[int, ...]]:
     ]  # fmt: skip
 
 
-def _chunk(groups: int) -> int:
+def _chunk(groups: int, row_tiles: int) -> int:
     """Return how many groups of keys to take at once: as few steps as registers allow, of equal length."""
-    most = _GROUPS_ALONE if groups <= _GROUPS_ALONE else _GROUPS
+    most = (_GROUPS_ALONE if groups * row_tiles <= _GROUPS_ALONE else _GROUPS) // row_tiles
     return -(-groups // -(-groups // most))
 
 
@@ -194,6 +211,9 @@ def _met(union: tuple[int, ...], tile: tuple[int, ...]) -> float:
 _ISSUE = (555.0, 16.7, 56.7, 12.1, 86.4)
 # How long it waits by itself: beside its keys, for a copy, for 16 columns of a group, for a step of the softmax.
 _WAIT = (2247.0, 42.3, 4.8, 231.0)
+# Of what 16 columns of a group cost: the part that is reading from shared memory, once for all rows of a warp. The
+# rest, as what is done beside keys, is for each 16 rows. Assumed.
+_LOADING, _BESIDE_ONCE = 0.5, 0.3
 # The two hide behind each other, but for this power; and blocks behind each other, but for this share of one.
 _POWER, _ALONE = 3.0, 0.5
 
@@ -218,17 +238,19 @@ def _measure(problem: Problem, config: Mma, shared_memory: int) -> Candidate | N
         tiles = math.prod(-(-u // t) for u, t in zip(plan.union, plan.stream_tile, strict=True))
         steps = min(_met(plan.warp_union, plan.stream_tile), tiles)
         groups, copies = steps * plan.streamed / GROUP, copies * tiles
-    issue = _sum(_ISSUE, (1.0, copies, groups, groups * depth, tiles))
-    wait = _sum(_WAIT, (1.0, copies, groups * depth, steps)) * _SCHEDULERS / at_once
+    loaded, fed = groups * depth, _LOADING + (1 - _LOADING) * plan.row_tiles
+    beside = _BESIDE_ONCE + (1 - _BESIDE_ONCE) * plan.row_tiles
+    issue = _sum(_ISSUE, (beside, copies, groups * plan.row_tiles, loaded * fed, tiles))
+    wait = _sum(_WAIT, (1.0, copies, loaded * fed, steps)) * _SCHEDULERS / at_once
     each = (issue**_POWER + wait**_POWER) ** (1 / _POWER) * (1 + _ALONE / blocks)
-    warps = plan.items * problem.heads * plan.warps
+    items = plan.items * problem.heads // plan.packed
     needed = problem.pairs()
-    computed = plan.items * plan.warps * ROWS * groups * GROUP
+    computed = items * plan.warps * plan.rows * groups * GROUP / problem.heads
     return Candidate(
         dataclasses.replace(config, blocks=blocks),
-        warps * each / _SCHEDULERS,
+        items * plan.warps * each / _SCHEDULERS,
         computed / needed,
-        plan.items * problem.heads,
+        items,
         at_once,
         plan.shared_bytes,
     )

@@ -6,10 +6,10 @@ from typing import Any
 
 from na_compiler.schedules.mma.block import Block
 from na_compiler.schedules.mma.copies import swizzled
-from na_compiler.schedules.mma.plan import CHUNK, GROUP, Tile
+from na_compiler.schedules.mma.plan import CHUNK, GROUP, ROWS, Plan, Tile
 from na_compiler.schedules.shared.trace import T, emit, let, local, put, register
 
-__all__ = ["LOAD", "LOAD_TRANSPOSED", "TYPES", "Products"]
+__all__ = ["LOAD", "LOAD_TRANSPOSED", "TYPES", "Products", "RowTile"]
 
 Expr = Any
 TYPES = {"bfloat16": "bf16", "float16": "f16"}
@@ -17,13 +17,8 @@ LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
 
-class Products:
-    """Emits the products of one warp.
-
-    A load brings four matrices of 8x8; lane ``l`` says where row ``l % 8`` of matrix ``l // 8`` is. Those of queries
-    are rows 0-7 and 8-15 of the first eight columns, then of the next; those of keys are eight columns of keys 0-7, the
-    next eight, then the same of keys 8-15; those of values, read across, are keys 0-7 and 8-15 of eight columns, then
-    of the next.
+class RowTile:
+    """What a thread has of 16 rows of its warp: as many as one product takes.
 
     Attributes
     ----------
@@ -34,20 +29,45 @@ class Products:
         Accumulators of ``P V``, likewise.
     weights
         P in pairs of 16 bits, in the order in which it is an operand of the second product.
+    queries
+        Operands of the first product.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.scores = local(plan.streamed // 2)
+        self.weights = local(plan.streamed // 4, "uint32")
+        self.output = local(plan.problem.head_dim_v // 2)
+        self.queries = local(plan.query.width // 4 if plan.keeps_queries else 4, "uint32")
+        self._cvt = T.ptx[f"cvt.rn.{TYPES[plan.problem.dtype]}x2.f32"]
+
+    def pack(self, target: Any, index: int, high: Expr, low: Expr) -> None:
+        """Round two numbers to 16 bits each, into one register."""
+        emit(self._cvt(target[index], high, low))
+
+
+class Products:
+    """Emits the products of one warp; keys and values that are loaded serve all its rows.
+
+    A load brings four matrices of 8x8; lane ``l`` says where row ``l % 8`` of matrix ``l // 8`` is. Those of queries
+    are rows 0-7 and 8-15 of the first eight columns, then of the next; those of keys are eight columns of keys 0-7, the
+    next eight, then the same of keys 8-15; those of values, read across, are keys 0-7 and 8-15 of eight columns, then
+    of the next.
+
+    Attributes
+    ----------
+    tiles
+        Scores and weighted sums of each 16 rows.
     """
 
     def __init__(self, block: Block) -> None:
         self.block, self.plan = block, block.plan
         plan, lane = self.plan, block.lane
         kind = TYPES[block.dtype]
-        self.scores = local(plan.streamed // 2)
-        self.weights = local(plan.streamed // 4, "uint32")
-        self.output = local(plan.problem.head_dim_v // 2)
+        self.tiles = [RowTile(plan) for _ in range(plan.row_tiles)]
         self._steps = plan.query.width // GROUP
-        self._queries = local(4 * self._steps if plan.keeps_queries else 4, "uint32")
         self._loaded = local(4, "uint32")
         self._mma = T.ptx[f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"]
-        self._cvt = T.ptx[f"cvt.rn.{kind}x2.f32"]
         row = let(T.bitwise_and(lane, 7))
         # The second matrix, and the third and fourth.
         second, later = T.bitwise_and(T.shift_right(lane, 3), 1), T.shift_right(lane, 4)
@@ -73,7 +93,9 @@ class Products:
 
     def _load_query(self, step: int, register_: int) -> None:
         place = self._query_place + self._chunk(self._query_column, step, self.plan.query)
-        emit(T.ptx[LOAD](*(self._queries[register_ + i] for i in range(4)), self.block.queries.ptr_to([place])))
+        for number, tile in enumerate(self.tiles):
+            address = self.block.queries.ptr_to([place + number * ROWS * self.plan.query.width])
+            emit(T.ptx[LOAD](*(tile.queries[register_ + i] for i in range(4)), address))
 
     def _load(self, instruction: str, address: Expr) -> None:
         emit(T.ptx[instruction](*(self._loaded[i] for i in range(4)), address))
@@ -85,8 +107,9 @@ class Products:
 
     def clear_scores(self, groups: int) -> None:
         """Set the scores of some groups of 16 keys to 0."""
-        for i in range(8 * groups):
-            put(self.scores, i, T.float32(0))
+        for tile in self.tiles:
+            for i in range(8 * groups):
+                put(tile.scores, i, T.float32(0))
 
     def score(self, place: Expr) -> None:
         """Emit ``scores = Q K^T`` for a tile whose rows follow each other from an element of shared memory on."""
@@ -100,8 +123,13 @@ class Products:
             for group in range(groups):
                 address = self.block.keys.ptr_to([first + group * GROUP * plan.key.width + column])
                 self._load(LOAD, address)
-                for half in range(2):
-                    self._multiply(self.scores, 8 * group + 4 * half, self._queries, at, (2 * half, 2 * half + 1))
+                self._score(group, at, ((0, 1), (2, 3)))
+
+    def _score(self, group: int, at: int, halves: tuple[tuple[int, int], ...]) -> None:
+        """Add 16 columns' part to the scores of a group, whose halves are in two of the registers loaded each."""
+        for half, right in enumerate(halves):
+            for tile in self.tiles:
+                self._multiply(tile.scores, 8 * group + 4 * half, tile.queries, at, right)
 
     def _query_at(self, step: int) -> int:
         """Return where in the registers a step's queries are, having read them if they do not stay."""
@@ -124,7 +152,9 @@ class Products:
     def _add(self, group: int, pair: int) -> None:
         """Add a group's part to 16 columns of the output, or to the 8 that there are."""
         for half in range(min(2, self.plan.problem.head_dim_v // CHUNK - 2 * pair)):
-            self._multiply(self.output, 8 * pair + 4 * half, self.weights, 4 * group, (2 * half, 2 * half + 1))
+            for tile in self.tiles:
+                right = (2 * half, 2 * half + 1)
+                self._multiply(tile.output, 8 * pair + 4 * half, tile.weights, 4 * group, right)
 
     def score_scattered(self, addresses: list[Expr]) -> None:
         """Emit the scores of groups of 16 keys, each lane's row of a group at an address of its own.
@@ -136,8 +166,7 @@ class Products:
             at = self._query_at(step)
             for group, address in enumerate(addresses):
                 self._load(LOAD, self._shifted(address, step, self.plan.key))
-                for half in range(2):
-                    self._multiply(self.scores, 8 * group + 4 * half, self._queries, at, (half, 2 + half))
+                self._score(group, at, ((0, 2), (1, 3)))
 
     def weigh_scattered(self, addresses: list[Expr]) -> None:
         """Emit the weighted sum of groups of 16 values, likewise."""
@@ -152,10 +181,6 @@ class Products:
         low = 2 * pair & tile.mask
         moved = T.bitwise_xor(address, T.uint32(low * 2 * CHUNK)) if low else address
         return T.ptx.addr(moved, (2 * pair - low) * 2 * CHUNK)
-
-    def pack(self, target: Any, index: int, high: Expr, low: Expr) -> None:
-        """Round two numbers to 16 bits each, into one register."""
-        emit(self._cvt(target[index], high, low))
 
     def shared_address(self, buffer: Any) -> Expr:
         """Return where a buffer begins in shared memory, in bytes, as instructions count."""

@@ -13,7 +13,7 @@ from typing import Any
 from na_compiler.schedules.mma.block import Block
 from na_compiler.schedules.mma.copies import swizzled
 from na_compiler.schedules.mma.plan import GROUP
-from na_compiler.schedules.mma.products import Products
+from na_compiler.schedules.mma.products import Products, RowTile
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared.key_mask import KeyMask
 from na_compiler.schedules.shared.trace import T, let, maximum, minimum, put, register
@@ -94,10 +94,10 @@ class WarpMask:
     """
 
     def __init__(
-        self, products: Products, rows: Rows, work: Work, resident: Resident, key_mask: KeyMask | None = None
+        self, tile: RowTile, rows: Rows, work: Work, resident: Resident, key_mask: KeyMask | None = None
     ) -> None:
         self.key_mask = key_mask
-        self.plan, self.scores = products.plan, products.scores
+        self.plan, self.scores = tile.plan, tile.scores
         self._pair = let(T.bitwise_and(rows.lane, 3) * 2)
         self._windows: list[list[tuple[Expr, Expr]]] = []
         for row in rows.rows:
@@ -129,10 +129,20 @@ class WarpMask:
     def apply(self, groups: range) -> None:
         """Mask the scores of some groups of 16 keys."""
         for row in range(_ROWS):
-            if self.is_line and self.key_mask is None:
+            if self.plan.is_dense and self.key_mask is None:
+                self._cut(row, groups)
+            elif self.is_line and self.key_mask is None:
                 self._compare(row, groups)
             else:
                 self._mask(row, groups)
+
+    def _cut(self, row: int, groups: range) -> None:
+        """Mask what the last group has beyond the keys."""
+        count = math.prod(self.plan.warp_union)
+        for number in range(GROUP * groups.start, GROUP * groups.stop, 8):
+            if number + 8 > count:
+                for e in (0, 1):
+                    self._keep(number - GROUP * groups.start, row, e, self._pair + (number + e) < count)
 
     def _compare(self, row: int, groups: range) -> None:
         start, extent = self._windows[row][0]

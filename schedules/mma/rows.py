@@ -28,11 +28,15 @@ class Rows:
         Of the kernel.
     warp, lane
         Which warp of the block, which lane of it.
+    first_row
+        Of the 16 that one product has, among the warp's.
+    packed
+        Rows of a token, one after another: a head each.
     """
 
-    def __init__(self, plan: _Plan, warp: Expr, lane: Expr) -> None:
-        self.plan, self.warp, self.lane = plan, warp, lane
-        self.rows = [let(T.shift_right(lane, 2) + 8 * row) for row in range(_ROWS)]
+    def __init__(self, plan: _Plan, warp: Expr, lane: Expr, first_row: int = 0, packed: int = 1) -> None:
+        self.plan, self.warp, self.lane, self.packed = plan, warp, lane, packed
+        self.rows = [let(T.shift_right(lane, 2) + (first_row + 8 * row)) for row in range(_ROWS)]
         self._warp: list[Expr] = []
         for count in reversed(plan.config.warps):
             self._warp.insert(0, let(warp % count) if count > 1 else 0)
@@ -46,10 +50,15 @@ class Rows:
     def position(self, row: Expr, first: list[Expr]) -> list[Expr]:
         """Return the query of a row of the warp, where the block's first one is at ``first``."""
         found: list[Expr] = []
+        row = row // self.packed if self.packed > 1 else row
         for extent in reversed(self.plan.warp_box[1:]):
             found.insert(0, row % extent)
             row = row // extent
         return [let(start + offset) for start, offset in zip(self.first(first), [row, *found], strict=True)]
+
+    def head(self, row: Expr) -> Expr:
+        """Return which of the heads a row is of, that lie side by side."""
+        return let(row % self.packed) if self.packed > 1 else 0
 
     def warp_queries(self, first: list[Expr]) -> tuple[list[Expr], list[Expr]]:
         """Return the first and the last query of the warp's box."""
