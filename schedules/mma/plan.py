@@ -52,7 +52,7 @@ class Tile:
     extent: int
     rows: int
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Elements of a row: whole steps of a product, the last ones zeros."""
         return round_up(self.extent, 2 * CHUNK)
@@ -72,7 +72,7 @@ class Tile:
         """How often the swizzle repeats: rows that share a line of all banks, as a power of two."""
         return {7: 0, 3: 1, 1: 2}[self.mask]
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Bytes of all rows."""
         return round_up(self.rows * self.width * 2, _ALIGNMENT)
@@ -122,7 +122,7 @@ class Plan:
         """Box of queries that one warp has."""
         return self.warp_box
 
-    @property
+    @cached_property
     def is_resident(self) -> bool:
         """Whether all keys and values of a block are kept in shared memory."""
         return self.config.key_tile is None
@@ -137,7 +137,7 @@ class Plan:
         """Box of keys that a warp's windows come to, at most."""
         return largest_unions(self.problem, self.warp_box)
 
-    @property
+    @cached_property
     def stream_tile(self) -> tuple[int, ...]:
         """Box of keys that are loaded at once."""
         return self.union if self.config.key_tile is None else tuple(self.config.key_tile)
@@ -147,24 +147,24 @@ class Plan:
         """Groups of 16 keys of a warp's own box."""
         return -(-math.prod(self.warp_union) // GROUP)
 
-    @property
+    @cached_property
     def streamed(self) -> int:
         """Keys whose scores are computed together."""
         if self.config.key_tile is not None:
             return math.prod(self.config.key_tile)
         return GROUP * min(self.config.chunk, self.groups)
 
-    @property
+    @cached_property
     def query(self) -> Tile:
         """A warp's queries."""
         return Tile(self.problem.head_dim, self.rows)
 
-    @property
+    @cached_property
     def key(self) -> Tile:
         """A tile of keys."""
         return Tile(self.problem.head_dim, self._rows)
 
-    @property
+    @cached_property
     def value(self) -> Tile:
         """A tile of values."""
         return Tile(self.problem.head_dim_v, self._rows)
@@ -175,7 +175,7 @@ class Plan:
         rows = math.prod(self.stream_tile)
         return max(rows, self.streamed) if self.problem.additional_kv else rows
 
-    @property
+    @cached_property
     def output(self) -> Tile:
         """A warp's outputs, which are gathered where its queries were."""
         return Tile(self.problem.head_dim_v, self.rows)

@@ -122,7 +122,14 @@ def _times(extents: tuple[int, ...]) -> str:
 def candidates(problem: Problem, shared_memory: int, count: int = 8) -> tuple[Candidate, ...]:
     """Return the best configs of a problem for blocks with so much shared memory, the best first."""
     found = [candidate for config in _configs(problem) if (candidate := _measure(problem, config, shared_memory))]
-    return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
+    return tuple(_bounded(candidate) for candidate in sorted(found, key=lambda candidate: candidate.cycles)[:count])
+
+
+def _bounded(candidate: Candidate) -> Candidate:
+    """Return a candidate whose registers are limited for as many blocks as its time was estimated with."""
+    config = candidate.config
+    blocks = candidate.resident_warps // math.prod(config.warps)
+    return dataclasses.replace(candidate, config=dataclasses.replace(config, blocks=blocks))
 
 
 # Groups of 16 keys whose scores a warp holds at once: 8 numbers a thread for each. More where they are all that there
@@ -220,10 +227,8 @@ _POWER, _ALONE = 3.0, 0.5
 
 def _measure(problem: Problem, config: Mma, shared_memory: int) -> Candidate | None:
     plan = config.plan(problem)
-    if plan.shared_bytes > shared_memory:
-        return None
     registers = plan.needed_registers
-    if registers > _MOST_REGISTERS:
+    if registers > _MOST_REGISTERS or plan.shared_bytes > shared_memory:
         return None
     blocks = blocks_at_once(plan.shared_bytes, plan.threads, registers, shared_memory)
     if blocks == 0:
@@ -247,7 +252,7 @@ def _measure(problem: Problem, config: Mma, shared_memory: int) -> Candidate | N
     needed = problem.pairs()
     computed = items * plan.warps * plan.rows * groups * GROUP / problem.heads
     return Candidate(
-        dataclasses.replace(config, blocks=blocks),
+        config,
         items * plan.warps * each / _SCHEDULERS,
         computed / needed,
         items,
