@@ -13,7 +13,7 @@ from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
 from na_compiler.window import border_kind
 
-__all__ = ["FAMILIES", "Choice", "candidates", "choose", "family_of"]
+__all__ = ["FAMILIES", "Choice", "candidates", "choose", "choose_rounded", "family_of"]
 
 # The families, by the names of their folders, in the order in which they are asked. Of two for one kind of machine, the
 # one that is faster comes first; where each is at times, both say how long they take.
@@ -83,6 +83,17 @@ def candidates(problem: Problem, target: Target, direction: str, count: int = 8)
     """
     family, _ = _best(problem, target, direction)
     return family.candidates(problem, target, direction, count)
+
+
+def choose_rounded(problem: Problem, target: Target, direction: str) -> Config | None:
+    """Return a config whose products round float32 to TF32, which is never chosen unasked; ``None`` without one."""
+    for family in map(_load, FAMILIES):
+        borders = set(map(border_kind, problem.border))
+        if family.is_for(target) and set(problem.operands) <= family.operands and borders <= family.borders:
+            config = family.rounded(problem, target, direction)
+            if config is not None:
+                return config
+    return None
 
 
 def family_of(config: Config) -> Family:

@@ -105,6 +105,13 @@ class Family(ABC):
     def choose(self, problem: Problem, target: Target, direction: str) -> Config:
         """Return the config to compile a problem with that the family takes; parameters are those of `refusal`."""
 
+    def rounded(self, problem: Problem, target: Target, direction: str) -> Config | None:  # noqa: ARG002
+        """Return a config whose products round float32 to TF32, for callers who allow it; ``None`` without one.
+
+        Parameters are those of `refusal`.
+        """
+        return None
+
     def candidates(
         self,
         problem: Problem,  # noqa: ARG002

@@ -296,6 +296,12 @@ def test_is_chosen_for_small_windows(architecture):
     assert choice.config.plan(problem).shared_bytes <= target.shared_memory
 
 
+@pytest.mark.parametrize(("heads_kv", "packed"), [(8, 1), (2, 4), (1, 8)])
+def test_heads_that_share_keys_are_packed(heads_kv, packed):
+    problem = Problem((56, 56), 8, 64, 7, heads_kv=heads_kv, dtype="float16")
+    assert choose(problem, TARGET, "forward").config.heads == packed
+
+
 def test_leaves_long_windows_to_hopper():
     """Two families that say how long they take compete."""
     problem = Problem((256, 256), 24, 128, 80, dtype="bfloat16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -26,6 +27,17 @@ _PROBLEMS = (
     Problem((64, 64), 8, 128, 31, additional_kv=True, dtype="bfloat16"),
     Problem(4096, 4, 256, 255, dtype="bfloat16"),
 )
+# Heads that share keys lie side by side.
+_PACKED = (
+    Problem((56, 56), 8, 64, 7, heads_kv=2, dtype="float16"),
+    Problem(4096, 32, 128, 255, is_causal=True, heads_kv=8, dtype="bfloat16"),
+)
+# In TF32.
+_ROUNDED = (
+    Problem((56, 56), 4, 32, 7),
+    Problem((64, 64), 8, 64, 13),
+    Problem(4096, 4, 128, 255),
+)
 _MASKED = (
     Problem((56, 56), 4, 32, 7, dtype="float16", operands=("key_mask",)),
     Problem((64, 64), 8, 64, 13, dtype="bfloat16", operands=("key_mask",)),
@@ -34,7 +46,8 @@ _MASKED = (
 
 
 @pytest.mark.parametrize(
-    ("problem", "architecture"), some([(p, a) for p in _PROBLEMS + _MASKED for a in _ARCHITECTURES], 3, "registers")
+    ("problem", "architecture"),
+    some(itertools.product(_PROBLEMS + _PACKED + _ROUNDED + _MASKED, _ARCHITECTURES), 3, "registers"),
 )
 def test_no_spills(problem, architecture, tmp_path):
     """And no more registers and shared memory than so many blocks of a multiprocessor have."""

@@ -76,9 +76,20 @@ def compile(problem: Problem, target: str | Target = "llvm", direction: str = "f
     return compile_spec(KernelSpec.make(problem, target, direction))
 
 
-def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm") -> Kernel:
-    """Return a kernel for a device of this machine: from a loaded bundle, the cache, or compiled now."""
+def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm", *, rounds: bool = False) -> Kernel:
+    """Return a kernel for a device of this machine: from a loaded bundle, the cache, or compiled now.
+
+    Parameters
+    ----------
+    problem, direction, machine
+        Which kernel.
+    rounds
+        Whether products of float32 may round to TF32. Kernels of bundles never do.
+    """
     machine = Target.parse(machine)
+    spec = KernelSpec.rounded(problem, machine, direction) if rounds else None
+    if spec is not None and (is_compiling_allowed() or cached_entry(spec) is not None):
+        return compile_spec(spec)
     for bundle in loaded_bundles():
         kernel = bundle.find(problem, direction, machine)
         if kernel is not None:

@@ -15,7 +15,7 @@ from na_compiler.compiler.toolkit import nvcc_version
 from na_compiler.operands import check_direction
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import ABI, KernelInfo
-from na_compiler.schedules.choose import Choice, choose
+from na_compiler.schedules.choose import Choice, choose, choose_rounded
 from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
 
@@ -63,6 +63,15 @@ class KernelSpec:
         """
         check_direction(direction)
         return cls(problem, direction, Target.parse(target))
+
+    @classmethod
+    def rounded(cls, problem: Problem, target: Target, direction: str) -> KernelSpec | None:
+        """Return the spec of a kernel whose products round float32 to TF32; ``None`` if there is no such kernel.
+
+        That it rounds follows from its config, which is part of its key.
+        """
+        config = choose_rounded(problem, target, direction)
+        return None if config is None else cls(problem, direction, target, config)
 
     @functools.cached_property
     def _choice(self) -> Choice:

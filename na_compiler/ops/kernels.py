@@ -21,6 +21,7 @@ from na_compiler import checks
 from na_compiler.devices import CUDA
 from na_compiler.operands import FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
 from na_compiler.ops.schema import BACKWARD, FORWARD, TANGENT, Signature, problem_of
+from na_compiler.ops.tf32 import is_tf32_allowed
 from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty, strides_wanted
 from na_compiler.target import target_of
 
@@ -129,6 +130,8 @@ def find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Launch:
     for place, one in enumerate(arguments[signature.later :]):
         if one is not None:  # What is left out is the same as what is said to be.
             at += (place, _kind(one))
+    if _may_round(signature, arguments):
+        at.append("tf32")
     key = tuple(at)
     found = _kernels.get(key)
     if found is None:
@@ -137,6 +140,13 @@ def find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Launch:
             _kernels.clear()
         _kernels[key] = found
     return found
+
+
+def _may_round(signature: Signature, arguments: tuple[Any, ...]) -> bool:
+    """Return whether products may round to TF32: those of the forward on a GPU, if torch's own may."""
+    query = arguments[0]
+    is_asked = signature is FORWARD and query.dtype is torch.float32 and query.get_device() >= 0
+    return is_asked and is_tf32_allowed()
 
 
 def _kind(argument: Any) -> Any:
@@ -153,7 +163,8 @@ def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found
     query = given["query"]
     check_rank(rank, query)
     problem = problem_of(given)
-    kernel: Kernel = find_kernel(problem, signature.direction, target_of(query.device))
+    rounds = _may_round(signature, arguments)
+    kernel: Kernel = find_kernel(problem, signature.direction, target_of(query.device), rounds=rounds)
     taken = kernel.info.arguments
     known = checks.check_call(problem, taken, given)
     absent = [argument for argument in taken if GIVEN in argument.shape and given[argument.name] is None]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from tvm import tirx
 
 from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
-from na_compiler.schedules.mma.plan import CHUNK, Plan
+from na_compiler.schedules.mma.plan import CHUNK_BYTES, Plan
 from na_compiler.schedules.shared.trace import I, T, emit, index64, let, register
 
 __all__ = ["Arguments", "Block", "Source", "WarpBlock", "strided", "wide"]
@@ -116,10 +116,11 @@ class Block(WarpBlock):
         super().__init__(plan.warps, plan.shared_bytes)
         self.plan, self.arguments = plan, arguments
         self.dtype = dtype = plan.problem.dtype
-        self.queries = self.view(0, plan.warps * plan.query_bytes // 2, dtype)
+        size = plan.problem.element_bytes
+        self.queries = self.view(0, plan.warps * plan.query_bytes // size, dtype)
         self.query_words = self.view(0, plan.warps * plan.query_bytes // 4, "uint32")
-        self.keys = self.view(plan.key_offset, plan.stages * plan.key.bytes // 2, dtype)
-        self.values = self.view(plan.value_offset, plan.stages * plan.value.bytes // 2, dtype)
+        self.keys = self.view(plan.key_offset, plan.stages * plan.key.bytes // size, dtype)
+        self.values = self.view(plan.value_offset, plan.stages * plan.value.bytes // size, dtype)
 
 
 class _Place(Protocol):
@@ -158,6 +159,7 @@ class Source:
         steps_heads: bool = False,
     ) -> None:
         dtype = str(buffer.dtype)
+        self.per_chunk = CHUNK_BYTES // (4 if dtype == "float32" else 2)
         whole = I.decl_buffer([2**62], dtype, data=buffer.data, scope="global")
         strides = _strides(buffer)
         start = index64(register(work.batch)) * strides[0] + index64(register(head)) * strides[-2]
@@ -170,15 +172,15 @@ class Source:
         if steps_heads:
             self.steps.append(self._chunks(1, strides[-2]))
 
-    @staticmethod
-    def _chunks(dilation: int, stride: Expr) -> Expr:
+    def _chunks(self, dilation: int, stride: Expr) -> Expr:
         if isinstance(stride, int):
-            return dilation * stride // CHUNK
-        return register(T.Cast("int32", T.shift_right(stride, T.int64(3))) * dilation)
+            return dilation * stride // self.per_chunk
+        shift = T.int64(self.per_chunk.bit_length() - 1)
+        return register(T.Cast("int32", T.shift_right(stride, shift)) * dilation)
 
     def at(self, offset: Expr) -> Expr:
         """Return the element of an offset in chunks."""
-        return index64(register(offset)) * CHUNK
+        return index64(register(offset)) * self.per_chunk
 
 
 def _strides(buffer: Any) -> list[Expr]:

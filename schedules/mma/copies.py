@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.mma.block import Source
-from na_compiler.schedules.mma.plan import CHUNK, Tile
+from na_compiler.schedules.mma.plan import CHUNK_BYTES, Tile
 from na_compiler.schedules.shared.trace import T, both, emit, let, register, when
 
 __all__ = ["Copy", "coordinates", "swizzled"]
@@ -160,7 +160,7 @@ class Copy:
         start = source.at(offset + self._column)
         column = T.bitwise_xor(self._column, swizzle) if tile.mask else self._column
         target = place + (self._row + first) * tile.width
-        chunks = tile.extent // CHUNK
+        chunks = tile.extent // tile.per_chunk
         for chunk in range(0, tile.chunks, self._across):
             there = inside
             if chunk + self._across > chunks:
@@ -168,8 +168,8 @@ class Copy:
             size = T.uint32(16) if there is None else T.Select(there, T.uint32(16), T.uint32(0))
             emit(
                 T.ptx[_INSTRUCTION](
-                    buffer.ptr_to([target + (column + chunk) * CHUNK]),
-                    T.ptx.addr(source.buffer.ptr_to([start]), 2 * CHUNK * chunk),
+                    buffer.ptr_to([target + (column + chunk) * tile.per_chunk]),
+                    T.ptx.addr(source.buffer.ptr_to([start]), CHUNK_BYTES * chunk),
                     16,
                     size,
                 )

@@ -7,15 +7,16 @@ from typing import Any
 from na_compiler.schedules.mma.block import Block
 from na_compiler.schedules.mma.copies import swizzled
 from na_compiler.schedules.mma.packing import HeadsWork
-from na_compiler.schedules.mma.plan import CHUNK
+from na_compiler.schedules.mma.plan import CHUNK, CHUNK_BYTES
 from na_compiler.schedules.mma.products import RowTile
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared.mask import Mask
-from na_compiler.schedules.shared.trace import I, T, both, let, local, put, when
+from na_compiler.schedules.shared.trace import I, T, both, emit, let, local, put, when
 
 __all__ = ["Epilogue"]
 
 Expr = Any
+_STORE = "st.global.v4.f32"
 
 
 class Epilogue:
@@ -32,6 +33,26 @@ class Epilogue:
         for row in range(2):
             with when(both(T.bitwise_and(rows.lane, 3) == 0, mask.exist[row])):
                 I.buffer_store(flat, logarithm[row], [work.place(mask.queries[row], rows.head(rows.rows[row]))])
+
+    def store_directly(self, rows: Rows, tile: RowTile, mask: Mask, inverse: Any) -> None:
+        """Divide by the total, and store 16 rows of float32: four columns of a row lie in a thread."""
+        work = self.work
+        target = work.source(self.block.arguments.output)
+        four = local(4)
+        for row in range(2):
+            with when(mask.exist[row]):
+                offset: Any = T.bitwise_and(rows.lane, 3) * 2
+                places = (*mask.queries[row], rows.head(rows.rows[row]))
+                for position, step in zip(places, target.steps, strict=True):
+                    offset = offset + position * step
+                start = target.at(offset)
+                for block in range(self.plan.problem.head_dim_v // 32):
+                    for e in (0, 1):
+                        for part in range(4):
+                            number = tile.output[4 * (4 * block + part) + 2 * row + e]
+                            put(four, part, number * inverse[row])
+                        address = T.ptx.addr(target.buffer.ptr_to([start]), (8 * block + e) * CHUNK_BYTES)
+                        emit(T.ptx[_STORE](address, *(four[part] for part in range(4))))
 
     def gather(self, rows: Rows, tile: RowTile, inverse: Any) -> None:
         """Divide by the total, round, and put 16 rows where their queries were."""

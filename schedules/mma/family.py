@@ -45,6 +45,14 @@ class _Mma(Family):
         assert isinstance(config, Mma | MmaBackward)
         return config
 
+    def rounded(self, problem: Problem, target: Target, direction: str) -> Mma | None:
+        """Return the boxes that take least time with products that round float32 to TF32; ``None`` if it has none."""
+        if problem.dtype != "float32" or direction != "forward" or planner.unsuited_rounded(problem):
+            return None
+        assert isinstance(target, CudaTarget)
+        found = planner.candidates(problem, target.shared_memory, 1)
+        return found[0].config if found else None
+
     def candidates(
         self, problem: Problem, target: Target, direction: str, count: int
     ) -> tuple[planner.Candidate | backward_planner.Candidate, ...]:

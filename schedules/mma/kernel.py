@@ -34,7 +34,8 @@ from na_compiler.schedules.shared.work import StreamCursor, Work
 __all__ = ["schedule_forward"]
 
 Expr = Any
-_NEGATE = 0x80008000  # Signs of two 16-bit numbers.
+# Signs of two 16-bit numbers, and of one of 32 bits.
+_NEGATE = {False: 0x80008000, True: 0x80000000}
 
 
 def schedule_forward(plan: Plan) -> tirx.PrimFunc:
@@ -94,6 +95,8 @@ class _Forward:
         # Kept: bounds are used for every copy, and the simplifier would compute them again for each.
         work.first, work.low, work.high = ([register(at) for at in of] for of in (work.first, work.low, work.high))
         self.rows = self._rows(0)
+        # Elements of a tile of shared memory.
+        self.key_step, self.value_step = (tile.bytes // tile.element_bytes for tile in (plan.key, plan.value))
         self.products = Products(block)
         self.key_mask: KeyMask | None = None
         if problem.has(KEY_MASK):
@@ -131,8 +134,12 @@ class _Forward:
             if self.key_mask is not None:
                 self.key_mask.finish(strip.tile.output, inverse, logarithm)
             self.epilogue.store_lse(strip.rows, strip.mask, logarithm)
-            self.epilogue.gather(strip.rows, strip.tile, inverse)
-        self.epilogue.store_rows(self.rows)
+            if self.plan.is_tf32:
+                self.epilogue.store_directly(strip.rows, strip.tile, strip.mask, inverse)
+            else:
+                self.epilogue.gather(strip.rows, strip.tile, inverse)
+        if not self.plan.is_tf32:
+            self.epilogue.store_rows(self.rows)
 
     def visit(self) -> None:
         """Emit the visit of all keys."""
@@ -143,7 +150,9 @@ class _Forward:
         plan, block = self.plan, self.block
         copy = Copy(plan.query, (*plan.warp_box, plan.packed), 32, block.lane)
         first, limits = (*self.rows.first(self.work.first), 0), (*self.work.lengths, plan.packed)
-        copy.emit(self.query, block.queries, block.warp * (plan.query_bytes // 2), first, limits)
+        copy.emit(
+            self.query, block.queries, block.warp * (plan.query_bytes // plan.problem.element_bytes), first, limits
+        )
         block.commit()
 
     def take_queries(self, pending: int) -> None:
@@ -160,14 +169,14 @@ class _Forward:
             first = block.warp * (plan.query_bytes // 4) + block.lane
             for place in range(0, words, 32):
                 word = block.query_words[first + place]
-                put(block.query_words, first + place, T.bitwise_xor(word, T.uint32(_NEGATE)))
+                put(block.query_words, first + place, T.bitwise_xor(word, T.uint32(_NEGATE[plan.is_tf32])))
             block.sync_warp()
         self.products.load_queries()
 
     def copy_additional(self, tile: Expr, stage: Expr) -> None:
         """Emit the copy of a tile of additional keys and values."""
         plan, block = self.plan, self.block
-        places = (stage * (plan.key.bytes // 2), stage * (plan.value.bytes // 2))
+        places = (stage * self.key_step, stage * self.value_step)
         for copy, source, buffer, place in zip(
             self.extra_copies, self.extra, (block.keys, block.values), places, strict=True
         ):
@@ -177,7 +186,7 @@ class _Forward:
 class _Ring(_Forward):
     """Keys come tile by tile, some tiles ahead."""
 
-    def __init__(self, block: Block, work: Work) -> None:
+    def __init__(self, block: Block, work: HeadsWork) -> None:
         super().__init__(block, work)
         plan = self.plan
         self.copies = tuple(Copy(tile, plan.stream_tile, plan.threads, block.thread) for tile in (plan.key, plan.value))
@@ -214,13 +223,13 @@ class _Ring(_Forward):
             if self.key_mask is not None:
                 self.key_mask.vote()
             with when(self._is_needed(visiting, tile[0], low, high)):
-                self.products.score(stage * (self.plan.key.bytes // 2))
+                self.products.score(stage * self.key_step)
                 for strip in self.strips:
                     if strip.bias is not None:
                         self._add_bias(strip.bias, visiting, tile[0])
                     strip.mask.apply(visiting, tile[0])
                     strip.weigh()
-                self.products.weigh(stage * (self.plan.value.bytes // 2))
+                self.products.weigh(stage * self.value_step)
             visiting.advance()
             if stages == 1:
                 block.sync()
@@ -256,9 +265,9 @@ class _Ring(_Forward):
                 self.copy_additional(let(tile - self.windows), stage)
 
     def _copy_window(self, cursor: StreamCursor, stage: Expr) -> None:
-        plan, block = self.plan, self.block
+        block = self.block
         origin = list(cursor)
-        places = (stage * (plan.key.bytes // 2), stage * (plan.value.bytes // 2))
+        places = (stage * self.key_step, stage * self.value_step)
         buffers = (block.keys, block.values)
         for copy, source, buffer, place in zip(self.copies, (self.key, self.value), buffers, places, strict=True):
             copy.emit(source, buffer, place, origin, self.work.high)
@@ -317,7 +326,10 @@ class _Resident(_Forward):
             if first == 0:
                 block.wait(0)
                 block.sync()
-            self.products.weigh_scattered(keys.values_at(rows))
+            if plan.is_tf32:
+                self.products.weigh_pairs(keys.pair_at, GROUP * groups.start, GROUP * len(groups))
+            else:
+                self.products.weigh_scattered(keys.values_at(rows))
         if plan.problem.additional_kv:
             self._visit_additional()
 

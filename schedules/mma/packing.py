@@ -24,9 +24,6 @@ class HeadsWork(Work):
 
     plan: Plan
 
-    def __init__(self, plan: Plan, item: Expr) -> None:
-        super().__init__(plan, item)
-
     @property
     def heads(self) -> int:
         """Such sets of heads."""

@@ -16,12 +16,14 @@ from na_compiler.window import group_length
 if TYPE_CHECKING:
     from na_compiler.schedules.mma.config import Mma
 
-__all__ = ["CHUNK", "GROUP", "ROWS", "Plan", "Tile"]
+__all__ = ["CHUNK", "CHUNK_BYTES", "GROUP", "ROWS", "Plan", "Tile"]
 
 # Rows of one product, fixed by the instruction. Keys of a group: its depth, and two of its widths.
 ROWS = 16
 GROUP = 16
-# Elements of 16 bytes: what one copy moves, and what shared memory exchanges by the swizzle.
+# Bytes of a chunk: what one copy moves, and what shared memory exchanges by the swizzle. And how many elements of 16
+# bits, or columns of an accumulator, that is.
+CHUNK_BYTES = 16
 CHUNK = 8
 # Bytes: a line of all banks of shared memory.
 _ALIGNMENT = 128
@@ -47,20 +49,28 @@ class Tile:
         Elements of a row that matter.
     rows
         Rows.
+    element_bytes
+        Bytes of an element.
     """
 
     extent: int
     rows: int
+    element_bytes: int = 2
+
+    @property
+    def per_chunk(self) -> int:
+        """Elements of a chunk."""
+        return CHUNK_BYTES // self.element_bytes
 
     @cached_property
     def width(self) -> int:
         """Elements of a row: whole steps of a product, the last ones zeros."""
-        return round_up(self.extent, 2 * CHUNK)
+        return round_up(self.extent, 2 * self.per_chunk)
 
     @property
     def chunks(self) -> int:
         """Chunks of a row."""
-        return self.width // CHUNK
+        return self.width // self.per_chunk
 
     @property
     def mask(self) -> int:
@@ -72,10 +82,15 @@ class Tile:
         """How often the swizzle repeats: rows that share a line of all banks, as a power of two."""
         return {7: 0, 3: 1, 1: 2}[self.mask]
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.width * self.element_bytes
+
     @cached_property
     def bytes(self) -> int:
         """Bytes of all rows."""
-        return round_up(self.rows * self.width * 2, _ALIGNMENT)
+        return round_up(self.rows * self.width * self.element_bytes, _ALIGNMENT)
 
 
 class Plan:
@@ -157,17 +172,17 @@ class Plan:
     @cached_property
     def query(self) -> Tile:
         """A warp's queries."""
-        return Tile(self.problem.head_dim, self.rows)
+        return Tile(self.problem.head_dim, self.rows, self.problem.element_bytes)
 
     @cached_property
     def key(self) -> Tile:
         """A tile of keys."""
-        return Tile(self.problem.head_dim, self._rows)
+        return Tile(self.problem.head_dim, self._rows, self.problem.element_bytes)
 
     @cached_property
     def value(self) -> Tile:
         """A tile of values."""
-        return Tile(self.problem.head_dim_v, self._rows)
+        return Tile(self.problem.head_dim_v, self._rows, self.problem.element_bytes)
 
     @property
     def _rows(self) -> int:
@@ -178,7 +193,12 @@ class Plan:
     @cached_property
     def output(self) -> Tile:
         """A warp's outputs, which are gathered where its queries were."""
-        return Tile(self.problem.head_dim_v, self.rows)
+        return Tile(self.problem.head_dim_v, self.rows, self.problem.element_bytes)
+
+    @property
+    def is_tf32(self) -> bool:
+        """Whether products round numbers of 32 bits to TF32."""
+        return self.problem.dtype == "float32"
 
     @property
     def query_bytes(self) -> int:
@@ -213,12 +233,12 @@ class Plan:
     @property
     def keeps_queries(self) -> bool:
         """Whether a warp's queries stay in registers; they are read again for each tile of keys otherwise."""
-        return self.row_tiles * (self.query.width // 4 + self.value.width // 2 + self.streamed // 2) <= _KEPT
+        return self.row_tiles * (2 * self.query.chunks + self.value.width // 2 + self.streamed // 2) <= _KEPT
 
     @property
     def needed_registers(self) -> int:
         """About how many registers a thread needs: queries, accumulators, scores, and what is beside them."""
-        queries = self.query.width // 4 if self.keeps_queries else 4
+        queries = 2 * self.query.chunks if self.keeps_queries else 4
         products = self.row_tiles * (queries + self.problem.head_dim_v // 2 + self.streamed // 2)
         beside = _BESIDE + (self.row_tiles - 1) * _ANOTHER
         bias = _BIAS if self.problem.has(RELATIVE_POSITION_BIAS) else 0

@@ -21,7 +21,7 @@ from na_compiler.schedules.mma.occupancy import blocks_at_once
 from na_compiler.schedules.mma.plan import GROUP, ROWS
 from na_compiler.schedules.shared.candidate import Candidate as Base
 
-__all__ = ["Candidate", "arrangements", "candidates", "fitting_boxes", "unsuited"]
+__all__ = ["Candidate", "arrangements", "candidates", "fitting_boxes", "unsuited", "unsuited_rounded"]
 
 # Elements: the sums of 256 columns take 128 registers of a thread, half of what it can have.
 _MOST_HEAD_DIM = 256
@@ -48,12 +48,20 @@ def unsuited(problem: Problem) -> str | None:
     dims = (problem.head_dim, problem.head_dim_v)
     given = " and ".join(map(str, dims))
     reasons = {
-        "takes float16 and bfloat16, not float32": problem.dtype == "float32",
+        "takes float16 and bfloat16, and float32 only where TF32 is allowed": problem.dtype == "float32",
         f"takes multiples of 8 up to {_MOST_HEAD_DIM} as head_dim, not {given}": (
             any(dim % 8 or dim > _MOST_HEAD_DIM for dim in dims)
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def unsuited_rounded(problem: Problem) -> str | None:
+    """Return what of a problem of float32 the forward does not take in TF32; ``None`` if it takes it."""
+    # A lane reads four columns of values at once, eight lanes all of a line of shared memory.
+    if problem.head_dim_v % 32:
+        return f"takes multiples of 32 as head_dim_v in TF32, not {problem.head_dim_v}"
+    return unsuited(problem.replace(dtype="float16"))
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,9 @@ def _bounded(candidate: Candidate) -> Candidate:
 # Groups of 16 keys whose scores a warp holds at once: 8 numbers a thread for each. More where they are all that there
 # are, since no sums so far are scaled then. Assumed: 8 groups are a quarter of a thread's registers.
 _GROUPS_ALONE, _GROUPS = 8, 6
-# Queries of a warp that are tried; the more share each key that is read from shared memory, but registers bound them.
-_ROWS_TRIED = (16, 32)
+# Queries of a warp that are tried. Of 32 each pair of 16 shares what is read from shared memory; that has yet to be
+# measured.
+_ROWS_TRIED = (16,)
 # Boxes of a warp, and of the keys that come at once, that are tried: those which compute least.
 _BOXES_TRIED, _ARRANGEMENTS_TRIED, _TILES_TRIED = 3, 2, 2
 
@@ -221,6 +230,8 @@ _WAIT = (2247.0, 42.3, 4.8, 231.0)
 # Of what 16 columns of a group cost: the part that is reading from shared memory, once for all rows of a warp. The
 # rest, as what is done beside keys, is for each 16 rows. Assumed.
 _LOADING, _BESIDE_ONCE = 0.5, 0.3
+# What products of TF32 cost for each of 16 bits: twice as many, and each number is rounded on its way. Assumed.
+_TF32 = 2.5
 # The two hide behind each other, but for this power; and blocks behind each other, but for this share of one.
 _POWER, _ALONE = 3.0, 0.5
 
@@ -234,7 +245,7 @@ def _measure(problem: Problem, config: Mma, shared_memory: int) -> Candidate | N
     if blocks == 0:
         return None
     at_once = blocks * plan.warps
-    depth = (plan.query.width + plan.value.width) / 16
+    depth = (plan.query.width + plan.value.width) / 16 * (_TF32 if plan.is_tf32 else 1)
     copies = plan.key.rows * (plan.key.chunks + plan.value.chunks) / plan.threads
     if plan.is_resident:
         groups, tiles = float(plan.groups), 0.0

@@ -12,7 +12,7 @@ from typing import Any
 
 from na_compiler.schedules.mma.block import Block
 from na_compiler.schedules.mma.copies import swizzled
-from na_compiler.schedules.mma.plan import GROUP
+from na_compiler.schedules.mma.plan import CHUNK_BYTES, GROUP
 from na_compiler.schedules.mma.products import Products, RowTile
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared.key_mask import KeyMask
@@ -45,6 +45,7 @@ class Resident:
         self._first = register(sum((offset * pitch for offset, pitch in zip(offsets, self._pitches, strict=True)), 0))
         number = sum((offset * step for offset, step in zip(offsets, self.order, strict=True)), 0)
         # Groups are 16 keys apart, and the swizzle repeats after eight: it is the same for every group.
+        self._number = number
         place = let(products.value_row + number)
         self._key_column = let(T.bitwise_xor(products.late_column, swizzled(place, plan.key)))
         self._value_column = let(T.bitwise_xor(products.late_column, swizzled(place, plan.value)))
@@ -64,8 +65,11 @@ class Resident:
         return [self._row(group) for group in groups]
 
     def _row(self, group: int) -> Expr:
+        return self._row_of(self.products.value_row + GROUP * group)
+
+    def _row_of(self, number: Expr) -> Expr:
+        """Return the row of shared memory of a key of the warp's box, by its number there."""
         row: Expr = self._first
-        number: Expr = self.products.value_row + GROUP * group
         for axis in reversed(range(self.plan.rank)):
             extent = self.plan.warp_union[axis]
             place, number = (number, 0) if axis == 0 else (number % extent, number // extent)
@@ -75,15 +79,25 @@ class Resident:
 
     def keys_at(self, rows: list[Expr]) -> list[Expr]:
         """Return the addresses of the first chunks of keys."""
-        return [self._address(self._keys, row, self.plan.key.width, self._key_column) for row in rows]
+        return [self._address(self._keys, row, self.plan.key.row_bytes, self._key_column) for row in rows]
 
     def values_at(self, rows: list[Expr]) -> list[Expr]:
         """Return the addresses of the first chunks of values."""
-        return [self._address(self._values, row, self.plan.value.width, self._value_column) for row in rows]
+        return [self._address(self._values, row, self.plan.value.row_bytes, self._value_column) for row in rows]
+
+    def pair_at(self, first: int) -> list[Expr]:
+        """Return where values of float32 are, of the two keys of eight that are a lane's: the chunk of its column."""
+        found = []
+        for e in range(2):
+            number = self.products.pair + e
+            column = T.bitwise_xor(self.products.column, swizzled(number + self._number, self.plan.value))
+            row = self._row_of(number + first)
+            found.append(self._address(self._values, row, self.plan.value.row_bytes, column))
+        return found
 
     @staticmethod
-    def _address(start: Expr, row: Expr, width: int, column: Expr) -> Expr:
-        return register(start + T.Cast("uint32", row * (2 * width) + column * 16), "uint32")
+    def _address(start: Expr, row: Expr, row_bytes: int, column: Expr) -> Expr:
+        return register(start + T.Cast("uint32", row * row_bytes + column * CHUNK_BYTES), "uint32")
 
 
 class WarpMask:
@@ -200,8 +214,11 @@ class WarpMask:
             extent = self.plan.warp_union[axis]
             place, line = (line, 0) if axis == 0 else (line % extent, line // extent)
             start, size = self._windows[row][axis]
-            inside = T.Cast("uint32", place - start) < T.Cast("uint32", size)
-            bits = T.Select(inside, bits, T.uint32(0))
+            if isinstance(start, int) and isinstance(size, int):
+                bits = bits if start <= place < start + size else T.uint32(0)
+            else:
+                inside = T.Cast("uint32", place - start) < T.Cast("uint32", size)
+                bits = T.Select(inside, bits, T.uint32(0))
         return register(bits, "uint32")
 
     def _keep(self, number: int, row: int, e: int, condition: Expr) -> None:

@@ -169,8 +169,16 @@ def _immediates(text: str) -> list[str]:
     """Write the wrappers of instructions whose address has an offset in the instruction."""
     copy = "uint32_t target, const void* source, uint32_t bytes", "target, (const uchar*)source + {0}, bytes"
     load = "uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t address", "a, b, c, d, address + {0}"
+    four = "float& a, float& b, float& c, float& d, uint32_t address", "a, b, c, d, address + {0}"
+    store = "const void* address, float a, float b, float c, float d", "(const uchar*)address + {0}, a, b, c, d"
     found = []
-    for pattern, (parameters, passed) in ((r"cp_async_cg_\w+?_addr1", copy), (r"ldmatrix_\w+?_addr0", load)):
+    kinds = {
+        r"cp_async_cg_\w+?_addr1": copy,
+        r"ldmatrix_\w+?_addr0": load,
+        r"ld_vec_shared_\w+?_addr0": four,
+        r"st_vec_global_v4_f32_addr0": store,
+    }
+    for pattern, (parameters, passed) in kinds.items():
         for name in sorted(set(re.findall(rf"tvm_builtin_ptx_{pattern}_p\d+", text))):
             root, offset = name.rsplit("_addr", 1)[0], name.rpartition("_p")[2]
             found.append(f"inline void {name}({parameters}) {{ {root}({passed.format(offset)}); }}")

@@ -97,3 +97,40 @@ inline void multiply(int kind, float* const (&target)[4], const uint32_t (&given
   }
 MULTIPLY(bf16, 0)
 MULTIPLY(f16, 1)
+
+// ------------------------------------------------------------------------------------------------ TF32
+// Of float32 to the nearest, halves away from zero; the products do not look at the last 13 bits.
+inline void tvm_builtin_ptx_cvt_tf32_f32_rna_tf32_f32(uint32_t& target, float value) {
+  memcpy(&target, &value, 4);
+  if (value != value) target = 0x7fffffff;
+  else target = (target + 0x1000) & 0xffffe000;
+}
+inline float tf32(uint32_t bits) {
+  float value;
+  bits &= 0xffffe000;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline void tvm_builtin_ptx_mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
+    float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+    float c0, float c1, float c2, float c3) {
+  const uint32_t given[6] = {a0, a1, a2, a3, b0, b1};
+  float sum[4] = {c0, c1, c2, c3};
+  int thread = thread_number, warp = thread & ~31, lane = thread & 31;
+  memcpy(operands[thread], given, sizeof given);
+  warp_point();
+  for (int i = 0; i < 4; i++) {
+    int row = lane / 4 + 8 * (i >> 1), column = lane % 4 * 2 + (i & 1);
+    for (int k = 0; k < 8; k++)
+      sum[i] += tf32(operands[warp + row % 8 * 4 + k % 4][row / 8 + 2 * (k / 4)]) *
+                tf32(operands[warp + column * 4 + k % 4][4 + k / 4]);
+  }
+  warp_point();
+  d0 = sum[0], d1 = sum[1], d2 = sum[2], d3 = sum[3];
+}
+inline void tvm_builtin_ptx_st_vec_global_v4_f32(const void* address, float a, float b, float c, float d) {
+  if ((uintptr_t)address % 16) die("st.global.v4 to an address that is not a multiple of 16");
+  check_global((const uchar*)address, 16);
+  const float given[4] = {a, b, c, d};
+  memcpy((void*)address, given, 16);
+}
