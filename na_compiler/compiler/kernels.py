@@ -84,16 +84,17 @@ def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm"
     problem, direction, machine
         Which kernel.
     rounds
-        Whether products of float32 may round to TF32. Kernels of bundles never do.
+        Whether products of float32 may round to TF32. Kernels of bundles never do, and come first all the same: there
+        may be nothing else to compile with.
     """
     machine = Target.parse(machine)
-    spec = KernelSpec.rounded(problem, machine, direction) if rounds else None
-    if spec is not None and (is_compiling_allowed() or cached_entry(spec) is not None):
-        return compile_spec(spec)
     for bundle in loaded_bundles():
         kernel = bundle.find(problem, direction, machine)
         if kernel is not None:
             return kernel
+    spec = KernelSpec.rounded(problem, machine, direction) if rounds else None
+    if spec is not None and (is_compiling_allowed() or cached_entry(spec) is not None):
+        return compile_spec(spec)
     return compile(problem, machine, direction)
 
 
