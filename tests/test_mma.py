@@ -20,6 +20,8 @@ from na_compiler.schedules.choose import choose
 from na_compiler.schedules.mma import copies, planner, products, resident
 from na_compiler.schedules.mma.boxes import largest_union
 from na_compiler.schedules.mma.config import Mma
+from na_compiler.schedules.mma.packing import HeadsWork
+from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared import mask, softmax
 from na_compiler.target import Target
 from na_compiler.window import window_bounds
@@ -285,6 +287,29 @@ def test_finds_a_copy_beyond_a_limit(monkeypatch, seed):
     """Rows beyond the last key are not read: the tensor ends there."""
     monkeypatch.setattr(copies, "both", lambda *conditions: None)
     assert "outside the tensors" in _finds(*_RING)
+
+
+_PACKED = Problem((5, 9), 4, 16, 3, heads_kv=1, dtype="float16"), Mma((2, 4), (1, 1), None, chunk=2, heads=4)
+
+
+def _of_first_rows(self, plan, warp, lane, first_row=0, packed=1):
+    made_rows(self, plan, warp, lane, 0, packed)
+
+
+made_rows = Rows.__init__
+_FAULTS = {
+    "lse of the first head": (HeadsWork, "place", lambda work, at, head: work.address(at, 1) * work.plan.packed),
+    "output of the first head": (Rows, "head", lambda rows, row: 0),
+    "the first 16 rows again": (Rows, "__init__", _of_first_rows),
+    "windows taken for whole": (HeadsWork, "bounds", lambda work, axis, query: (0, work.lengths[axis])),
+}
+
+
+@pytest.mark.parametrize("name", some(_FAULTS, 1, "packed"))
+def test_finds_rows_taken_for_others(name, monkeypatch, seed):
+    """Heads side by side, 32 rows a warp."""
+    monkeypatch.setattr(*_FAULTS[name])
+    _finds(*_PACKED)
 
 
 # ---------------------------------------------------------------------------------------------- plans

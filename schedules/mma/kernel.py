@@ -25,6 +25,7 @@ from na_compiler.schedules.mma.plan import GROUP, ROWS, Plan
 from na_compiler.schedules.mma.products import Products, RowTile
 from na_compiler.schedules.mma.resident import Resident, WarpMask
 from na_compiler.schedules.mma.rows import Rows
+from na_compiler.schedules.mma.tf32 import RoundedProducts
 from na_compiler.schedules.shared.key_mask import KeyMask
 from na_compiler.schedules.shared.mask import Mask
 from na_compiler.schedules.shared.softmax import Softmax
@@ -97,7 +98,7 @@ class _Forward:
         self.rows = self._rows(0)
         # Elements of a tile of shared memory.
         self.key_step, self.value_step = (tile.bytes // tile.element_bytes for tile in (plan.key, plan.value))
-        self.products = Products(block)
+        self.products = RoundedProducts(block) if plan.is_tf32 else Products(block)
         self.key_mask: KeyMask | None = None
         if problem.has(KEY_MASK):
             # It remembers what 16 rows have seen.
@@ -326,7 +327,7 @@ class _Resident(_Forward):
             if first == 0:
                 block.wait(0)
                 block.sync()
-            if plan.is_tf32:
+            if isinstance(self.products, RoundedProducts):
                 self.products.weigh_pairs(keys.pair_at, GROUP * groups.start, GROUP * len(groups))
             else:
                 self.products.weigh_scattered(keys.values_at(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from na_compiler.schedules.mma.block import Block
@@ -10,13 +9,10 @@ from na_compiler.schedules.mma.copies import swizzled
 from na_compiler.schedules.mma.plan import CHUNK, CHUNK_BYTES, GROUP, ROWS, Plan, Tile
 from na_compiler.schedules.shared.trace import T, emit, let, local, put, register
 
-__all__ = ["LOAD", "LOAD_TRANSPOSED", "ROUND", "TYPES", "Products", "RowTile"]
+__all__ = ["LOAD", "LOAD_TRANSPOSED", "TYPES", "Products", "RowTile"]
 
 Expr = Any
 TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "tf32"}
-# Of float32 to TF32, to the nearest: the products would cut off what is too much.
-ROUND = "cvt.rna.tf32.f32"
-_LOAD_FOUR = "ld.shared.v4.f32"
 LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 LOAD_TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
@@ -37,25 +33,18 @@ class RowTile:
         Operands of the first product.
     """
 
+    _WEIGHT_BYTES = 2
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.scores = local(plan.streamed // 2)
-        self.weights = local(plan.streamed // (2 if plan.is_tf32 else 4), "uint32")
+        self.weights = local(plan.streamed * self._WEIGHT_BYTES // 8, "uint32")
         self.output = local(plan.problem.head_dim_v // 2)
         self.queries = local(2 * plan.query.chunks if plan.keeps_queries else 4, "uint32")
 
     def pack(self, target: Any, index: int, high: Expr, low: Expr) -> None:
-        """Round two numbers, which are a row's of eight keys, to an operand of the second product.
-
-        To 16 bits each, into one register. Or to TF32: in a product of eight keys, a thread's are the numbers
-        ``lane % 4`` and four more; those it has are taken for them, and values are read in the same order.
-        """
-        if not self.plan.is_tf32:
-            emit(T.ptx[f"cvt.rn.{TYPES[self.plan.problem.dtype]}x2.f32"](target[index], high, low))
-            return
-        group, row = divmod(index, 2)
-        for e, number in enumerate((low, high)):
-            emit(T.ptx[ROUND](target[4 * group + 2 * e + row], number))
+        """Round two numbers to 16 bits each, into one register."""
+        emit(T.ptx[f"cvt.rn.{TYPES[self.plan.problem.dtype]}x2.f32"](target[index], high, low))
 
 
 class Products:
@@ -72,19 +61,15 @@ class Products:
         Scores and weighted sums of each 16 rows.
     """
 
+    row_tile = RowTile
+
     def __init__(self, block: Block) -> None:
         self.block, self.plan = block, block.plan
         plan, lane = self.plan, block.lane
-        self.tiles = [RowTile(plan) for _ in range(plan.row_tiles)]
+        self.tiles = [self.row_tile(plan) for _ in range(plan.row_tiles)]
         self._steps = plan.query.chunks // 2
         self._loaded = local(4, "uint32")
-        if plan.is_tf32:
-            self._four, self._values = local(4), local(8, "uint32")
-            # A lane's first key of eight, and its column of products with values.
-            self.pair, self.column = let(T.bitwise_and(lane, 3) * 2), let(T.shift_right(lane, 2))
-        kind = TYPES[block.dtype]
-        depth = "k8" if plan.is_tf32 else "k16"
-        self._mma = T.ptx[f"mma.sync.aligned.m16n8{depth}.row.col.f32.{kind}.{kind}.f32"]
+        self._mma = T.ptx[self._instruction(TYPES[block.dtype])]
         row = let(T.bitwise_and(lane, 7))
         # The second matrix, and the third and fourth.
         second, later = T.bitwise_and(T.shift_right(lane, 3), 1), T.shift_right(lane, 4)
@@ -97,6 +82,10 @@ class Products:
         self._query_place = let(
             block.warp * (plan.query_bytes // plan.query.element_bytes) + self.value_row * plan.query.width
         )
+
+    @staticmethod
+    def _instruction(kind: str) -> str:
+        return f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
 
     @staticmethod
     def _chunk(column: Expr, pair: int, tile: Tile) -> Expr:
@@ -114,20 +103,14 @@ class Products:
         place = self._query_place + self._chunk(self._query_column, step, self.plan.query)
         for number, tile in enumerate(self.tiles):
             address = self.block.queries.ptr_to([place + number * ROWS * self.plan.query.width])
-            emit(T.ptx[LOAD](*(tile.queries[register_ + i] for i in range(4)), address))
-            if self.plan.is_tf32:
-                self._round(tile.queries, range(register_, register_ + 4))
+            self._read(LOAD, tile.queries, register_, address)
 
     def _load(self, instruction: str, address: Expr) -> None:
-        emit(T.ptx[instruction](*(self._loaded[i] for i in range(4)), address))
-        if self.plan.is_tf32:
-            self._round(self._loaded, range(4))
+        self._read(instruction, self._loaded, 0, address)
 
-    @staticmethod
-    def _round(words: Any, which: range) -> None:
-        """Round float32, as they were loaded, to TF32."""
-        for i in which:
-            emit(T.ptx[ROUND](words[i], T.reinterpret("float32", words[i])))
+    def _read(self, instruction: str, words: Any, at: int, address: Expr) -> None:
+        """Emit the load of four matrices into registers."""
+        emit(T.ptx[instruction](*(words[at + i] for i in range(4)), address))
 
     def _multiply(self, sums: Any, at: int, left: Any, first: int, right: tuple[int, int]) -> None:
         accumulators = [sums[at + i] for i in range(4)]
@@ -170,17 +153,6 @@ class Products:
     def weigh(self, place: Expr) -> None:
         """Emit ``output += P V`` for a tile whose rows follow each other from an element of shared memory on."""
         plan = self.plan
-        if plan.is_tf32:
-            rows = [let(self.pair + e) for e in range(2)]
-            columns = [T.bitwise_xor(self.column, swizzled(row, plan.value)) for row in rows]
-            start = self.shared_address(self.block.values) + T.Cast("uint32", place * plan.value.element_bytes)
-            firsts = [
-                register(start + T.Cast("uint32", row * plan.value.row_bytes + column * CHUNK_BYTES), "uint32")
-                for row, column in zip(rows, columns, strict=True)
-            ]
-            for eight in range(plan.streamed // 8):
-                self._weigh_eight(eight, firsts, 8 * eight * plan.value.row_bytes)
-            return
         first = let(place + self.value_row * plan.value.width)
         for group in range(plan.streamed // GROUP):
             for pair in range(plan.value.width // GROUP):
@@ -188,25 +160,6 @@ class Products:
                 address = self.block.values.ptr_to([first + group * GROUP * plan.value.width + column])
                 self._load(LOAD_TRANSPOSED, address)
                 self._add(group, pair)
-
-    def _weigh_eight(self, eight: int, firsts: list[Expr], offset: int = 0) -> None:
-        """Add the part of eight values of float32, a lane's two of which begin at addresses.
-
-        A lane reads four columns at once, which are one each of four products: so columns of the output are permuted.
-        """
-        for block in range(self.plan.value.chunks // 8):
-            for e, first in enumerate(firsts):
-                address = T.ptx.addr(first, offset + block * 8 * CHUNK_BYTES)
-                emit(T.ptx[_LOAD_FOUR](*(self._four[i] for i in range(4)), address))
-                for i in range(4):
-                    emit(T.ptx[ROUND](self._values[2 * i + e], self._four[i]))
-            for part in range(4):
-                for tile in self.tiles:
-                    sums, at = tile.output, 4 * (4 * block + part)
-                    accumulators = [sums[at + i] for i in range(4)]
-                    right = (self._values[2 * part], self._values[2 * part + 1])
-                    left = (tile.weights[4 * eight + i] for i in range(4))
-                    emit(self._mma(*accumulators, *left, *right, *accumulators))
 
     def _add(self, group: int, pair: int) -> None:
         """Add a group's part to 16 columns of the output, or to the 8 that there are."""
@@ -229,16 +182,10 @@ class Products:
 
     def weigh_scattered(self, addresses: list[Expr]) -> None:
         """Emit the weighted sum of groups of 16 values, likewise."""
-        assert not self.plan.is_tf32, "values of float32 are read in pairs"
         for group, address in enumerate(addresses):
             for pair in range(self.plan.value.width // GROUP):
                 self._load(LOAD_TRANSPOSED, self._shifted(address, pair, self.plan.value))
                 self._add(group, pair)
-
-    def weigh_pairs(self, addresses: Callable[[int], list[Expr]], first: int, count: int) -> None:
-        """Emit the weighted sum of some values of float32, from one on; asks where a lane's two of each eight are."""
-        for eight in range(count // 8):
-            self._weigh_eight(eight, addresses(first + 8 * eight))
 
     @staticmethod
     def _shifted(address: Expr, pair: int, tile: Tile) -> Expr:

@@ -15,6 +15,7 @@ from na_compiler.schedules.mma.copies import swizzled
 from na_compiler.schedules.mma.plan import CHUNK_BYTES, GROUP
 from na_compiler.schedules.mma.products import Products, RowTile
 from na_compiler.schedules.mma.rows import Rows
+from na_compiler.schedules.mma.tf32 import RoundedProducts
 from na_compiler.schedules.shared.key_mask import KeyMask
 from na_compiler.schedules.shared.trace import T, let, maximum, minimum, put, register
 from na_compiler.schedules.shared.work import Work
@@ -85,12 +86,12 @@ class Resident:
         """Return the addresses of the first chunks of values."""
         return [self._address(self._values, row, self.plan.value.row_bytes, self._value_column) for row in rows]
 
-    def pair_at(self, first: int) -> list[Expr]:
-        """Return where values of float32 are, of the two keys of eight that are a lane's: the chunk of its column."""
+    def pair_at(self, products: RoundedProducts, first: int) -> list[Expr]:
+        """Return the addresses of values of float32: of a lane's two keys of eight, from one on, its first columns."""
         found = []
         for e in range(2):
-            number = self.products.pair + e
-            column = T.bitwise_xor(self.products.column, swizzled(number + self._number, self.plan.value))
+            number = products.pair + e
+            column = T.bitwise_xor(products.column, swizzled(number + self._number, self.plan.value))
             row = self._row_of(number + first)
             found.append(self._address(self._values, row, self.plan.value.row_bytes, column))
         return found
