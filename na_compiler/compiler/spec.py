@@ -143,7 +143,7 @@ def source_fingerprint() -> str:
     """Return a hash of the sources that decide what code is generated: families, all they import, what compiles."""
     package = Path(__file__).parent.parent
     families = Path(schedules.__file__).parent
-    modules = ("borders", "checks", "counting", "operands", "problem", "target", "window", "workspace")
+    modules = ("borders", "checks", "counting", "operands", "parameters", "problem", "target", "window", "workspace")
     named = (*(f"{name}.py" for name in modules), "compiler/build.py", "compiler/nvcc.py")
     files = [(path.relative_to(families), path) for path in sorted(families.rglob("*.py"))]
     files += [(path.relative_to(package), path) for path in sorted((package / "tensorir").glob("*.py"))]
