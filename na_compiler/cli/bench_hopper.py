@@ -2,7 +2,8 @@
 
 Useful operations only: two products over the pairs that the windows need, five of a backward, of the whole operation
 from tensors as they lie. Beside it, from the same run: what a matrix product reaches, cuDNN's dense attention over the
-same tokens, and compiled FlexAttention with the neighborhood as its block mask. Every result is first compared with the
+same tokens, compiled FlexAttention with the neighborhood as its block mask, and where flash-attn-4 is installed FA4's
+block-sparse kernel, whose tokens are put in the order of its tiles beforehand. Every result is first compared with the
 float64 reference, on tokens drawn anew.
 
 Kernels are compiled where TVM is and run where it need not be::
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
         return
     import torch  # noqa: PLC0415
 
+    from na_compiler.cli.gpu_peers import PEERS, missing  # noqa: PLC0415
     from na_compiler.runtime.bundle import load_bundle  # noqa: PLC0415
 
     if not torch.cuda.is_available():
@@ -58,10 +60,16 @@ def run(options: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {seed}"
     console.print(machine, soft_wrap=True)
+    skip = list(options.skip)
+    for name in PEERS:
+        absent = missing(name)
+        if absent is not None and name not in skip:
+            console.print(f"without {name}: {absent}", soft_wrap=True)
+            skip.append(name)
     rows = []
     for row in SUITES[options.suite]:
         with torch.cuda.stream(torch.cuda.Stream()):
-            rows.append(_time(row, direction, options.skip, options.seconds, console))
+            rows.append(_time(row, direction, skip, options.seconds, console))
         times = ", ".join(f"{name} {time:.4g}" for name, time in rows[-1]["milliseconds"].items())
         console.print(f"{row.title}, milliseconds: {times}", soft_wrap=True)
         torch.cuda.empty_cache()
@@ -85,9 +93,10 @@ def _time(row: Row, direction: str, skip: list[str], seconds: float, console: Co
         if name in skip:
             continue
         try:
-            call = make(inputs)
-            inputs.check(name, call(), whole if name == "cuDNN, dense" else row.problem)
-            runs[name] = call
+            peer = make(inputs)
+            result = peer.natural(peer.call())
+            inputs.check(name, result, whole if name == "cuDNN, dense" else row.problem)
+            runs[name] = peer.call
         except Exception as error:
             if name == "ours":
                 raise
@@ -123,8 +132,9 @@ def _print_rows(rows: list[dict[str, Any]], goals: bool) -> None:
         over = f"{times['FlexAttention'] / times['ours']:.2f}" if "FlexAttention" in times else "-"
         asked = [f"{goal:.0f}" for goal in row["goals"] or ()] or ["-", "-"]
         natten = "-" if row["natten"] is None else f"{row['natten']:.0f}"
-        peers = (natten, cell("FlexAttention"), over, cell("cuDNN, dense"), f"{rates['matrix product']:.0f}")
+        others = (cell("FA4 kernel"), cell("FlexAttention"), over, cell("cuDNN, dense"))
+        peers = (natten, *others, f"{rates['matrix product']:.0f}")
         cells.append((row["title"], cell("ours"), *(asked if goals else ()), *peers))
-    names = ("ours", *(("least", "possible") if goals else ()), "NATTEN", "FlexAttention", "over it", "cuDNN, dense")
-    columns = ("problem", *names, "matrix product")
+    names = ("NATTEN", "FA4 kernel", "FlexAttention", "over it", "cuDNN, dense", "matrix product")
+    columns = ("problem", "ours", *(("least", "possible") if goals else ()), *names)
     print_table(columns, cells, f"{rows[0]['direction']}: useful TFLOP/s (and milliseconds)", numbers=columns[1:])

@@ -1,22 +1,25 @@
 """What ``na-compile bench`` times on a GPU: this package, and other ways to attend, each a function of no arguments.
 
-All take their inputs as they lie, heads last, and nothing is copied; what can be prepared beforehand is not timed.
+All but FA4 take their inputs as they lie, heads last, and nothing is copied; what can be prepared beforehand is not
+timed. FA4's tokens are put in its order beforehand (`na_compiler.cli.fa4`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from na_compiler.cli import fa4
 from na_compiler.cli.gpu_suites import Row
 from na_compiler.problem import Problem
 from na_compiler.reference import neighborhood_attention, neighborhood_mask
 
-__all__ = ["PEERS", "Inputs", "dense"]
+__all__ = ["PEERS", "Inputs", "Peer", "dense", "missing"]
 
 # Tokens of some heads that are compared with the reference.
 _SAMPLE = 128
@@ -25,6 +28,22 @@ _HEADS = 3
 _ROWS = 4096
 # Relative error up to which a result of 16 bits counts as right.
 _TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What is timed.
+
+    Parameters
+    ----------
+    call
+        Returns an output, or the gradients of query, key and value.
+    natural
+        Returns what the call did as ``[batch, *layout, heads, head_dim]``, to be compared. Default: it is that.
+    """
+
+    call: Callable[[], object]
+    natural: Callable[[object], object] = lambda result: result
 
 
 def dense(problem: Problem) -> Problem:
@@ -123,17 +142,18 @@ def _reference(problem: Problem, tensors: list[Tensor], tokens: Tensor) -> tuple
     return neighborhood_attention(query, key, value, *rule, tokens=tokens)
 
 
-def ours(inputs: Inputs) -> Callable[[], object]:
+def ours(inputs: Inputs) -> Peer:
     """Attend by this package's operator."""
     from na_compiler.functional import na1d, na2d, na3d  # noqa: PLC0415
 
     problem = inputs.problem
     attend: Callable[..., Tensor] = {1: na1d, 2: na2d, 3: na3d}[problem.rank]
     rule = {"stride": problem.stride, "dilation": problem.dilation, "is_causal": problem.is_causal}
-    return inputs.call(functools.partial(attend, *inputs.tensors, problem.kernel_size, **rule), heads_first=False)
+    call = functools.partial(attend, *inputs.tensors, problem.kernel_size, **rule)
+    return Peer(inputs.call(call, heads_first=False))
 
 
-def cudnn(inputs: Inputs) -> Callable[[], object]:
+def cudnn(inputs: Inputs) -> Peer:
     """CuDNN's dense attention over the same tokens."""
     from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: PLC0415
 
@@ -143,10 +163,10 @@ def cudnn(inputs: Inputs) -> Callable[[], object]:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             return scaled_dot_product_attention(query, key, value)
 
-    return inputs.call(attend, heads_first=True)
+    return Peer(inputs.call(attend, heads_first=True))
 
 
-def flex(inputs: Inputs) -> Callable[[], object]:
+def flex(inputs: Inputs) -> Peer:
     """Attend by compiled FlexAttention with the neighborhood as its block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415
 
@@ -172,11 +192,41 @@ def flex(inputs: Inputs) -> Callable[[], object]:
     torch.compiler.reset()
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     tensors = inputs.heads_first()
-    return inputs.call(functools.partial(compiled, *tensors, block_mask=blocks), heads_first=True)
+    return Peer(inputs.call(functools.partial(compiled, *tensors, block_mask=blocks), heads_first=True))
 
 
-PEERS: dict[str, Callable[[Inputs], Callable[[], object]]] = {
+def block_sparse(inputs: Inputs) -> Peer:
+    """Attend by FA4's block-sparse kernel, on tokens that are in the order of its tiles already."""
+    problem = inputs.problem
+    refused = fa4.refusal(problem)
+    if refused is not None:
+        raise RuntimeError(refused)
+    tiles = fa4.Tiles.of(problem)
+    kinds = (tiles.query, tiles.key, tiles.key)
+    tensors = [
+        fa4.in_tiles(tensor.detach(), tile).requires_grad_(tensor.requires_grad)
+        for tensor, tile in zip(inputs.tensors, kinds, strict=True)
+    ]
+    attend = functools.partial(fa4.attention(problem, tiles), *tensors)
+    if inputs.direction == "forward":
+        return Peer(attend, lambda output: fa4.in_layout(output, problem.layout, tiles.query))  # type: ignore[arg-type]
+    output, grad = attend(), fa4.in_tiles(inputs.grad, tiles.query)
+
+    def natural(gradients: object) -> list[Tensor]:
+        given: list[Tensor] = list(gradients)  # type: ignore[call-overload]
+        return [fa4.in_layout(one, problem.layout, tile) for one, tile in zip(given, kinds, strict=True)]
+
+    return Peer(lambda: torch.autograd.grad(output, tensors, grad, retain_graph=True), natural)
+
+
+def missing(name: str) -> str | None:
+    """Return in a sentence why a competitor cannot run here at all; ``None`` if it may."""
+    return fa4.missing() if name == "FA4 kernel" else None
+
+
+PEERS: dict[str, Callable[[Inputs], Peer]] = {
     "ours": ours,
+    "FA4 kernel": block_sparse,
     "FlexAttention": flex,
     "cuDNN, dense": cudnn,
 }
