@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from na_compiler.borders import borders_per_axis, joined
 from na_compiler.functional import Flags, Ints, canonical_parameters, checked_scale, na1d, na2d, na3d
+from na_compiler.ops.projection import split_projection
 from na_compiler.ops.torchscript import Scriptable
 from na_compiler.parameters import check_strides
 from na_compiler.window import SHIFT
@@ -125,8 +126,8 @@ class _NeighborhoodAttention(nn.Module):
             )
         if x.shape[-1] != self.embed_dim:
             raise ValueError(f"the input's last dimension must be embed_dim={self.embed_dim}, got {x.shape[-1]}")
-        # Views of one projection: the kernel reads them where they are.
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        # Views of one projection: the kernel reads them, and writes their gradients, where they are.
+        query, key, value = split_projection(self.qkv(x), self.num_heads, self.head_dim)
         attended: Any = _FUNCTIONS[self.rank](
             query, key, value, self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale,
             relative_position_bias=self.rpb, key_mask=key_mask, border=self.border,

@@ -101,7 +101,8 @@ class Operand:
         Whether it has a gradient. The gradient of an input without a batch is what it gets from each batch entry, in
         float32, with the batch in front; `na_compiler.ops` sums over it.
     gradient_strides
-        Strides that the gradient of an output may have.
+        Strides that the gradient may have: as kernels read that of an output, and as they write that of an input with
+        a batch. Written with strides, gradients of views of one tensor are views of its gradient.
     gradient_is_optional
         Of an output, whether its gradient may be left out: kernels read one of no batch entries as 0. Nothing has to
         be allocated and filled then, which takes longer than a small kernel.
@@ -141,7 +142,7 @@ class Operand:
             shape = tuple(GIVEN if term == BATCH and self.gradient_is_optional else term for term in self.shape)
             return Operand(name, INPUT, text, shape, self.dtype, self.gradient_strides, self.option)
         if self.is_batched:
-            return Operand(name, OUTPUT, text, self.shape, self.dtype, COMPACT, self.option)
+            return Operand(name, OUTPUT, text, self.shape, self.dtype, self.gradient_strides, self.option)
         return Operand(name, OUTPUT, text, (BATCH, *self.shape), "float32", COMPACT, self.option)
 
     def tangent(self) -> Operand:
@@ -156,10 +157,15 @@ _MORE = (BATCH, ADDITIONAL)
 TABLE: tuple[Operand, ...] = (
     Operand(
         "query", INPUT, "heads is a multiple of heads_kv", (*_TOKENS, "heads", "head_dim"), SAME, FREE,
-        differentiable=True,
+        differentiable=True, gradient_strides=FREE,
     ),
-    Operand("key", INPUT, "", (*_TOKENS, "heads_kv", "head_dim"), SAME, FREE, differentiable=True),
-    Operand("value", INPUT, "", (*_TOKENS, "heads_kv", "head_dim_v"), SAME, FREE, differentiable=True),
+    Operand(
+        "key", INPUT, "", (*_TOKENS, "heads_kv", "head_dim"), SAME, FREE, differentiable=True, gradient_strides=FREE,
+    ),
+    Operand(
+        "value", INPUT, "", (*_TOKENS, "heads_kv", "head_dim_v"), SAME, FREE, differentiable=True,
+        gradient_strides=FREE,
+    ),
     Operand(
         "additional_keys", INPUT, "seen by every query beside its window", (*_MORE, "heads_kv", "head_dim"), SAME,
         FREE, ADDITIONAL_KV, differentiable=True,

@@ -322,6 +322,12 @@ def poisoned(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [torch.full(tensor.shape, math.nan, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
 
 
+def poisoned_parts(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return tensors of one shape, full of NaN, as parts of one; and one more part, which nothing may be written to."""
+    *parts, rest = torch.stack(poisoned(*tensors, tensors[0]), dim=-3).unbind(-3)
+    return parts, rest
+
+
 @contextlib.contextmanager
 def copies() -> Iterator[list[str]]:
     """Yield a list which after the block has torch's operators that copied a tensor in it.

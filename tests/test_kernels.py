@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle import check_backward, check_forward, draw, guarded, guards_are_whole, poisoned
+from oracle import check_backward, check_forward, draw, guarded, guards_are_whole, poisoned, poisoned_parts
 from processes import run_python
 
 import na_compiler
@@ -189,6 +189,21 @@ def test_views_of_a_fused_projection(seed):
     kernel = na_compiler.compile(problem)
     copies = kernel(*(view.contiguous() for view in views))
     assert all(map(torch.equal, kernel(*views), copies))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [(40,), (9, 10), (4, 5, 6)], ids=str)
+def test_gradients_of_views_of_a_fused_projection(layout, dtype, seed):
+    """Are written where they lie, and nothing else is."""
+    problem = Problem(layout, 2, 12, 3, dtype=dtype)
+    example = draw(problem, batch=2)
+    parts, rest = poisoned_parts(*example.inputs)
+    kernel = na_compiler.compile(problem, direction="backward")
+    output, lse = example.output.to(example.inputs[0].dtype).contiguous(), example.lse.float().contiguous()
+    arguments = (*example.inputs, output, example.grad_output, lse, example.grad_lse, problem.head_dim**-0.5)
+    kernel.function(*arguments, *parts, *kernel.spaces(example.inputs[0]))
+    check_backward(example, parts)
+    assert rest.isnan().all()
 
 
 def test_numpy_arrays(seed):

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from na_compiler import na2d
-from na_compiler.ops import call
+from na_compiler.ops import call, plain
 from na_compiler.reference import neighborhood_attention
 
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
@@ -21,8 +21,8 @@ def test_keys_of_ordinary_tensors(device, mode):
     with mode(), FakeTensorMode():
         keys = torch._C._dispatch_keys(torch.empty(2, device=device)).raw_repr()
     own = [
-        torch._C.DispatchKeySet.from_raw_repr(plain).add(KEYS.Python).add(KEYS.PythonTLSSnapshot)
-        for plain in call.PLAIN
+        torch._C.DispatchKeySet.from_raw_repr(keys_of).add(KEYS.Python).add(KEYS.PythonTLSSnapshot)
+        for keys_of in plain.PLAIN
     ]
     assert keys in [one.raw_repr() for one in own]
 

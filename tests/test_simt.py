@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_emulator import ORDERS, Emulator
 from draws import some
-from oracle import NAMES, check_backward, check_forward, check_tangents, draw, draw_tangents, poisoned
+from oracle import NAMES, check_backward, check_forward, check_tangents, draw, draw_tangents, poisoned, poisoned_parts
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
@@ -44,12 +44,12 @@ def forward(example):
     return output, lse
 
 
-def backward(example):
+def backward(example, grads=None):
     """Emulate the backward, of the reference's forward."""
     problem = example.problem
     spec = make(problem, "backward")
     spaces = [torch.full(shape, float("nan")) for shape in spec.info.workspace.shapes(len(example.output), 3)]
-    grads = poisoned(*example.inputs)
+    grads = poisoned(*example.inputs) if grads is None else grads
     if problem.has("relative_position_bias"):
         grads += poisoned(example.grads[-1].float())
     output, lse = example.output.to(example.inputs[0].dtype).contiguous(), example.lse.float().contiguous()
@@ -80,6 +80,14 @@ def test_forward(problem, seed):
 def test_backward(problem, seed):
     example = draw(problem, additional=3, lse_has_grad=bool(torch.randint(2, ())))
     check_backward(example, backward(example))
+
+
+def test_gradients_of_views_of_one_projection(seed):
+    """Are written where they lie, and nothing else is."""
+    example = draw(Problem((9, 12), 2, 16, (5, 3), dtype="bfloat16"), batch=2)
+    parts, rest = poisoned_parts(*example.inputs)
+    check_backward(example, backward(example, parts))
+    assert rest.isnan().all()
 
 
 @pytest.mark.parametrize("problem", some(PROBLEMS, 3, "tangents on CUDA cores"), ids=str)

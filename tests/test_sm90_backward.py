@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_emulator import ORDERS, Emulator, EmulatorError, Order
-from oracle import check_backward, draw, poisoned
+from oracle import check_backward, draw, poisoned, poisoned_parts
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
@@ -90,13 +90,16 @@ _ARGUMENTS = {"additional": {"additional": 150, "batch": 2}, "2d": {"batch": 2},
 _SOME = 4
 
 
-def differentiate(emulator, problem, config, example, *, order, scale=None, inputs=None, grad_output=None):
+def differentiate(emulator, problem, config, example, *, order, scale=None, inputs=None, grad_output=None, grads=None):
     """Run the emulated backward on poisoned gradients and workspace."""
     inputs = example.inputs if inputs is None else inputs
     batch, additional = inputs[0].shape[0], inputs[3].shape[1] if problem.additional_kv else 0
     shapes = config.workspace(problem, "backward").shapes(batch, additional)
     dtype = inputs[0].dtype
-    grads = poisoned(*example.inputs)
+    if grads is None:
+        grads = poisoned(*example.inputs)
+        if len({tensor.shape for tensor in inputs[:3]}) == 1 and random.random() < 0.5:
+            grads[:3], _ = poisoned_parts(*inputs[:3])
     spaces = poisoned(*(torch.empty(shape) for shape in shapes))
     emulator(
         *inputs,
@@ -190,8 +193,12 @@ def test_views_of_one_projection(seed):
     example = draw(problem, batch=2)
     *views, grad_output = torch.stack([*example.inputs, example.grad_output], dim=-3).unbind(-3)
     assert not views[0].is_contiguous()
-    grads = differentiate(emulator, problem, config, example, order=_ORDERS[1], inputs=views, grad_output=grad_output)
+    parts, rest = poisoned_parts(*example.inputs)
+    grads = differentiate(
+        emulator, problem, config, example, order=_ORDERS[1], inputs=views, grad_output=grad_output, grads=parts
+    )
     check_backward(example, grads)
+    assert rest.isnan().all()
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "grad_output", "grad_lse"])

@@ -11,32 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from na_compiler.ops.kernels import Launch, find
 from na_compiler.ops.operators import OPERATORS, differentiate, save_for_backward
+from na_compiler.ops.plain import are_plain, is_quiet
+from na_compiler.ops.projection import are_one_projection
 from na_compiler.ops.schema import BACKWARD, FORWARD
 
-__all__ = ["PLAIN", "call"]
-
-
-def _keys(*names: str) -> int:
-    keys = torch._C.DispatchKeySet.from_raw_repr(0)
-    for name in names:
-        keys = keys.add(getattr(torch._C.DispatchKey, name))
-    return int(keys.raw_repr())
-
-
-# What the dispatcher knows of an ordinary dense tensor of a device; of one made in inference mode. Sparse, nested,
-# negated, quantised, wrapped tensors have other keys, and so have those of other devices.
-PLAIN = frozenset(
-    keys
-    for device in ("CPU", "CUDA")
-    for keys in (
-        _keys(device, f"Autocast{device}"),
-        _keys(device, f"Autocast{device}", "ADInplaceOrView", f"Autograd{device}"),
-    )
-)
+__all__ = ["call"]
 
 
 # Of the arguments of a forward: the tensors that have to be given, and all that has to be.
@@ -54,45 +36,17 @@ def call(rank: int, return_lse: bool, *arguments: Any) -> Any:
     tensors = arguments[:_FIRST]
     if len(arguments) > _GIVEN:
         tensors += tuple([one for one in arguments[_GIVEN:] if isinstance(one, Tensor)])
-    if not torch.compiler.is_compiling() and _are_plain(tensors) and _is_quiet():
+    if not torch.compiler.is_compiling() and are_plain(tensors) and is_quiet():
         launch = find(FORWARD, rank, arguments)
         if torch.is_grad_enabled():
             for one in tensors:
                 if one.requires_grad:
-                    return _Attention.apply((launch, rank, return_lse, arguments), *tensors)  # type: ignore[attr-defined]
+                    called = launch, rank, return_lse, arguments, are_one_projection(*tensors[:_FIRST])
+                    return _Attention.apply(called, *tensors)  # type: ignore[attr-defined]
         results: Any = launch(arguments)
     else:
         results = OPERATORS[rank](*arguments)
     return results if return_lse else results[0]
-
-
-# torch's state that says so, looked up once: half of what asking costs.
-_dispatch_keys = torch._C._dispatch_keys
-_asked = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._is_any_autocast_enabled,
-    torch._C._autograd._profiler_enabled,
-    torch._C._functorch.peek_interpreter_stack,
-    torch._C._get_tracing_state,
-)
-_TYPES = frozenset({Tensor, torch.nn.Parameter})
-
-
-def _is_quiet() -> bool:
-    """Return whether torch is in no mode in which the dispatcher does more than to differentiate."""
-    for ask in _asked:
-        if ask():
-            return False
-    return forward_ad._current_level < 0
-
-
-def _are_plain(tensors: tuple[Any, ...]) -> bool:
-    """Return whether the dispatcher would do nothing with some tensors but differentiate."""
-    for one in tensors:  # noqa: SIM110 - a generator takes longer
-        if type(one) not in _TYPES or _dispatch_keys(one).raw_repr() not in PLAIN:
-            return False
-    return True
 
 
 # What calls the backward of a forward's kernel on tensors of some strides. All else that decides it is the forward's.
@@ -110,29 +64,29 @@ class _Attention(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, called: tuple[Any, ...], *tensors: Tensor) -> Any:  # noqa: ARG004 - autograd looks at them
         """Attend."""
-        launch, rank, return_lse, arguments = called
+        launch, rank, return_lse, arguments, is_one = called
         results = launch(arguments)
         save_for_backward(ctx, arguments, results)
         # Hooks may give back other tensors than were saved.
-        ctx.call = launch if _hooks(True) is None else None, rank
+        ctx.call = launch if _hooks(True) is None else None, rank, is_one
         return results if return_lse else results[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
         """Return the gradients of all tensors."""
-        launch, rank = ctx.call
+        launch, rank, is_one = ctx.call
 
         def run(*arguments: Any) -> Any:
             grads = (grad_output,) if grad_lse is None else arguments[:_OUTPUTS]
             # What differentiates a gradient goes through the operator.
-            if launch is None or torch.is_grad_enabled() or not _are_plain(grads) or not _is_quiet():
+            if launch is None or torch.is_grad_enabled() or not are_plain(grads) or not is_quiet():
                 return getattr(torch.ops.na_compiler, f"na{rank}d_backward").default(*arguments)
-            at = (launch, *[one.stride() for one in arguments if isinstance(one, Tensor)])
+            at = (launch, is_one, *[one.stride() for one in arguments if isinstance(one, Tensor)])
             found = _backwards.get(at)
             if found is None:
                 if len(_backwards) >= _MOST:
                     _backwards.clear()
-                found = _backwards[at] = find(BACKWARD, rank, arguments)
+                found = _backwards[at] = find(BACKWARD, rank, arguments, is_one)
             return found(arguments)
 
         gradients = differentiate(run, ctx, grad_output, grad_lse)

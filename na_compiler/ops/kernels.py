@@ -20,6 +20,7 @@ from torch import Tensor
 from na_compiler import checks
 from na_compiler.devices import CUDA
 from na_compiler.operands import FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
+from na_compiler.ops.projection import side_by_side
 from na_compiler.ops.schema import BACKWARD, FORWARD, TANGENT, Signature, problem_of
 from na_compiler.ops.tf32 import is_tf32_allowed
 from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty, strides_wanted
@@ -29,6 +30,7 @@ __all__ = ["Launch", "backward", "check_rank", "find", "forward", "on_cuda", "re
 
 _LOG = logging.getLogger("na_compiler")
 _KERNELS = 4096
+_PARTS = 3  # Of one projection: query, key and value.
 _said: set[str] = set()
 
 # Shape, strides and dtype of a tensor that is made for a call.
@@ -78,6 +80,8 @@ class _Found:
         Number of the GPU; negative for the CPU.
     is_direct
         Whether the kernel can read all of the tensors where they are, if their addresses are aligned.
+    whole
+        How to make the tensor that the first three outputs are parts of; ``None`` if each is made by itself.
     """
 
     kernel: Kernel
@@ -91,6 +95,7 @@ class _Found:
     results: tuple[int | None, ...]
     device: int
     is_direct: bool
+    whole: Way | None
 
 
 # By all that decides how a kernel is called. A look-up takes a microsecond, and making a Problem thirty.
@@ -120,9 +125,21 @@ def _run(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> tuple[T
     return tuple([arguments[0].new_empty(0) if result is None else result for result in results])
 
 
-def find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Launch:
-    """Return what calls the kernel for some arguments; checks them when such ones are first seen."""
-    first, at = signature.parameters, [signature.direction, rank]
+def find(signature: Signature, rank: int, arguments: tuple[Any, ...], is_one: bool = False) -> Launch:
+    """Return what calls the kernel for some arguments; checks them when such ones are first seen.
+
+    Parameters
+    ----------
+    signature
+        Of the operator.
+    rank
+        Axes of the layout.
+    arguments
+        The operator's.
+    is_one
+        Of a backward, whether query, key and value are parts of one tensor, so that their gradients are to be, too.
+    """
+    first, at = signature.parameters, [signature.direction, rank, is_one]
     for one in arguments[:first]:
         # Of the CPU or of CUDA, by which implementation this is: the number tells which.
         at += (one.shape, one.stride(), one.dtype, one.get_device()) if one is not None else (None,)
@@ -135,7 +152,7 @@ def find(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> Launch:
     key = tuple(at)
     found = _kernels.get(key)
     if found is None:
-        found = _launch(_look(signature, rank, arguments))
+        found = _launch(_look(signature, rank, arguments, is_one))
         if len(_kernels) >= _KERNELS:
             _kernels.clear()
         _kernels[key] = found
@@ -156,7 +173,7 @@ def _kind(argument: Any) -> Any:
     return argument if isinstance(argument, str) else type(argument)
 
 
-def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found:
+def _look(signature: Signature, rank: int, arguments: tuple[Any, ...], is_one: bool) -> _Found:
     from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
 
     given = signature.by_name(arguments)
@@ -177,6 +194,7 @@ def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found
     if any(argument.role == WORKSPACE for argument in taken):
         spaces = kernel.info.workspace.shapes(known["batch"], known["additional"])
         made += [_way(shape, "float32") for shape in spaces]
+    whole = _whole(kernel, written, made) if is_one else None
     outputs = [argument.name for argument in written]
     # From the end: where one name is twice, it is what stands for nothing.
     places = {name: place for place, name in enumerate(names)}
@@ -192,7 +210,20 @@ def _look(signature: Signature, rank: int, arguments: tuple[Any, ...]) -> _Found
         tuple(outputs.index(result.name) if result.name in outputs else None for result in signature.results),
         query.get_device(),
         all(_is_readable(kernel, argument, tensor) for argument, tensor in there),
+        whole,
     )
+
+
+def _whole(kernel: Kernel, written: list[Any], made: list[Way]) -> Way | None:
+    """Return how to make one tensor of the first three outputs; ``None`` where the kernel cannot write them there."""
+    first, *others = made[:_PARTS]
+    if any(other != first for other in others) or any(argument.strides != FREE for argument in written[:_PARTS]):
+        return None
+    shape, strides = side_by_side(first[0])
+    part = torch.empty(shape, dtype=first[2], device="meta").select(-3, 0)
+    if strides[-3] * part.element_size() % kernel.info.alignment or strides_wanted(kernel.info, written[0], part):
+        return None
+    return shape, strides, first[2]
 
 
 def _way(shape: tuple[int, ...], dtype: str) -> Way:
@@ -209,6 +240,15 @@ def _is_readable(kernel: Kernel, argument: Any, tensor: Tensor) -> bool:
     return strides_wanted(kernel.info, argument, tensor) is None
 
 
+def _making(found: _Found, empty: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+    """Return what makes the tensors that a kernel writes."""
+    ways, whole = found.made, found.whole
+    if whole is None:
+        return lambda: [empty(*way) for way in ways]
+    others = ways[_PARTS:]
+    return lambda: [*empty(*whole).unbind(-3), *[empty(*way) for way in others]]
+
+
 # torch.cuda.current_device without asking whether CUDA is initialised, which it is where there is a tensor.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
@@ -218,15 +258,14 @@ def _launch(found: _Found) -> Launch:
 
     Every line of it counts where the kernel is small: what it needs is at hand without asking an object for it.
     """
-    function, pick, absent, ways, outputs = (
-        found.kernel.unchecked, found.pick, found.absent, found.made, found.outputs,
-    )  # fmt: skip
+    function, pick, absent, outputs = found.kernel.unchecked, found.pick, found.absent, found.outputs
     defaults, wanted, device = found.defaults, len(found.defaults), found.device
     results = None if len(found.results) == outputs else found.results
     empty = _empty_on_cpu if device < 0 else _empty_on_cuda
     alignment = found.kernel.info.alignment
     aligned = tuple(place for place, is_free in enumerate(found.free) if is_free) if alignment > 1 else ()
     is_direct = found.is_direct
+    make = _making(found, empty)
 
     def launch(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(arguments) < wanted:
@@ -234,7 +273,7 @@ def _launch(found: _Found) -> Launch:
         if absent:
             arguments += tuple([empty(*way) for way in absent])
         read = pick(arguments)
-        made = [empty(*way) for way in ways]
+        made = make()
         is_readable = is_direct
         for place in aligned:
             if read[place].data_ptr() % alignment:

@@ -73,9 +73,9 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
         ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] output,
         grad_output, lse, grad_lse, scale, grad_query, grad_key, grad_value, [grad_additional_keys,
         grad_additional_values,] [grad_relative_position_bias,] key_space, value_space, [additional_key_space,
-        additional_value_space,] [bias_parts])``. The first ones and ``grad_output`` may have any strides but the last
-        one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. Spaces and
-        ``bias_parts`` are workspace, see `Frame.space`.
+        additional_value_space,] [bias_parts])``. The first ones, ``grad_output`` and the first three gradients may have
+        any strides but the last one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and
+        is 0 then. Spaces and ``bias_parts`` are workspace, see `Frame.space`.
     """
     f = Frame(plan)
     extra = plan.problem.additional_kv
@@ -144,9 +144,9 @@ def _parameters(f: Frame) -> dict[str, Any]:
         "lse": f.tensor(f.tokens(f.heads), "float32"),
         "grad_lse": f.tensor((f.given, *f.tokens(f.heads)[1:]), "float32"),
         "scale": "float32",
-        "grad_query": f.tensor(queries),
-        "grad_key": f.tensor(keys),
-        "grad_value": f.tensor(values),
+        "grad_query": f.strided("grad_query", queries),
+        "grad_key": f.strided("grad_key", keys),
+        "grad_value": f.strided("grad_value", values),
     }
     if extra:
         parameters["grad_additional_keys"] = f.tensor(more_keys)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +13,7 @@ from tvm.tirx.script.builder import ir as I
 
 __all__ = [
     "I", "T", "both", "emit", "flat", "hold", "index64", "let", "local", "maximum", "minimum", "put", "register",
-    "when",
+    "strided_offset", "when",
 ]  # fmt: skip
 
 Expr = Any
@@ -25,6 +27,18 @@ def emit(call: Expr) -> None:
 def flat(buffer: Any) -> Any:
     """Return a buffer's elements in one axis, to be indexed by offsets of 64 bits."""
     return I.decl_buffer([2**62], str(buffer.dtype), data=buffer.data, scope="global")
+
+
+def strided_offset(buffer: Any, place: Sequence[Expr]) -> Expr:
+    """Return the offset of a place in a buffer, by its strides; of axes that are left out it is the first."""
+    strides = list(buffer.strides)
+    if not strides:
+        shape = list(buffer.shape)
+        strides = [math.prod(shape[axis + 1 :], start=1) for axis in range(len(shape))]
+    offset: Expr = 0
+    for at, stride in zip(place, strides, strict=False):
+        offset = offset + index64(at) * (stride if isinstance(stride, int) else index64(stride))
+    return offset
 
 
 def put(buffer: Any, index: Any, value: Expr) -> None:

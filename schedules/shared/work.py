@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.shared.tiles import TilePlan
-from na_compiler.schedules.shared.trace import T, both, index64, let, local, maximum, minimum, put, when
+from na_compiler.schedules.shared.trace import (
+    T,
+    both,
+    index64,
+    let,
+    local,
+    maximum,
+    minimum,
+    put,
+    strided_offset,
+    when,
+)  # fmt: skip
 from na_compiler.window import window_bounds
 
 __all__ = ["StreamCursor", "Work"]
@@ -157,6 +168,12 @@ class Work:
         for token, extent in zip(self.tokens(positions), self.plan.problem.layout, strict=True):
             offset = offset * extent + index64(token)
         return (offset * self.heads + index64(self.head)) * width
+
+    def address_in(self, tensor: Any, positions: Sequence[Expr]) -> Expr:
+        """Return the offset of a token's head in a tensor ``[batch, *layout, heads, width]``, strided or contiguous."""
+        if not tensor.strides:
+            return self.address(positions, int(tensor.shape[-1]))
+        return strided_offset(tensor, [self.batch, *self.tokens(positions), self.head])
 
 
 class StreamCursor:

@@ -31,6 +31,9 @@ from na_compiler.tensorir.blocks import block, prim_func, reduction
 
 __all__ = ["direct_backward"]
 
+# Beside the inputs, what may have any strides.
+_STRIDED = ("grad_output", "grad_query", "grad_key", "grad_value")
+
 
 def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
     """Describe the backward of a problem, cut as the plan says.
@@ -41,9 +44,9 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
         ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] output,
         grad_output, lse, grad_lse, scale, grad_query, grad_key, grad_value, [grad_additional_keys,
         grad_additional_values,] [grad_relative_position_bias,] delta, [additional_key_space, additional_value_space,]
-        [bias_parts])``. The first ones and ``grad_output`` may have any strides but the last one, which is 1; all
-        others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The last ones are workspace:
-        ``delta`` has a number for each query, the spaces and parts one for each strip of queries.
+        [bias_parts])``. The first ones, ``grad_output`` and the first three gradients may have any strides but the last
+        one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The last ones
+        are workspace: ``delta`` has a number for each query, the spaces and parts one for each strip of queries.
     """
     f = DirectFrame(plan)
     p = plan.problem
@@ -58,9 +61,9 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
     }
     parameters["scale"] = "float32"
     parameters |= {
-        "grad_query": f.tensor(f.tokens(p.heads, p.head_dim)),
-        "grad_key": f.tensor(f.tokens(p.heads_kv, p.head_dim)),
-        "grad_value": f.tensor(f.tokens(p.heads_kv, p.head_dim_v)),
+        "grad_query": f.strided("grad_query", f.tokens(p.heads, p.head_dim)),
+        "grad_key": f.strided("grad_key", f.tokens(p.heads_kv, p.head_dim)),
+        "grad_value": f.strided("grad_value", f.tokens(p.heads_kv, p.head_dim_v)),
     }
     if p.additional_kv:
         parameters["grad_additional_keys"] = f.tensor(f.extra(p.heads_kv, p.head_dim))
@@ -78,7 +81,7 @@ def direct_backward(plan: DirectPlan) -> tirx.PrimFunc:
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))
-        tensors |= f.views({name: tensors[name] for name in (*strided, "grad_output")})
+        tensors |= f.views({name: tensors[name] for name in (*strided, *_STRIDED)})
         _query_task(f, tensors)
         _key_task(f, tensors)
         if p.has(RELATIVE_POSITION_BIAS):

@@ -91,10 +91,10 @@ class RowStore:
             )
 
     def store(self, target: Any, work: Work) -> None:
-        """Store the gathered rows of a warp, 16 bytes a lane, in a contiguous tensor."""
+        """Store the gathered rows of a warp, 16 bytes a lane, in a tensor of rows that lie at multiples of 16 bytes."""
         rows = self.rows
         emit(T.cuda.warp_sync())
-        target = flat(target)
+        elements = flat(target)
         chunks = self.columns.extent // _CHUNK
         in_box = self.columns.width // _CHUNK
         count = 16 * chunks
@@ -106,6 +106,6 @@ class RowStore:
             inside = number < count if first + 32 > count else None
             with when(both(inside, work.within(positions, rows.plan.own_tile))):
                 value = self.buffer.vload([source], dtype=f"{self.dtype}x{_CHUNK}")
-                address = work.address(positions, self.columns.extent) + index64(chunk * _CHUNK)
+                address = work.address_in(target, positions) + index64(chunk * _CHUNK)
                 # vstore only returns a statement; a traced body must add it.
-                I.add_to_parent(target.vstore([address], value))
+                I.add_to_parent(elements.vstore([address], value))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cuda_emulator.host import HostProgram, Launch, TensorMapArguments
 from na_compiler.compiler import build
 from na_compiler.compiler.spec import KernelSpec
@@ -105,11 +107,12 @@ class Emulator:
             for name, value in named.items()
         }
         lines = []
-        numbers = {}
+        numbers, given = {}, {}
         for number, (name, tensor) in enumerate(tensors.items()):
             numbers[name] = number
             count = _span(tensor)
-            (self.folder / f"{number}.bin").write_bytes(ctypes.string_at(tensor.data_ptr(), count) if count else b"")
+            given[name] = ctypes.string_at(tensor.data_ptr(), count) if count else b""
+            (self.folder / f"{number}.bin").write_bytes(given[name])
             lines.append(f"tensor {count}")
         lines += [self._launch(launch, numbers) for launch in self.host.run(described)]
         (self.folder / "call.txt").write_text("\n".join(lines) + "\n", encoding="ascii")
@@ -126,8 +129,8 @@ class Emulator:
             raise EmulatorError(result.stderr.strip() or f"the program ended with status {result.returncode}")
         for name, tensor in tensors.items():
             data = (self.folder / f"{numbers[name]}.bin").read_bytes()
-            if tensor.is_contiguous() and data:
-                ctypes.memmove(tensor.data_ptr(), data, len(data))
+            if data != given[name]:
+                _write(name, tensor, data, given[name])
 
     @staticmethod
     def _launch(launch: Launch, numbers: dict[str, int]) -> str:
@@ -151,6 +154,18 @@ def _span(tensor: Any) -> int:
         return 0
     last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
+
+
+def _write(name: str, tensor: Any, data: bytes, given: bytes) -> None:
+    """Give a tensor what a kernel wrote to it; between its rows may be those of others."""
+    written, before = (
+        torch.frombuffer(bytearray(one), dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+        for one in (data, given)
+    )
+    tensor.copy_(written)
+    before.copy_(written)
+    if ctypes.string_at(before.data_ptr(), len(data)) != data:
+        raise EmulatorError(f"{name} was written to between its rows")
 
 
 def _program(text: str) -> str:

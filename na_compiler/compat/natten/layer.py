@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from na_compiler.compat.natten.older import fused
 from na_compiler.compat.natten.split import Flags, Ints, attend
 from na_compiler.functional import canonical_parameters
+from na_compiler.ops.projection import split_projection
 
 __all__ = ["OldNeighborhoodAttention"]
 
@@ -104,7 +105,7 @@ class OldNeighborhoodAttention(nn.Module):
         layout = x.shape[1:-1]
         if self.pads:
             x = self._padded(x)
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        query, key, value = split_projection(self.qkv(x), self.num_heads, self.head_dim)
         drops = self.training and self.attn_drop.p > 0
         if drops:
             attended = attend(

@@ -29,8 +29,9 @@ class BackwardArguments:
 
     ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
     grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] statistics,
-    [additional_key_space, additional_value_space])``: inputs and ``grad_output`` may have any strides that TMA takes,
-    all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The last ones are workspace.
+    [additional_key_space, additional_value_space])``: inputs, ``grad_output`` and the first three gradients may have
+    any strides that TMA takes, all others are contiguous. ``grad_lse`` may have no batch entries, and
+    is 0 then. The last ones are workspace.
     """
 
     def __init__(self, plan: BackwardPlan | SweepPlan) -> None:
@@ -58,7 +59,10 @@ class BackwardArguments:
         self._contiguous("grad_lse", (self.given, *output[1:-1]), "float32")
         self.scale = I.arg("scale", tirx.Var("scale", "float32"))
         for name, shape in shapes.items():
-            self._contiguous(f"grad_{name}", shape, problem.dtype)
+            if name.startswith("additional"):
+                self._contiguous(f"grad_{name}", shape, problem.dtype)
+            else:
+                self.tensors[f"grad_{name}"] = strided(f"grad_{name}", shape, problem.dtype)
         self._contiguous("statistics", (self.batch, *statistics_shape(problem)), "float32")
         if problem.additional_kv:
             parts = (self.batch, problem.heads_kv, plan.strips, self.additional)

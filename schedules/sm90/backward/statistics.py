@@ -12,7 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.shared.statistics import exponent_of, widened
-from na_compiler.schedules.shared.trace import I, T, both, emit, flat, index64, let, local, put, register, when
+from na_compiler.schedules.shared.trace import (
+    I,
+    T,
+    both,
+    emit,
+    flat,
+    index64,
+    let,
+    local,
+    put,
+    register,
+    strided_offset,
+    when,
+)  # fmt: skip
 from na_compiler.schedules.sm90.backward.arguments import BackwardArguments
 from na_compiler.schedules.sm90.backward.plan import BackwardPlan, SweepPlan
 from na_compiler.schedules.sm90.backward.work import QueryRow
@@ -57,7 +70,7 @@ def launch_statistics(
     row = QueryRow(plan, rest)
     place = row.place
     total = _dot(arguments, place, lane, lanes)
-    offset = _offset(arguments["lse"], place)
+    offset = strided_offset(arguments["lse"], place)
     with when(both(lane == 0, number < count)):
         exponent = exponent_of(flat(arguments["lse"])[offset])
         grad_lse = flat(arguments["grad_lse"])[offset]
@@ -68,27 +81,13 @@ def launch_statistics(
             I.buffer_store(statistics, kept, [row.statistics(plane)])
 
 
-def _offset(buffer: Any, place: list[Expr]) -> Expr:
-    """Return the offset of an element, by the tensor's strides."""
-    strides = list(buffer.strides)
-    if not strides:
-        shape = list(buffer.shape)
-        strides = [math.prod(shape[axis + 1 :], start=1) for axis in range(len(shape))]
-    offset: Expr = 0
-    for at, stride in zip(place, strides, strict=False):
-        offset = (
-            offset + index64(at) * index64(stride) if not isinstance(stride, int) else offset + index64(at) * stride
-        )
-    return offset
-
-
 def _dot(arguments: BackwardArguments, place: list[Expr], lane: Expr, lanes: int) -> Expr:
     """Return the sum of grad_output times output, which all lanes of a row get."""
     output, gradient = arguments["output"], arguments["grad_output"]
     width = int(output.shape[-1])
     sums, other = local(1), local(1)
     put(sums, 0, T.float32(0))
-    starts = [let(_offset(buffer, place)) for buffer in (output, gradient)]
+    starts = [let(strided_offset(buffer, place)) for buffer in (output, gradient)]
     for first in range(0, width, lanes * _VECTOR):
         column = lane * _VECTOR + first
         with when(column < width if first + lanes * _VECTOR > width else None):

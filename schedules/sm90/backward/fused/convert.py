@@ -58,7 +58,8 @@ def _store(arguments: FusedArguments, tile: QueryTile, row: Expr, column: Expr, 
         # Scores are scaled, so their gradients are.
         low, high = (T.reinterpret("float32", word) * arguments.scale for word in words[2 * place : 2 * place + 2])
         emit(conversion(dtype)(pairs[place], high, low))
-    exists, address = tile.address(row)
+    gradient = arguments["grad_query"]
+    exists, address = tile.address(gradient, row)
     with when(exists):
-        place = flat(arguments["grad_query"]).ptr_to([address + index64(column)])
+        place = flat(gradient).ptr_to([address + index64(column)])
         emit(T.ptx["st.global.v4.u32"](place, *(pairs[i] for i in range(4))))

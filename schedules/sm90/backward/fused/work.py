@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from na_compiler.schedules.shared.trace import both, index64, let, minimum, put, when
+from na_compiler.schedules.shared.trace import both, let, minimum, put, strided_offset, when
 from na_compiler.schedules.shared.work import Work
 from na_compiler.schedules.sm90.backward.fused.plan import FusedPlan
 from na_compiler.schedules.sm90.backward.work import KeyWork, QueryCursor
@@ -153,17 +153,17 @@ class QueryTile:
             rest = rest // dilation
         self.head, self.batch = let(rest % plan.problem.heads), let(rest // plan.problem.heads)
 
-    def address(self, row: Expr) -> tuple[Expr | None, Expr]:
-        """Return whether a row is a query, and where its columns begin."""
+    def address(self, tensor: Any, row: Expr) -> tuple[Expr | None, Expr]:
+        """Return whether a row is a query, and where its columns begin in a tensor with strides."""
         problem = self.plan.problem
         offsets: list[Expr] = []
         for extent in reversed(self.plan.stream_tile):
             offsets.insert(0, row % extent)
             row = row // extent
-        exists, address = None, index64(self.batch)
+        exists, place = None, [self.batch]
         for axis, extent in enumerate(problem.layout):
             token = let((self.first[axis] + offsets[axis]) * problem.dilation[axis] + self.group[axis])
             if extent % (self.plan.stream_tile[axis] * problem.dilation[axis]):
                 exists = both(exists, token < extent)
-            address = address * extent + index64(token)
-        return exists, (address * problem.heads + index64(self.head)) * problem.head_dim
+            place.append(token)
+        return exists, strided_offset(tensor, [*place, self.head])
