@@ -25,8 +25,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch: the package defines the operators where torch is already, and here they are to be the library's.
+# Before torch: the package defines the operators where torch is already, and at the end of its import otherwise, unless
+# its finder is gone by then. Here they are to be the library's.
 import na_compiler
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "na_compiler.after_torch"]
 
 # isort: split
 import numpy as np
