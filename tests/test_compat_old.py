@@ -11,6 +11,8 @@ import torch
 from processes import run_python
 from torch import nn
 
+from na_compiler.compat.natten import layer as layer_module
+from na_compiler.compat.natten import tiles
 from na_compiler.compat.natten.names import contents
 from na_compiler.compat.natten.split import av, qk
 from na_compiler.problem import Problem
@@ -50,13 +52,16 @@ def draw():
     rank = random.choice((1, 2, 2, 3))
     kernel_size = [random.randint(1, 4 if rank < 3 else 3) for _ in range(rank)]
     dilation = [random.randint(1, 2) for _ in range(rank)]
-    layout = [k * d + random.randint(0, 2) for k, d in zip(kernel_size, dilation, strict=True)]
+    # Of more tokens than a tile has, and not a multiple of those.
+    layout = [k * d + random.randint(0, 7 if rank < 3 else 2) for k, d in zip(kernel_size, dilation, strict=True)]
     return layout, kernel_size, dilation, [random.random() < 0.3 for _ in range(rank)]
 
 
 @pytest.mark.parametrize("turn", range(4))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_split_operators(seed, turn, dtype):
+def test_split_operators(seed, turn, dtype, monkeypatch):
+    if turn < 2:  # One tile at a time, where there would be all at once.
+        monkeypatch.setattr(tiles, "_AT_A_TIME", 1)
     layout, kernel_size, dilation, is_causal = draw()
     shape = (2, 3, *layout, 5)
     tensors = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
@@ -93,12 +98,21 @@ def test_columns_are_the_window_in_order(seed):
 def test_operators_are_good_citizens(seed):
     tensors = [torch.randn(1, 1, 3, 4, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     weights = torch.randn(1, 1, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
     parameters = [3, 2], [1, 2], [True, False]
-    for name, given in (("scores", tensors), ("sums", (weights, tensors[1])), ("scatter", (weights, tensors[1]))):
+    for name, given, more in (
+        ("scores", tensors, ()),
+        ("sums", (weights, tensors[1]), ()),
+        ("scatter", (weights, tensors[1]), ()),
+        ("bias", (table,), ([3, 4],)),
+        ("bias_sums", (weights[0],), ()),
+        ("hide", (weights,), (0.5,)),
+    ):
         operator = getattr(torch.ops.na_compiler, f"window_{name}").default
-        torch.library.opcheck(operator, (*given, *parameters))
-        assert torch.autograd.gradcheck(lambda *two, call=operator: call(*two, *parameters), given)
-        assert torch.autograd.gradgradcheck(lambda *two, call=operator: call(*two, *parameters), given)
+        torch.library.opcheck(operator, (*given, *more, *parameters))
+        arguments = (*more, *parameters)
+        assert torch.autograd.gradcheck(lambda *one, call=operator, rest=arguments: call(*one, *rest), given)
+        assert torch.autograd.gradgradcheck(lambda *one, call=operator, rest=arguments: call(*one, *rest), given)
 
 
 def test_split_operators_refuse():
@@ -213,13 +227,18 @@ def test_layers_pad_and_take_one_kernel(has_bias, seed, monkeypatch):
     assert error(layer.eval()(x), by_hand(layer, x, 3, 2)) < 1e-5
 
 
-def test_weights_are_dropped_in_training_only(seed):
+def test_weights_are_dropped_in_training_only(seed, caplog):
+    caplog.set_level("INFO", "na_compiler")
+    layer_module._say_that_weights_are_dropped.cache_clear()
     layer = contents("0.17.5")[""]["NeighborhoodAttention1D"](8, 2, 3, attn_drop=0.5, use_experimental_ops=True)
     x = torch.randn(1, 6, 8)
     reference = by_hand(layer, x, 3, 1)
     assert error(layer.eval()(x), reference) < 1e-5
     layer.train()
+    assert "drops attention weights" not in caplog.text
     drawn = layer(x.expand(600, 6, 8))
+    layer(x)
+    assert caplog.text.count("NeighborhoodAttention1D drops attention weights: in training") == 1
     assert error(drawn[:1], reference) > 1e-2
     # Each is another; their mean is what there is without.
     assert error(drawn.mean(0, keepdim=True), reference) < 0.2

@@ -1,4 +1,4 @@
-"""*canonicalise*: NATTEN's nodes and masked attention become our operators, which read views."""
+"""*canonicalise*: NATTEN's nodes, split attention and masked attention become our operators, which read views."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from na_compiler.passes.graph import finish, graph_module
 from na_compiler.passes.multi_head import open_multi_head
 from na_compiler.passes.natten_nodes import replace_natten
 from na_compiler.passes.sdpa import replace_sdpa
+from na_compiler.passes.split import replace_split
 from na_compiler.passes.views import copies, drop_copies
 
 __all__ = ["Canonicalise", "canonicalise_torch"]
@@ -49,7 +50,7 @@ def canonicalise_torch(
     After it `na_compiler.passes.views.copies` finds no node but those that something else reads as well.
     """
     module = graph_module(program)
-    count = replace_natten(module) + open_multi_head(module)
+    count = replace_natten(module) + replace_split(module) + open_multi_head(module)
     count += replace_sdpa(program, held, used) + replace_flex(program, held, used)
     dropped = drop_copies(module)
     finish(program)

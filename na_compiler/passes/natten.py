@@ -156,7 +156,7 @@ def _converted(module: Any) -> nn.Module:  # noqa: ANN401 - a class of NATTEN's,
     dropout = getattr(module, "attn_drop", None)
     rate = getattr(dropout, "p", dropout or 0.0)
     if rate:
-        raise _LackingError(f"attn_drop={rate} (0 would do)")
+        raise _LackingError(f"attn_drop={rate} (0 would do, or the layers of na_compiler.compat.natten, which drop)")
     made = _OURS[rank].__new__(_OURS[rank])
     # All that a module carries: parameters, submodules, hooks, mode.
     made.__dict__.update(module.__dict__)

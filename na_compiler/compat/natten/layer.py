@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +14,17 @@ from na_compiler.functional import canonical_parameters
 from na_compiler.ops.projection import split_projection
 
 __all__ = ["OldNeighborhoodAttention"]
+
+_LOG = logging.getLogger("na_compiler")
+
+
+@functools.cache
+def _say_that_weights_are_dropped(layer: str) -> None:
+    _LOG.info(
+        "%s drops attention weights: in training it takes the split operators, which are exact, and several times as "
+        "slow as the kernel that attn_drop=0 and inference take",
+        layer,
+    )
 
 
 class OldNeighborhoodAttention(nn.Module):
@@ -45,7 +59,8 @@ class OldNeighborhoodAttention(nn.Module):
 
     Notes
     -----
-    While attention weights are dropped it takes the split operators, otherwise one kernel.
+    While attention weights are dropped, in training with ``attn_drop`` other than 0, it takes the split operators, and
+    the log says so once; otherwise one kernel.
     """
 
     def __init__(
@@ -108,6 +123,8 @@ class OldNeighborhoodAttention(nn.Module):
         query, key, value = split_projection(self.qkv(x), self.num_heads, self.head_dim)
         drops = self.training and self.attn_drop.p > 0
         if drops:
+            if not torch.compiler.is_compiling():
+                _say_that_weights_are_dropped(type(self).__name__)
             attended = attend(
                 query, key, value, self.kernel_size, self.dilation, self.is_causal, self.scale, self.rpb, self.attn_drop
             )
