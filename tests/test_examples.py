@@ -39,7 +39,7 @@ def test_transformers_prefill(capsys):
     transformers_prefill.main(
         ["--tokens", "64", "--window", "16", "--layers", "1", "--hidden", "64", "--heads", "2", "--repeats", "1"]
     )
-    assert re.match(r"window 16 of 64 tokens: sdpa [\d.]+ ms, na_compiler [\d.]+ ms", capsys.readouterr().out)
+    assert re.match(r"mistral, window 16 of 64 tokens: sdpa [\d.]+ ms, na_compiler [\d.]+ ms", capsys.readouterr().out)
 
 
 def test_denoise(tmp_path):

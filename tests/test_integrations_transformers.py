@@ -102,7 +102,7 @@ def test_the_same_tokens(name, seed, calls):
         close(model(ids).logits, logits)
     assert len(calls) == 2 * layers
     for query, key, _ in calls:
-        assert query == (2, -(-128 // WINDOW) * WINDOW if name == "Llama4Text" else 128, 4, 16)
+        assert query == (2, 128, 4, 16)
         assert key[2] == 2, "keys are not repeated"
     if name not in {"Llama4Text", "Gemma2"}:
         assert len(set(expected[0, 100:].tolist())) > 1, "tokens that tell something"
@@ -202,17 +202,53 @@ def test_what_is_left_is_right_and_said_once(kind, seed, calls, caplog):
     assert [record.message.count(said) for record in caplog.records if "left to" in record.message] == [1]
 
 
-def test_two_sided_windows_are_left_and_right(seed, calls, caplog):
+def two_sided(window=16):
     small = {name: value for name, value in SMALL.items() if name not in {"num_key_value_heads", "head_dim"}}
     config = transformers.ModernBertConfig(
-        **small | dict(local_attention=16, layer_types=MIXED, cls_token_id=1, sep_token_id=1)
+        **small | dict(local_attention=window, layer_types=MIXED, cls_token_id=1, sep_token_id=1)
     )
-    model, ids = theirs(transformers.ModernBertModel(config).eval()), tokens()
+    model = transformers.ModernBertForMaskedLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return theirs(model)
+
+
+@pytest.mark.parametrize("count", [100, 128])
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_that_look_to_both_sides(count, padded, seed, calls):
+    """ModernBERT's, token by token and in its gradients; with tokens that are added behind, and without."""
+    model, ids = two_sided(), tokens(count)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :30], mask[1, 70:] = 0, 0
+    other = copy.deepcopy(model)
+    other.set_attn_implementation(NAME)
+    labels = ids.masked_fill(mask == 0, -100)
+    theirs_, ours = (each(ids, attention_mask=mask, labels=labels) for each in (model, other))
+    close(ours.logits[mask.bool()].detach(), theirs_.logits[mask.bool()].detach())
+    assert torch.equal(ours.logits.argmax(-1)[mask.bool()], theirs_.logits.argmax(-1)[mask.bool()])
+    assert calls == [((2, 128, 4, 16), (2, 128, 4, 16), (2 * 8 + 1, 1))]
+    for each in (ours, theirs_):
+        each.loss.backward()
+    for (path, mine), expected in zip(other.named_parameters(), model.parameters(), strict=True):
+        error = (mine.grad - expected.grad).norm() / expected.grad.norm().clamp_min(1e-9)
+        assert error < 1e-3, path
+
+
+def test_short_sequences_of_two_sided_windows_are_left(seed, calls, caplog):
+    model, ids = two_sided(window=100), tokens()
     with torch.no_grad(), caplog.at_level("INFO", "na_compiler"):
-        expected = model(ids).last_hidden_state
-        model.set_attn_implementation(NAME)
-        close(model(ids).last_hidden_state, expected)
-    assert "modernbert: left to SDPA: a window that looks to both sides" in caplog.text
+        expected = model(ids).logits
+        report = {}
+        na_compiler.convert(model, report=report)
+        close(model(ids).logits, expected)
+    assert report == {
+        "model.layers.0.attn": "converted",
+        "model.layers.1.attn": "full attention stays in SDPA",
+    }
+    assert "modernbert: left to SDPA: sequences of at most 101 tokens, which is the window" in caplog.text
+    assert "modernbert: left to SDPA: full attention in both directions" in caplog.text
     assert not calls
 
 
@@ -300,13 +336,12 @@ def test_while_a_graph_is_made_masks_are_made(monkeypatch):
 
 
 def test_few_numbers_of_tokens_are_compiled_for():
-    window, chunks = Window(WINDOW), Window(WINDOW, WINDOW)
+    window = Window(WINDOW)
     padded = {count: window.padded(count) for count in range(64, 5000)}
     assert all(count <= more < count * 1.125 + 64 for count, more in padded.items())
     assert len(set(padded.values())) < 40
     assert padded[1024] == 1024
     assert padded[4096] == 4096
-    assert all(chunks.padded(count) % WINDOW == 0 for count in padded)
 
 
 def test_compiled_models_have_masks_that_passes_read(seed, calls):

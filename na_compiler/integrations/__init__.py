@@ -41,9 +41,9 @@ def convert(model: nn.Module, *, report: dict[str, str] | None = None) -> nn.Mod
 
     Notes
     -----
-    It knows NATTEN's modules, under any name; models of transformers with causal windows, for which it chooses
-    ``attn_implementation="na_compiler"`` (see `na_compiler.integrations.transformers`); and the layers of diffusers
-    with neighborhood attention, which get a processor (`na_compiler.integrations.diffusers`).
+    It knows NATTEN's modules, under any name; models of transformers with sliding windows or chunks, for which it
+    chooses ``attn_implementation="na_compiler"`` (see `na_compiler.integrations.transformers`); and the layers of
+    diffusers with neighborhood attention, which get a processor (`na_compiler.integrations.diffusers`).
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""``attn_implementation="na_compiler"``: causal sliding windows and chunks of Hugging Face's models, in `na1d`."""
+"""``attn_implementation="na_compiler"``: sliding windows and chunks of Hugging Face's models, in `na1d`."""
 
 from __future__ import annotations
 

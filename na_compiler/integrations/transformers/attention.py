@@ -1,4 +1,4 @@
-"""The attention function: causal windows run in `na1d`, and all else as it does without us."""
+"""The attention function: windows run in `na1d`, and all else as it does without us."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from na_compiler.integrations.transformers.masks import WindowMask
 from na_compiler.integrations.transformers.say import say
 from na_compiler.parameters import DTYPES, LONGEST_HEAD
 from na_compiler.passes.decline import DeclinedError, need
+from na_compiler.window import CUT
 
 __all__ = ["na_attention_forward"]
 
@@ -109,9 +110,13 @@ def _attend(
     more = window.padded(tokens) - tokens
     if more:
         rows = [functional.pad(row, (0, 0, 0, 0, 0, more)) for row in rows]
+        if keys is None and not window.is_causal:  # Windows that look ahead would see what is added.
+            keys = torch.ones(rows[0].shape[0], tokens, dtype=torch.bool, device=query.device)
         keys = None if keys is None else functional.pad(keys, (0, more))
-    parameters = (window.kernel_size, window.stride)
-    attend = functools.partial(na1d, *rows, *parameters, is_causal=True, scale=scaling, key_mask=keys)
+    attend = functools.partial(
+        na1d, *rows, window.kernel_size, window.stride, is_causal=window.is_causal, scale=scaling, key_mask=keys,
+        border=CUT,
+    )  # fmt: skip
     output: Tensor
     if sink is None:
         output = attend()

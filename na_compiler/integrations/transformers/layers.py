@@ -1,4 +1,4 @@
-"""What `na_compiler.convert` does with models of transformers: ours is chosen where a layer has a causal window."""
+"""What `na_compiler.convert` does with models of transformers: ours is chosen where a layer has a window."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WINDOWS = {"sliding_attention", "chunked_attention"}
 
 
 def convert_layers(model: nn.Module, implementation: str) -> dict[str, str]:
-    """Choose an attention implementation for models of transformers with causal windows, inside a model or itself.
+    """Choose an attention implementation for models of transformers with windows, inside a model or itself.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def convert_layers(model: nn.Module, implementation: str) -> dict[str, str]:
     Returns
     -------
     dict
-        ``"converted"`` for each layer with a causal window, and for each other one what it is left as.
+        ``"converted"`` for each layer with a window, and for each other one what it is left as.
     """
     report: dict[str, str] = {}
     for name, part in _outermost(model, ""):
@@ -71,7 +71,7 @@ def _left(layer: Any) -> str:
     try:
         need(kind in _WINDOWS, f"{kind.replace('_', ' ')} stays in SDPA")
         is_causal = getattr(layer, "is_causal", True) and getattr(config, "is_causal", True)
-        need(is_causal, "a window that looks to both sides stays in SDPA")
+        need(is_causal or kind == "sliding_attention", "chunks that are seen in both directions stay in SDPA")
         need(getattr(config, "attn_logit_softcapping", None) is None, "its scores have a softcap")
     except DeclinedError as why:
         return str(why)

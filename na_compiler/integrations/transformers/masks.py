@@ -1,4 +1,4 @@
-"""The mask function: a causal window stays a window, and everything else becomes the mask that SDPA gets."""
+"""The mask function: a window stays a window, and everything else becomes the mask that SDPA gets."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def na_mask(
     config: Any = None,
     **options: Any,
 ) -> Tensor | None:
-    """Return a `WindowMask` for a whole sequence with a causal window, and for anything else what SDPA gets.
+    """Return a `WindowMask` for a whole sequence with a window, and for anything else what SDPA gets.
 
     Parameters
     ----------
@@ -137,6 +137,7 @@ def _window(
     window = window_of(mask_function)
     # Keys that are there already: the window begins before the first query.
     need(int(first_query) == 0 and first_key == 0 and keys >= queries, "steps with keys of before (decoding)")
+    need(window.is_causal or keys == queries, "windows that look to both sides, over keys of other sequences")
     need(queries > window.kernel_size, f"sequences of at most {window.kernel_size} tokens, which is the window")
     need(queries >= FEWEST_TOKENS, f"sequences of less than {FEWEST_TOKENS} tokens")
     return window

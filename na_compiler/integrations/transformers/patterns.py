@@ -23,14 +23,23 @@ _LEFT = {
     "remap_positions_for_packed_sequence": "sequences packed one after another (packed positions)",
     "blockwise_overlay": "tokens, of images perhaps, that see each other in both directions",
     "or_masks": "tokens, of images perhaps, that see each other in both directions",
-    "sliding_window_bidirectional_overlay": "a window that looks to both sides and is cut off at the ends",
-    "bidirectional_mask_function": "full attention in both directions",
 }
+# What is left of a mask without a window.
+_FULL = {
+    "bidirectional_mask_function": "full attention in both directions",
+    "causal_mask_function": "full causal attention",
+}
+# A window's function, what it holds the size in, and the function that it comes with.
+_WINDOWS = (
+    ("sliding_window_overlay", "sliding_window", "causal_mask_function"),
+    ("chunked_overlay", "chunk_size", "causal_mask_function"),
+    ("sliding_window_bidirectional_overlay", "sliding_window", "bidirectional_mask_function"),
+)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A causal window along the tokens.
+    """A window along the tokens, cut off at the ends of the sequence.
 
     Parameters
     ----------
@@ -38,21 +47,23 @@ class Window:
         Tokens that a query sees at most, itself among them.
     stride
         1 for a sliding window; ``kernel_size`` for chunks, in which a query sees what is before it in its own chunk.
+    is_causal
+        Whether a query sees none behind it. Otherwise as many before it as behind it.
     """
 
     kernel_size: int
     stride: int = 1
+    is_causal: bool = True
 
     def padded(self, tokens: int) -> int:
         """Return how many tokens the kernel gets: at least those there are, and few different numbers of them.
 
         A kernel is compiled for a number of tokens, and prompts have all lengths. Tokens that are added behind a
-        causal sequence are seen by no other, so that the result is the same. At most an eighth is added, or 63 tokens.
-        Chunks need whole ones: the last leader of the window rule is not clamped then.
+        causal sequence are seen by no other, so that the result is the same; behind others they have to be hidden. At
+        most an eighth is added, or 63 tokens.
         """
         step = max(64, 1 << max(tokens.bit_length() - 4, 0))
-        padded = -(-tokens // step) * step
-        return -(-padded // self.stride) * self.stride
+        return -(-tokens // step) * step
 
 
 def window_of(mask_function: Callable[..., Any]) -> Window:
@@ -72,16 +83,17 @@ def window_of(mask_function: Callable[..., Any]) -> Window:
     names = sorted(name for name, _ in parts)
     for name, left in _LEFT.items():
         need(name not in names, left)
-    need(names != ["causal_mask_function"], "full causal attention")
-    for overlay, held in (("sliding_window_overlay", "sliding_window"), ("chunked_overlay", "chunk_size")):
-        if names == sorted(["causal_mask_function", overlay]):
+    for name, left in _FULL.items():
+        need(names != [name], left)
+    for overlay, held, direction in _WINDOWS:
+        if names == sorted([direction, overlay]):
             values = _held(dict(parts)[overlay])
             size: Any = values.get(held)
             need(type(size) is int and size > 0, f"a window of {size!r}")
-            if overlay == "sliding_window_overlay":
-                return Window(size)
-            need(not bool(values["left_padding"].any()), "chunks that begin behind each sequence's own padding")
-            return Window(size, stride=size)
+            if overlay == "chunked_overlay":
+                need(not bool(values["left_padding"].any()), "chunks that begin behind each sequence's own padding")
+                return Window(size, stride=size)
+            return Window(size) if direction == "causal_mask_function" else Window(2 * size + 1, is_causal=False)
     raise DeclinedError(f"a mask that is not known here ({', '.join(names)})")
 
 
