@@ -185,7 +185,9 @@ def test_a_view_that_is_written_into_is_another_mask_than_the_whole(first, seed)
     inputs = tensors()
     program = torch.export.export(Turned(), inputs)
     passes.canonicalise(program)
-    assert [site.problem for site in passes.collect(program)] == [PROBLEM.replace(kernel_size=N)]
+    # Each sees itself and what is before; of the other one, what is behind.
+    problems = [PROBLEM.replace(kernel_size=N), Problem(N, HEADS, 8, N, border="cut:0")]
+    assert [site.problem for site in passes.collect(program)] == problems[:: 1 if first == "view" else -1]
     for one, wanted in zip(program.module()(*inputs), Turned()(*inputs), strict=True):
         close(one, wanted)
 
@@ -320,10 +322,19 @@ class Flex(nn.Module):
         return output[0] + output[1][..., None] if isinstance(output, tuple) else output
 
 
-def test_block_masks_of_flex_attention(seed):
+BLOCK_MASKS = {
+    "causal": (sliding(WINDOW), dict(kernel_size=WINDOW, is_causal=True)),
+    "band": (lambda b, h, q, k: (q - k).abs() < WINDOW, dict(kernel_size=2 * WINDOW - 1, border="cut")),
+    "circle": (lambda b, h, q, k: (q - k + 2) % N < 5, dict(kernel_size=5, border="wrap")),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCK_MASKS)
+def test_block_masks_of_flex_attention(kind, seed):
     inputs = tensors(heads_kv=2)
-    model = Flex(sliding(WINDOW), scale=0.3)
-    problem = Problem(N, HEADS, 8, WINDOW, is_causal=True, heads_kv=2)
+    mask_mod, parameters = BLOCK_MASKS[kind]
+    model = Flex(mask_mod, scale=0.3)
+    problem = Problem(N, HEADS, 8, heads_kv=2, **parameters)
     with torch.no_grad():
         expected = model(*inputs)
         result, problems = captured(model, *inputs)
@@ -346,7 +357,7 @@ FLEX_LEFT = {
     "scores": (lambda: Flex(sliding(WINDOW), score_mod=lambda score, b, h, q, k: score + q - k), "it has a score_mod"),
     "heads": (lambda: Flex(lambda b, h, q, k: (q >= k) & (q - k < WINDOW + h)), "differs between heads"),
     "lse": (lambda: Flex(sliding(WINDOW), return_lse=True), "its lse is read"),
-    "band": (lambda: Flex(lambda b, h, q, k: (q - k).abs() < WINDOW), "its block mask is no neighborhood"),
+    "stripes": (lambda: Flex(lambda b, h, q, k: (q - k).abs() % 3 != 1), "its block mask is no neighborhood"),
 }
 
 
@@ -367,6 +378,10 @@ class Lengths(nn.Module):
         self.make = make
         index = torch.arange(256)
         self.register_buffer("large", (index[:, None] >= index) & (index[:, None] - index < WINDOW))
+        # As NATTEN's rule has them for 256 tokens: the last windows are others for fewer.
+        self.register_buffer("chunks", torch.from_numpy(axis_mask(256, 9, 9, is_causal=True)))
+        self.register_buffer("shifted", torch.from_numpy(axis_mask(256, 9)))
+        self.register_buffer("stripes", (index[:, None] - index) % 3 != 1)
 
     def forward(self, x):
         return sdpa(x, x, x, attn_mask=self.make(self, x, x.shape[2]))
@@ -376,6 +391,11 @@ def counted(model, x, length):
     index = torch.arange(length, device=x.device)
     distance = index[:, None] - index[None, :]
     return ((distance >= 0) & (distance < WINDOW))[None, None].expand(x.shape[0], 1, -1, -1)
+
+
+def chunks(model, x, length):
+    index = torch.arange(length)
+    return (index[:, None] // WINDOW == index // WINDOW) & (index[:, None] >= index)
 
 
 def from_the_end(model, x, length):
@@ -395,7 +415,10 @@ OF_LENGTHS = {
     "filled with it": (lambda model, x, length: torch.full((length, length), length).tril(4) > 0, "inside"),
     "sliced at the end": (lambda model, x, length: model.large[-length:, -length:], "may count from its end"),
     "whole": (lambda model, x, length: torch.ones(length, length, dtype=torch.bool).tril(), "hides nothing but"),
-    "both sides": (lambda model, x, length: torch.ones(length, length).tril(4).triu(-4).bool(), "is no neighborhood"),
+    "both sides": (lambda model, x, length: torch.ones(length, length).tril(4).triu(-4).bool(), None),
+    "more before": (lambda model, x, length: torch.ones(length, length).tril(1).triu(-4).bool(), None),
+    "chunks": (chunks, None),
+    "stripes": (lambda model, x, length: model.stripes[:length, :length], "is no neighborhood"),
 }  # fmt: skip
 
 
@@ -409,13 +432,14 @@ def test_masks_of_any_length(kind, seed, caplog):
         passes.canonicalise(program)
     assert len(passes.collect(program)) == (said is None)
     assert said is None or said in caplog.text
+    # Also where the window is as long, and longer.
     for length in (8, N, 77) if said is None else (N,):
         x = torch.randn(2, HEADS, length, 8)
         close(program.module()(x), model(x))
 
 
 def test_lengths_that_have_no_bound_are_guarded(seed, caplog):
-    """torch.compile compiles again where a length is shorter than the window."""
+    """torch.compile takes all lengths up to a bound, those that are shorter than the window among them."""
     model = Lengths(counted)
     found = []
 
@@ -430,11 +454,37 @@ def test_lengths_that_have_no_bound_are_guarded(seed, caplog):
         for length in (N, 48, 77, WINDOW - 1, 64):
             x = torch.randn(2, HEADS, length, 8)
             close(compiled(x), model(x))
-    assert found == [1, 1, 0], "of one length, of all, of those shorter than the window"
+    assert found == [1, 1], "of one length, and of all"
     program = torch.export.export(model, (x,), dynamic_shapes=({2: Dim("length", min=8)},))
     with caplog.at_level("INFO", "na_compiler"):
         assert passes.canonicalise(program) == 0
     assert "a dimension with a max would do" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("chunks", "256 tokens, for which its mask was looked at, end within"), ("shifted", "no window")]
+)
+def test_windows_that_depend_on_the_length_are_left(name, said, seed, caplog, monkeypatch):
+    """What a mask is for the longest length is not what it is for others."""
+    monkeypatch.setattr(sdpa_pass, "LONGEST", 256)
+    model = Lengths(lambda model, x, length: getattr(model, name)[:length, :length])
+
+    def backend(module, inputs):
+        assert canonicalise_torch(module, _held(module, inputs)) == 0
+        return module.forward
+
+    torch._dynamo.reset()
+    x = torch.randn(2, HEADS, N, 8)
+    with torch.no_grad(), caplog.at_level("INFO", "na_compiler"):
+        close(torch.compile(model, backend=backend, dynamic=True)(x), model(x))
+    assert said in caplog.text
+
+
+def _held(module, inputs):
+    """Masks are taken as constant."""
+    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+    found = zip(names, inputs, strict=True)
+    return {name: value for name, value in found if isinstance(value, torch.Tensor) and value.dtype is torch.bool}
 
 
 def test_two_kernel_sizes_through_one_function(seed):

@@ -1,5 +1,6 @@
 """`na_compiler.passes.masks`: a mask is recognised when it is exactly a neighborhood, and only then."""
 
+import dataclasses
 import random
 import time
 from functools import reduce
@@ -10,21 +11,37 @@ import pytest
 from na_compiler.passes.masks import Neighborhood, Search, axis_mask, recognize
 
 
+def made(layout, kernel_size, stride=None, dilation=None, is_causal=None, border=None):
+    """A neighborhood; what is not said of an axis is its default."""
+    ones, rank = (1,) * len(layout), len(layout)
+    flags, borders = is_causal or (False,) * rank, border or ("shift",) * rank
+    return Neighborhood(layout, kernel_size, stride or ones, dilation or ones, flags, borders)
+
+
 def make(found):
-    columns = zip(found.layout, found.kernel_size, found.stride, found.dilation, found.is_causal, strict=True)
+    columns = zip(*dataclasses.astuple(found), strict=True)
     return reduce(np.kron, [axis_mask(*axis) for axis in columns])
 
 
 MASKS = [
-    Neighborhood((24,), (7,), (1,), (1,), (False,)),
-    Neighborhood((24,), (6,), (4,), (1,), (False,)),
-    Neighborhood((25,), (3,), (2,), (4,), (False,)),
-    Neighborhood((24,), (5,), (1,), (1,), (True,)),
-    Neighborhood((23,), (7,), (3,), (2,), (True,)),
-    Neighborhood((24,), (24,), (1,), (1,), (True,)),
-    Neighborhood((6, 8), (3, 5), (1, 1), (1, 1), (False, False)),
-    Neighborhood((8, 6), (4, 3), (2, 1), (2, 1), (False, True)),
-    Neighborhood((4, 5, 6), (3, 2, 5), (1, 2, 1), (1, 1, 1), (True, False, False)),
+    made((24,), (7,)),
+    made((24,), (6,), (4,)),
+    made((25,), (3,), (2,), (4,)),
+    made((24,), (5,), is_causal=(True,)),
+    made((23,), (7,), (3,), (2,), (True,)),
+    made((24,), (24,), is_causal=(True,)),
+    made((6, 8), (3, 5)),
+    made((8, 6), (4, 3), (2, 1), (2, 1), (False, True)),
+    made((4, 5, 6), (3, 2, 5), (1, 2, 1), is_causal=(True, False, False)),
+    made((24,), (9,), border=("cut",)),
+    made((24,), (9,), border=("cut:2",)),
+    made((23,), (6,), (4,), (2,), border=("cut",)),
+    made((23,), (7,), (7,), is_causal=(True,), border=("cut",)),
+    made((24,), (31,), border=("cut:20",)),
+    made((24,), (7,), border=("wrap",)),
+    made((24,), (4,), (2,), (3,), border=("wrap",)),
+    made((6, 8), (3, 5), border=("cut", "wrap")),
+    made((4, 5, 6), (3, 2, 5), is_causal=(True, False, False), border=("shift", "cut", "wrap")),
 ]
 
 
@@ -54,13 +71,28 @@ def test_leaves_others_alone(seed):
     assert recognize(np.ones((8, 9), bool)) is None
     assert recognize(np.eye(9, k=1, dtype=bool)) is None
     assert recognize(np.random.default_rng(seed).random((24, 24)) < 0.5) is None
-    # A band that is not clamped at the borders: as many masks of sliding windows are.
+    # A band with a hole, and one that only the first half of a circle has.
     distance = np.abs(np.subtract.outer(np.arange(24), np.arange(24)))
-    assert recognize(distance <= 3) is None
+    assert recognize((distance <= 3) & (distance != 2)) is None
+    half = axis_mask(24, 5, border="wrap")
+    half[12:] = axis_mask(24, 5)[12:]
+    assert recognize(half) is None
+
+
+def test_windows_that_are_cut_or_wrap_have_that_border():
+    distance = np.subtract.outer(np.arange(24), np.arange(24))
+    assert recognize(np.abs(distance) <= 3) == made((24,), (7,), border=("cut",))
+    assert recognize((distance <= 3) & (distance >= -1)) == made((24,), (5,), border=("cut:3",))
+    chunks = (np.arange(23)[:, None] // 7 == np.arange(23) // 7) & np.tri(23, dtype=bool)
+    assert recognize(chunks) == made((23,), (7,), (7,), is_causal=(True,), border=("cut",))
+    circle = np.minimum(distance % 24, -distance % 24) <= 2
+    assert recognize(circle) == made((24,), (5,), border=("wrap",))
+    # Where a rule that shifts does, it is that.
+    assert recognize((distance >= 0) & (distance < 5)) == made((24,), (5,), is_causal=(True,))
 
 
 def test_an_even_larger_mask_takes_no_time():
-    mask = make(Neighborhood((8, 16, 12), (3, 5, 7), (1, 1, 1), (1, 2, 1), (True, False, False)))
+    mask = make(made((8, 16, 12), (3, 5, 7), dilation=(1, 2, 1), is_causal=(True, False, False)))
     found = recognize(mask)
     assert found is not None
     assert found.layout == (8, 16, 12)
@@ -74,16 +106,28 @@ def documents(tokens, ends):
     return mask
 
 
+def drawn_axis(longest):
+    """Tokens and parameters of an axis: any at all, strides, dilations and borders included."""
+    tokens = random.randint(2, longest)
+    dilation = random.randint(1, max(1, min(tokens // 2, 4)))
+    border = random.choice(["shift", "shift", "cut", "cut:", "wrap"])
+    if border == "wrap":
+        dilation = random.choice([each for each in (1, 2, 3, 4) if tokens % each == 0])
+        kernel_size = random.randint(1, tokens // dilation)
+        strides = [each for each in range(1, kernel_size + 1) if (tokens // dilation) % each == 0]
+        return tokens, kernel_size, random.choice(strides), dilation, False, border
+    # Those that are cut may be longer than the axis; strides are told from where windows begin, if they do.
+    kernel_size = random.randint(1, tokens // dilation * (2 if border == "cut:" else 1))
+    if border == "cut:":
+        return tokens, kernel_size, 1, dilation, False, f"cut:{random.randrange(kernel_size)}"
+    stride = random.randint(1, kernel_size if border == "shift" else max(kernel_size // 2, 1))
+    return tokens, kernel_size, stride, dilation, random.random() < 0.4, border
+
+
 def test_recognizes_what_is_drawn(seed):
-    """Any parameters at all, strides and dilations included."""
-    for _ in range(300):
+    for _ in range(400):
         rank = random.choice([1, 2, 3])
-        axes = []
-        for _ in range(rank):
-            tokens = random.randint(2, {1: 200, 2: 20, 3: 8}[rank])
-            dilation = random.randint(1, max(1, min(tokens // 2, 4)))
-            kernel_size = random.randint(1, tokens // dilation)
-            axes.append((tokens, kernel_size, random.randint(1, kernel_size), dilation, random.random() < 0.4))
+        axes = [drawn_axis({1: 200, 2: 20, 3: 8}[rank]) for _ in range(rank)]
         mask = make(Neighborhood(*zip(*axes, strict=True)))
         if not mask.all():
             found = recognize(mask)
@@ -98,10 +142,8 @@ def test_the_search_is_linear_in_the_mask(tokens, seed):
     masks = [documents(tokens, cuts), documents(tokens, [tokens // 3, tokens // 2 + 1])]
     for layout in ((tokens,), (tokens // 8, 8), (tokens // 24, 3, 8) if tokens % 24 == 0 else (tokens // 8, 2, 4)):
         for is_causal in (False, True):
-            ones = (1,) * len(layout)
-            mask = make(
-                Neighborhood(layout, tuple(min(size, 5) for size in layout), ones, ones, (is_causal,) * len(layout))
-            )
+            sizes = tuple(min(size, 5) for size in layout)
+            mask = make(made(layout, sizes, is_causal=(is_causal,) * len(layout)))
             mask[random.randrange(tokens), random.randrange(tokens)] ^= True
             masks.append(mask)
     for mask in masks:
@@ -116,5 +158,5 @@ def test_the_search_is_linear_in_the_mask(tokens, seed):
 
 def test_packed_documents_of_one_length_are_a_neighborhood():
     found = recognize(documents(60, [20, 40]))
-    assert found == Neighborhood((60,), (20,), (20,), (1,), (True,))
+    assert found == made((60,), (20,), (20,), is_causal=(True,))
     assert recognize(documents(60, [20, 41])) is None

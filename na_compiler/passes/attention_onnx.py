@@ -18,6 +18,7 @@ import onnx_ir as ir
 from na_compiler.parameters import LONGEST_HEAD
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.passes.masks import LARGEST, Mask, Neighborhood, mask_of_bias, recognize
+from na_compiler.window import CUT, SHIFT
 
 __all__ = ["MaskedAttention", "match"]
 
@@ -92,9 +93,10 @@ class MaskedAttention:
             If it is over none.
         """
         if self.mask is None:
-            need(self.right == 0, "its window is cut off at the borders, where ours is shifted")
             need(0 <= self.left < self.tokens - 1, "its window hides nothing but what comes later")
-            return Neighborhood((self.tokens,), (self.left + 1,), (1,), (1,), (True,))
+            need(self.right >= 0, "its window hides nothing but what came before")
+            size, border = self.left + self.right + 1, f"{CUT}:{self.left}" if self.right else SHIFT
+            return Neighborhood((self.tokens,), (size,), (1,), (1,), (not self.right,), (border,))
         mask = _mask(self.mask, self.tokens)
         if self.right >= 0:
             mask = np.tril(mask, self.right)

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from na_compiler.borders import joined
 from na_compiler.onnx.bodies import MINIMUM_OPSET, add_bodies
 from na_compiler.onnx.names import FreshNames
 from na_compiler.onnx.nodes import check_version, name_of
@@ -15,6 +16,7 @@ from na_compiler.onnx.signature import DOMAIN, VERSION
 from na_compiler.passes.attention_onnx import MaskedAttention, match
 from na_compiler.passes.decline import DeclinedError, need
 from na_compiler.passes.masks import Neighborhood
+from na_compiler.window import SHIFT
 
 __all__ = ["canonicalise_onnx"]
 
@@ -45,6 +47,11 @@ def canonicalise_onnx(model: ir.Model, *, bodies: bool = True) -> int:
                 continue
             need(not bodies or opset >= MINIMUM_OPSET, f"bodies need opset {MINIMUM_OPSET}, the model has {opset}")
             neighborhood = _neighborhood(found, known)
+            is_shifted = set(neighborhood.border) == {SHIFT}
+            need(
+                not bodies or is_shifted,
+                f"bodies have no border, and it has {joined(neighborhood.border)}: bodies=False would do",
+            )
         except DeclinedError as why:
             _LOG.info("%s: attention with a mask or a window stays as it is: %s", name_of(node), why)
             continue
@@ -109,6 +116,7 @@ class _Replacement:
             dilation=list(neighborhood.dilation),
             is_causal=[int(flag) for flag in neighborhood.is_causal],
             scale=float(head_dim**-0.5 if found.scale is None else found.scale),
+            **({} if set(neighborhood.border) == {SHIFT} else {"border": joined(neighborhood.border)}),
         )
         self.made[-1].metadata_props.update(self.node.metadata_props)
         assert query.shape is not None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from na_compiler.borders import joined
 from na_compiler.parameters import DTYPES, LONGEST_HEAD
 from na_compiler.passes.decline import need
 from na_compiler.passes.effects import writes
@@ -57,6 +58,7 @@ def attend(node: fx.Node, arguments: dict[str, Any], neighborhood: Neighborhood)
             "dilation": list(neighborhood.dilation),
             "is_causal": list(neighborhood.is_causal),
             "scale": scale,
+            "border": joined(neighborhood.border),
         }
         attended = operator_node(graph, rank, {**tensors, **parameters})
         propagate(attended, node)

@@ -1,9 +1,8 @@
-"""Recognising a neighborhood in a mask: which layout, window, stride, dilation and causality make it, if any do."""
+"""Recognising a neighborhood in a mask: which layout, and which rule of each axis, make it, if any do."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from na_compiler.checks import MAX_RANK
-from na_compiler.window import group_length, window_bounds
+from na_compiler.passes.axes import AxisSearch, Mask, axis_mask, divisors
 
-__all__ = ["LARGEST", "Neighborhood", "Search", "axis_mask", "mask_of_bias", "recognize"]
+__all__ = ["LARGEST", "Mask", "Neighborhood", "Search", "axis_mask", "mask_of_bias", "recognize"]
 
-Mask = NDArray[np.bool_]
 # Beyond this many elements looking at a mask takes longer than it is worth.
 LARGEST = 1 << 28
 # Elements that a search looks at before it gives up: in sizes of the mask, and some more for the smallest ones. Masks
@@ -36,16 +34,7 @@ class Neighborhood:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     is_causal: tuple[bool, ...]
-
-
-def axis_mask(tokens: int, kernel_size: int, stride: int = 1, dilation: int = 1, is_causal: bool = False) -> Mask:
-    """Return which keys (columns) the queries (rows) of one axis attend to."""
-    mask = np.zeros((tokens, tokens), bool)
-    for query in range(tokens):
-        group, index = query % dilation, query // dilation
-        start, end = window_bounds(index, group_length(tokens, dilation, group), kernel_size, stride, is_causal)
-        mask[query, group + start * dilation : group + (end - 1) * dilation + 1 : dilation] = True
-    return mask
+    border: tuple[str, ...]
 
 
 def mask_of_bias(bias: NDArray[Any]) -> Mask | None:
@@ -87,8 +76,9 @@ def recognize(mask: Mask) -> Neighborhood | None:
 
     Examples
     --------
-    >>> recognize(np.kron(axis_mask(6, 3), axis_mask(5, 3)))
-    Neighborhood(layout=(6, 5), kernel_size=(3, 3), stride=(1, 1), dilation=(1, 1), is_causal=(False, False))
+    >>> found = recognize(np.kron(axis_mask(6, 3), axis_mask(5, 3, border="cut")))
+    >>> found.layout, found.kernel_size, found.border
+    ((6, 5), (3, 3), ('shift', 'cut'))
     """
     return Search(mask).run()
 
@@ -129,16 +119,16 @@ class Search:
             return None
         found = []
         for axis in range(len(layout)):
-            parameters = self._axis(self._along(layout, axis))
-            if parameters is None:
+            search = AxisSearch(self._along(layout, axis))
+            rule = search.run()
+            self.compared += search.compared
+            if rule is None:
                 return None
-            found.append(parameters)
-        columns = zip(*found, strict=True)
-        kernel_size, stride, dilation, is_causal = columns
-        made = [axis_mask(*axis) for axis in zip(layout, kernel_size, stride, dilation, is_causal, strict=True)]
+            found.append(rule)
+        made = [axis_mask(tokens, *rule) for tokens, rule in zip(layout, found, strict=True)]
         if len(layout) > 1 and not self._is(made):
             return None
-        return Neighborhood(layout, kernel_size, stride, dilation, is_causal)
+        return Neighborhood(layout, *zip(*found, strict=True))
 
     def _along(self, layout: tuple[int, ...], axis: int) -> Mask:
         """Return what an axis sees, where all other coordinates of query and key are 0: everyone sees itself."""
@@ -165,71 +155,21 @@ class Search:
                 return False
         return True
 
-    def _axis(self, mask: Mask) -> tuple[int, int, int, bool] | None:
-        """Return ``(kernel_size, stride, dilation, is_causal)`` of one axis, or ``None``.
-
-        The last query of a group sees exactly ``kernel_size`` keys, causal or not, ``dilation`` apart. What is left
-        is the stride: windows of a group move at multiples of it only.
-        """
-        tokens = mask.shape[0]
-        last = np.flatnonzero(mask[-1])
-        kernel_size = len(last)
-        dilation = int(last[1] - last[0]) if kernel_size > 1 else 1
-        if kernel_size * dilation > tokens or (np.diff(last) != dilation).any():
-            return None
-        self.compared += 2 * mask.size
-        counts = mask.sum(1)
-        is_causal = bool((counts != kernel_size).any())
-        query = np.arange(tokens)
-        group, index = query % dilation, query // dilation
-        first = mask.argmax(1)
-        starts, ends = first // dilation, (first + (counts - 1) * dilation) // dilation + 1
-        for stride in _strides(starts[group == 0], kernel_size):
-            self.compared += tokens
-            bounds = window_bounds(
-                index,
-                group_length(tokens, dilation, group),
-                kernel_size,
-                stride,
-                is_causal,
-                minimum=np.minimum,
-                maximum=np.maximum,
-            )
-            if np.array_equal(bounds[0], starts) and np.array_equal(bounds[1], ends):
-                self.compared += mask.size
-                made = axis_mask(tokens, kernel_size, stride, dilation, is_causal)
-                return (kernel_size, stride, dilation, is_causal) if np.array_equal(made, mask) else None
-        return None
-
 
 def _layouts(tokens: int) -> Iterator[tuple[int, ...]]:
     """Yield the layouts of some tokens, low ranks first; axes of one token are for lower ranks."""
-    divisors = _divisors(tokens)[1:]
+    leadings = divisors(tokens)[1:]
 
     def split(count: int, rank: int) -> Iterator[tuple[int, ...]]:
         if rank == 1:
             yield (count,)
             return
-        for leading in divisors:
+        for leading in leadings:
             if count % leading == 0 and count > leading:
                 yield from ((leading, *rest) for rest in split(count // leading, rank - 1))
 
     for rank in range(1, MAX_RANK + 1):
         yield from split(tokens, rank)
-
-
-def _divisors(number: int) -> list[int]:
-    low = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return sorted({*low, *(number // divisor for divisor in low)})
-
-
-def _strides(starts: NDArray[np.int64], kernel_size: int) -> list[int]:
-    """Return the strides that the starts of one group's windows may come from: divisors of where they change."""
-    changes = np.flatnonzero(np.diff(starts)) + 1
-    if not len(changes):
-        return [1]  # One window for all.
-    common = int(np.gcd.reduce(changes))
-    return [stride for stride in _divisors(common) if stride <= kernel_size]
 
 
 def _product(lines: Sequence[Mask]) -> Mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from na_compiler.passes.graph import (
 from na_compiler.passes.lengths import LONGEST, corner
 from na_compiler.passes.masked import attend, check_tensors, drop_unused, one_of
 from na_compiler.passes.masks import LARGEST, Mask, Neighborhood, mask_of_bias, recognize
+from na_compiler.window import CUT, border_kind
 
 __all__ = ["replace_sdpa"]
 
@@ -188,22 +190,24 @@ def _of_any_length(
     constants: Constants, mask: fx.Node, at: fx.Node, length: torch.SymInt, known: Known
 ) -> Neighborhood:
     """Return the neighborhood that a mask is for all lengths that it may have; its layout is of the largest."""
-    lowest, highest = range_of(length)
+    _, highest = range_of(length)
     bound = min(highest, LONGEST)
 
     def largest(mask: fx.Node, at: fx.Node) -> torch.Tensor:
         return corner(constants, mask, at, length, bound)
 
     found = _recognized(constants, mask, at, known, largest)
-    (tokens, *others), size = found.layout, found.kernel_size[0]
-    plain = not others and found.is_causal == (True,) and found.stride == (1,)
-    need(plain, "its length is dynamic, and its mask is no causal window along one axis")
-    need(size < tokens, "its length is dynamic, and its mask hides nothing but what comes later")
+    need(len(found.layout) == 1, "its length is dynamic, and its mask is of more axes than one")
+    (tokens,), (size,), (stride,), (dilation,) = found.layout, found.kernel_size, found.stride, found.dilation
+    is_cut, is_causal = border_kind(found.border[0]) == CUT, found.is_causal == (True,)
+    # Windows that are shifted, or wrap, depend on the length; causal ones are cut, but for the last of a stride.
+    need(is_cut or is_causal, "its length is dynamic, and its mask is no window that is cut off at the ends")
+    need(is_cut or size < tokens, "its length is dynamic, and its mask hides nothing but what comes later")
+    is_same = is_cut or stride == 1 or tokens % (stride * dilation) == 0
+    need(is_same, f"its length is dynamic, and {tokens} tokens, for which its mask was looked at, end within a stride")
     fits = bool(length <= tokens) if constants.may_guard else highest <= tokens
     need(fits, f"its length may be more than {tokens}: a dimension with a max would do, of {LONGEST} at most")
-    large = bool(length >= size * found.dilation[0]) if constants.may_guard else lowest >= size * found.dilation[0]
-    need(large, f"its length may be less than its window of {size} tokens: a dimension with a min would do")
-    return found
+    return found if is_cut else dataclasses.replace(found, border=(CUT,))
 
 
 def _check_broadcast(shape: tuple[Any, ...], query: object) -> None:
