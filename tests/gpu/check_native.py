@@ -31,6 +31,8 @@ import na_compiler
 
 sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "na_compiler.after_torch"]
 
+# What follows is imported with the finder gone.
+# ruff: noqa: E402
 # isort: split
 import numpy as np
 import torch
