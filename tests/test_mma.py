@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import time
 
 import pytest
@@ -238,6 +239,14 @@ def test_finds_a_wait_for_too_few_copies(case, pending, seed):
 def test_finds_a_missing_barrier(case, seed):
     name = "tvm_builtin_cuda_cta_sync();"
     _finds(*case, edit=lambda text: text.replace(name, "tvm_builtin_cuda_warp_sync();"))
+
+
+@pytest.mark.parametrize("by", ["- 40", "+ 32"])
+def test_finds_a_shift_that_is_undefined(by, seed):
+    """By a negative number, or by more bits than there are: CUDA says nothing of what comes out."""
+    amount = r"(?<=\(uint\)31 << \(\(uint\))(\w+\[0\])"
+    found = _finds(*_KEPT, edit=lambda text: re.sub(amount, rf"(\1 {by})", text), orders=ORDERS[:1])
+    assert "a shift by a negative number, or by all bits or more" in found
 
 
 @pytest.mark.parametrize(

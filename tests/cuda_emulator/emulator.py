@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from na_compiler.compiler.spec import KernelSpec
 
 __all__ = ["ORDERS", "Emulator", "EmulatorError", "Order"]
 
-_HEADER = Path(__file__).with_name("emulator.h")
+_SOURCES = Path(__file__).parent
 _SECONDS = 120
 
 
@@ -29,7 +30,7 @@ class EmulatorError(Exception):
 
 @dataclass(frozen=True)
 class Order:
-    """When asynchronous work happens, and which warp runs first; see ``emulator.h``."""
+    """When asynchronous work happens, and which warp runs first; see ``machine.h``."""
 
     late_loads: bool
     late_products: bool
@@ -82,15 +83,12 @@ class Emulator:
         return cls(made.function, spec.target.to_tvm(), made.pipeline, edit, made.options)
 
     def _compile(self, text: str) -> None:
-        compiler = shutil.which("g++") or shutil.which("clang++")
-        assert compiler, "the emulator needs a C++ compiler"
-        (self.folder / "kernel.cpp").write_text(_program(text), encoding="utf-8")
-        # Multiplications and additions are contracted, as nvcc does.
-        options = ["-O1", "-fexpensive-optimizations", "-march=native", "-ffp-contract=fast"]
-        options += ["-std=c++17", "-w", f"-I{_HEADER.parent}"]
-        command = [compiler, *options, "-o", str(self.folder / "kernel"), str(self.folder / "kernel.cpp")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert not result.returncode, result.stderr[:4000]
+        source, parts = self.folder / "kernel.cc", sorted(_machine().glob("*.o"))
+        source.write_text(_program(text), encoding="utf-8")
+        # A shift by a negative number or by too many bits, which is undefined in CUDA as it is here, is an illegal
+        # instruction.
+        options = ["-O1", "-fsanitize=shift-exponent", "-fsanitize-undefined-trap-on-error"]
+        _call_compiler(*options, "-o", self.folder / "kernel", source, *parts)
 
     def __call__(self, *arguments: Any, order: Order = ORDERS[0]) -> None:
         """Call the function; tensors are torch's, on the CPU, and outputs are written in place.
@@ -149,6 +147,27 @@ class Emulator:
         return " ".join(words)
 
 
+def _call_compiler(*arguments: Any, folder: Path | None = None) -> None:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    assert compiler, "the emulator needs a C++ compiler"
+    # Multiplications and additions are contracted, as nvcc does. Fortified, jumps to another stack are refused.
+    options = ["-march=native", "-ffp-contract=fast", "-std=c++17", "-w", "-U_FORTIFY_SOURCE", f"-I{_SOURCES}"]
+    command = [compiler, *options, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert not result.returncode, result.stderr[:4000]
+
+
+# Until the process ends.
+_MACHINE = tempfile.TemporaryDirectory(prefix="na_compiler-emulator-")
+
+
+@functools.cache
+def _machine() -> Path:
+    """Return a folder with the machine's parts, compiled once a process: that takes as long as four kernels."""
+    _call_compiler("-O2", "-c", *sorted(_SOURCES.glob("*.cc")), folder=Path(_MACHINE.name))
+    return Path(_MACHINE.name)
+
+
 def _span(tensor: Any) -> int:
     if tensor.numel() == 0:
         return 0
@@ -173,11 +192,13 @@ def _program(text: str) -> str:
     kernels = re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\((.*?)\) \{', text)
     text = re.sub(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?', "void ", text)
     text = re.sub(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];", r"uchar* \1 = shared_memory;", text)
-    text = text.replace("__shared__", "static").replace("__restrict__", "").replace("__grid_constant__", "")
+    # Tensor maps outlive the thread that uses them: loads that it began are read from them later.
+    text = re.sub(r"__grid_constant__ CUtensorMap (\w+)", r"CUtensorMap& \1", text)
+    text = text.replace("__shared__", "static").replace("__restrict__", "")
     text = re.sub(r"alignas\(64\) |__align__\(\d+\)", "", text)
-    parts = ['#include "emulator.h"', *_products(text)]
+    parts = ['#include "kernel.h"', *_products(text)]
     parts += [f"inline void {name}() {{}}" for name in sorted(set(re.findall(r"tvm_builtin_ptx_setmaxnreg_\w+", text)))]
-    return "\n".join([*parts, *_immediates(text), text, _MAIN, *_launchers(kernels)])
+    return "\n".join([*parts, *_immediates(text), text, *_launchers(kernels)])
 
 
 def _immediates(text: str) -> list[str]:
@@ -219,7 +240,7 @@ def _products(text: str) -> list[str]:
         fields = f"{columns}, {kind}, {transposed}, {'true' if from_registers else 'false'}, (bool)accumulates"
         parts.append(
             f"inline void {name}({accumulators}, {operand}, uint64_t b, int accumulates) {{ "
-            f"Product p{{{fields}}}; {taken} p.b = b; wgmma_push(std::move(p)); }}"
+            f"Product p{{{fields}}}; {taken} p.b = b; wgmma_push(p); }}"
         )
     return parts
 
@@ -240,64 +261,3 @@ def _launchers(kernels: list[tuple[str, str]]) -> list[str]:
         parts.append(f"static void run_{name}() {{ {name}({', '.join(values)}); }}")
         table.append(f'{{"{name}", run_{name}}}')
     return [*parts, f"Kernel kernels[] = {{{', '.join(table)}, {{nullptr, nullptr}}}};"]
-
-
-_MAIN = r"""
-#include <fstream>
-struct Argument { void* pointer; CUtensorMap map; int64_t whole; float real; };
-static Argument arguments[64];
-struct Kernel { const char* name; void (*run)(); };
-extern Kernel kernels[];
-int main(int, char** argv) {
-  std::string folder = argv[1];
-  late_loads = argv[2][0] == '1', late_products = argv[2][1] == '1';
-  descending = argv[2][2] == '1', greedy = argv[2][3] == '1';
-  catch_faults();
-  std::ifstream call(folder + "/call.txt");
-  std::string word, name;
-  std::vector<std::pair<uchar*, size_t>> given;
-  while (call >> word) {
-    if (word == "tensor") {
-      size_t bytes;
-      call >> bytes;
-      std::string path = folder + "/" + std::to_string(given.size()) + ".bin";
-      given.push_back({read_tensor(path.c_str(), bytes), bytes});
-      continue;
-    }
-    if (word != "launch") die("what is %s", word.c_str());
-    int grid[3], block[3], count = 0;
-    call >> name;
-    for (int& extent : grid) call >> extent;
-    for (int& extent : block) call >> extent;
-    while (call.peek() != '\n' && call >> word) {
-      if (count == 64) die("more than 64 arguments of %s", name.c_str());
-      Argument& argument = arguments[count++];
-      if (word == "t") { int number; call >> number; argument.pointer = given[number].first; }
-      else if (word == "i") call >> argument.whole;
-      else if (word == "f") call >> argument.real;
-      else if (word == "n") argument.map = CUtensorMap{};
-      else {
-        CUtensorMap& map = argument.map;
-        int number;
-        call >> number >> map.rank;
-        map.base = given[number].first;
-        for (int i = 0; i < map.rank; i++) call >> map.extent[i];
-        for (int i = 0; i < map.rank; i++) call >> map.stride[i];
-        for (int i = 0; i < map.rank; i++) call >> map.box[i];
-        for (int i = 0; i < map.rank; i++) call >> map.step[i];
-        call >> map.swizzle;
-      }
-    }
-    Kernel* kernel = kernels;
-    while (kernel->name && name != kernel->name) kernel++;
-    if (!kernel->name) die("there is no kernel %s", name.c_str());
-    blockDim = {block[0], block[1], block[2]}, gridDim = {grid[0], grid[1], grid[2]};
-    for (blockIdx.z = 0; blockIdx.z < grid[2]; blockIdx.z++)
-      for (blockIdx.y = 0; blockIdx.y < grid[1]; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++) run_block(block[0] * block[1] * block[2], kernel->run);
-  }
-  for (size_t number = 0; number < given.size(); number++)
-    write_tensor((folder + "/" + std::to_string(number) + ".bin").c_str(), given[number].first, given[number].second);
-  return 0;
-}
-"""
