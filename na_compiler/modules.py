@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from na_compiler.borders import borders_per_axis, joined
-from na_compiler.functional import Flags, Ints, canonical_parameters, checked_scale, na1d, na2d, na3d
+from na_compiler.functional import Flags, Ints, na1d, na2d, na3d
 from na_compiler.ops.projection import split_projection
 from na_compiler.ops.torchscript import Scriptable
 from na_compiler.parameters import check_strides
+from na_compiler.traced import canonical_parameters, checked_scale
 from na_compiler.window import SHIFT
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]

@@ -25,7 +25,7 @@ LAYERS = """
     schedules
     compiler
     ops
-    bound after_torch
+    bound after_torch traced
     functional
     modules
     onnx

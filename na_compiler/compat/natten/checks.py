@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from na_compiler.functional import canonical_parameters
 from na_compiler.parameters import flags_per_axis, ints_per_axis
 from na_compiler.problem import Problem
+from na_compiler.traced import canonical_parameters
 
 __all__ = ["LATEST", "OLD"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from na_compiler.compat.natten.older import fused
 from na_compiler.compat.natten.split import Flags, Ints, attend
-from na_compiler.functional import canonical_parameters
 from na_compiler.ops.projection import split_projection
+from na_compiler.traced import canonical_parameters
 
 __all__ = ["OldNeighborhoodAttention"]
 
