@@ -16,8 +16,9 @@ from na_compiler.schedules.mma.plan import CHUNK_BYTES, GROUP
 from na_compiler.schedules.mma.products import Products, RowTile
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.mma.tf32 import RoundedProducts
+from na_compiler.schedules.shared.bits import stretch
 from na_compiler.schedules.shared.key_mask import KeyMask
-from na_compiler.schedules.shared.trace import T, let, maximum, minimum, put, register
+from na_compiler.schedules.shared.trace import T, let, put, register
 from na_compiler.schedules.shared.work import Work
 
 __all__ = ["Resident", "WarpMask"]
@@ -202,11 +203,7 @@ class WarpMask:
         """Return the part of the one row of the box from ``start`` on."""
         low, extent = self._windows[row][0]
         # A shift by 32 needs 64 bits.
-        first, end = (
-            T.shift_left(T.uint64(1), T.Cast("uint64", register(maximum(minimum(at - start, _WORD), 0))))
-            for at in (low, low + extent)
-        )
-        return T.Cast("uint32", end - first)
+        return T.Cast("uint32", stretch(low - start, low + extent - start, _WORD, "uint64"))
 
     def _line(self, row: int, line: int) -> Expr:
         """Return the stretch of one row of the box, or no bits where the window does not reach."""

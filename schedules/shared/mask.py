@@ -7,15 +7,23 @@ from typing import Any
 
 from tvm import tirx
 
+from na_compiler.schedules.shared.bits import stretch
 from na_compiler.schedules.shared.key_mask import KeyMask
 from na_compiler.schedules.shared.tiles import Fragments, Rows
-from na_compiler.schedules.shared.trace import I, T, both, let, maximum, minimum, put, register, when
+from na_compiler.schedules.shared.trace import I, T, both, let, minimum, put, register, when
 from na_compiler.schedules.shared.work import StreamCursor, Work
 
-__all__ = ["Mask"]
+__all__ = ["Mask", "columns_before"]
 
 Expr = Any
 _ROWS = 2
+
+
+def columns_before(column: Expr) -> Expr:
+    """Return how many of a thread's columns lie before one, seen from its first: two of every eight."""
+    if isinstance(column, int):
+        return column // 8 * 2 + min(column % 8, 2)
+    return T.shift_right(column, 3) * 2 + minimum(T.bitwise_and(column, 7), 2)
 
 
 class Mask:
@@ -105,19 +113,13 @@ class Mask:
         """
         tile = self.plan.stream_tile
         after, period = math.prod(tile[axis + 1 :]) // 4, math.prod(tile[axis:]) // 4
-        first = register(maximum(minimum(start, tile[axis]), 0))
-        end = register(maximum(minimum(start + extent, tile[axis]), 0))
-        if axis == self.plan.rank - 1:
-            first, end = (T.shift_right(place, 3) * 2 + minimum(T.bitwise_and(place, 7), 2) for place in (first, end))
-        else:
-            first, end = first * after, end * after
         # A shift by 32 needs 64 bits.
         dtype = "uint64" if period >= 32 else "uint32"
-        one = tirx.IntImm(dtype, 1)
-        stretch = T.shift_left(one, T.Cast(dtype, end)) - T.shift_left(one, T.Cast(dtype, first))
-        stretch = T.Cast(self._dtype, stretch) if dtype != self._dtype else stretch
+        place = columns_before if axis == self.plan.rank - 1 else lambda key: key * after
+        word = stretch(start, start + extent, tile[axis], dtype, place)
+        word = T.Cast(self._dtype, word) if dtype != self._dtype else word
         copies = self.plan.streamed // 4 // period
-        return stretch * tirx.IntImm(self._dtype, sum(1 << (period * copy) for copy in range(copies)))
+        return word * tirx.IntImm(self._dtype, sum(1 << (period * copy) for copy in range(copies)))
 
     @property
     def _dtype(self) -> str:

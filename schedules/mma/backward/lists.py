@@ -13,12 +13,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tvm import tirx
-
 from na_compiler.schedules.mma.backward.block import SweepBlock
 from na_compiler.schedules.mma.copies import swizzled
 from na_compiler.schedules.mma.plan import CHUNK, ROWS
 from na_compiler.schedules.mma.rows import Rows
+from na_compiler.schedules.shared.bits import stretch
 from na_compiler.schedules.shared.trace import I, T, let, local, put, register, when
 from na_compiler.schedules.shared.work import Work
 
@@ -151,7 +150,12 @@ class Lists:
         """Write that each row sees all tokens of the list."""
         with self._words() as (first, bits):
             # The last step may have words beyond the list.
-            put(bits, 0, _stretch(0, T.max(T.min(self.count - first, self.plan.word), 0)))
+            put(bits, 0, self._bits(0, self.count - first))
+
+    def _bits(self, first: Expr, end: Expr) -> Expr:
+        """Return the bits of a word from one place to before another."""
+        # Signed: what is the same in all threads TVM computes on the host, and kernels take no uint64 from there.
+        return T.Cast("uint32", stretch(first, end, self.plan.word, "int64", keeps=False))
 
     def gather_statistics(self, stage: Expr) -> None:
         """Emit the copy of the statistics of the list's queries, from those of the tile, in the list's order."""
@@ -214,23 +218,15 @@ class WindowLists(Lists):
                 put(place, 0, 0 - rest)
             with I.While(T.bitwise_and(place[0] < word, first + place[0] < self.count)):
                 at = self._coordinates(line[0], self._divisors[:-1]) if outer else []
-                stretch = self._line(place[0], last, extent)
+                line_bits = self._line(place[0], last, extent)
                 for (start, end), where in zip(outer, at, strict=True):
                     inside = T.Cast("uint32", where - start) < T.Cast("uint32", end - start)
-                    stretch = T.Select(inside, stretch, T.uint32(0))
-                put(bits, 0, T.bitwise_or(bits[0], stretch))
+                    line_bits = T.Select(inside, line_bits, T.uint32(0))
+                put(bits, 0, T.bitwise_or(bits[0], line_bits))
                 put(line, 0, line[0] + 1)
                 put(place, 0, place[0] + extent)
 
     def _line(self, place: Expr, window: Sequence[Expr], extent: Expr) -> Expr:
         """Return the bits of a word that a line has in the window along the last axis."""
         ends = [T.max(T.min(at, extent), 0) + place for at in window]
-        return _stretch(*(T.max(T.min(end, self.plan.word), 0) for end in ends))
-
-
-def _stretch(first: Expr, end: Expr) -> Expr:
-    """Return a word with the bits from one place to before another, at most 32."""
-    # Signed: what is the same in all threads TVM computes on the host, and kernels take no uint64 from there.
-    one = tirx.IntImm("int64", 1)
-    powers = [T.shift_left(one, T.Cast("int64", place)) for place in (first, end)]
-    return T.Cast("uint32", powers[1] - powers[0])
+        return self._bits(*ends)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from na_compiler.schedules.shared.mask import Mask
+from na_compiler.schedules.shared.bits import stretch
+from na_compiler.schedules.shared.mask import Mask, columns_before
 from na_compiler.schedules.shared.statistics import LOG2_E
 from na_compiler.schedules.shared.trace import I, T, both, emit, flat, let, local, put, when
 from na_compiler.schedules.shared.work import StreamCursor, Work
@@ -65,15 +66,11 @@ class Window(Mask):
 
     def _find_tail(self, remaining: Expr) -> None:
         """Of additional keys, all count that there are."""
-        word = self._stretch(T.int32(0), T.max(T.min(remaining - self.pair, self.plan.streamed), 0))
+        # As if the tile had one axis.
+        word = stretch(0, remaining - self.pair, self.plan.streamed, "uint64", columns_before)
+        word = T.Cast(self._dtype, word) if self._dtype != "uint64" else word
         for row in range(_ROWS):
             self._remember(row, word)
-
-    def _stretch(self, first: Expr, end: Expr) -> Expr:
-        """Return the bits of a stretch of the tile's columns, as if it had one axis; seen from the thread's first."""
-        places = [T.shift_right(place, 3) * 2 + T.min(T.bitwise_and(place, 7), 2) for place in (first, end)]
-        wide = [T.shift_left(T.uint64(1), T.Cast("uint64", place)) for place in places]
-        return T.Cast(self._dtype, wide[1] - wide[0]) if self._dtype != "uint64" else wide[1] - wide[0]
 
     def _remember(self, row: int, word: Expr) -> None:
         for half, part in enumerate(self._words(word)):
