@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 
 from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.schedules.mma.bias import Bias
@@ -29,7 +28,7 @@ from na_compiler.schedules.mma.tf32 import RoundedProducts
 from na_compiler.schedules.shared.key_mask import KeyMask
 from na_compiler.schedules.shared.mask import Mask
 from na_compiler.schedules.shared.softmax import Softmax
-from na_compiler.schedules.shared.trace import I, T, both, hold, let, local, put, register, when
+from na_compiler.schedules.shared.trace import I, T, both, hold, let, local, put, register, traced, when
 from na_compiler.schedules.shared.work import StreamCursor, Work
 
 __all__ = ["schedule_forward"]
@@ -41,12 +40,7 @@ _NEGATE = {False: 0x80008000, True: 0x80000000}
 
 def schedule_forward(plan: Plan) -> tirx.PrimFunc:
     """Return the forward of a problem, for TVM's ``tirx`` pipeline."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name("main")
-            I.func_attr({"global_symbol": "main"})
-            _trace(plan)
-        return builder.get()
+    return traced(lambda: _trace(plan))
 
 
 def _trace(plan: Plan) -> None:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as I
 
 __all__ = [
     "I", "T", "both", "emit", "flat", "hold", "index64", "let", "local", "maximum", "minimum", "put", "register",
-    "strided_offset", "when",
+    "strided_offset", "traced", "when",
 ]  # fmt: skip
 
 Expr = Any
+
+
+def traced(trace: Callable[[], None]) -> tirx.PrimFunc:
+    """Return a library's one function, for TVM's ``tirx`` pipeline: host and device are what a call emits."""
+    with IRBuilder() as builder:
+        with I.prim_func():
+            I.func_name("main")
+            I.func_attr({"global_symbol": "main"})
+            trace()
+        return builder.get()
 
 
 def emit(call: Expr) -> None:

@@ -16,9 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 
-from na_compiler.schedules.shared.trace import I, T, emit, hold, let, local, put, when
+from na_compiler.schedules.shared.trace import I, T, emit, hold, let, local, put, traced, when
 from na_compiler.schedules.shared.work import Work
 from na_compiler.schedules.sm90.block import Arguments, Block
 from na_compiler.schedules.sm90.config import Sm90
@@ -35,12 +34,7 @@ _PROCESSORS = 132
 
 def schedule_forward(plan: Plan, config: Sm90) -> tirx.PrimFunc:  # noqa: ARG001
     """Return the forward of a problem, for TVM's ``tirx`` pipeline."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name("main")
-            I.func_attr({"global_symbol": "main"})
-            _Kernel(plan).trace()
-        return builder.get()
+    return traced(_Kernel(plan).trace)
 
 
 class _Kernel:

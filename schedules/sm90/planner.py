@@ -22,8 +22,9 @@ from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate as Base
 from na_compiler.schedules.shared.counts import tiles_met
 from na_compiler.schedules.sm90.backward import planner as backward
+from na_compiler.schedules.sm90.boxes import boxes, fits
 from na_compiler.schedules.sm90.config import Sm90
-from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, Plan, pieces_of
+from na_compiler.schedules.sm90.plan import MAX_ELEMENT_STRIDE, ROWS, SHARED_MEMORY, Plan
 from na_compiler.window import group_length
 
 __all__ = ["Candidate", "candidates", "most_registers", "refusal"]
@@ -197,11 +198,11 @@ def _spaces_within(problem: Problem, lengths: list[int]) -> list[_Space]:
         keys = [
             tile
             for extent in stages
-            for tile in _boxes(extent, problem.rank)
-            if tile[-1] % 8 == 0 and _fits(problem, tile, lengths)
+            for tile in boxes(extent, problem.rank)
+            if tile[-1] % 8 == 0 and fits(problem, tile, lengths)
         ]
         within = [-(-lengths[0] // warpgroups), *lengths[1:]]
-        queries = [tile for tile in _boxes(ROWS, problem.rank) if _fits(problem, tile, within)]
+        queries = [tile for tile in boxes(ROWS, problem.rank) if fits(problem, tile, within)]
         if queries and keys:
             found.append(_Space(warpgroups, queries, keys, stages))
     return found
@@ -222,23 +223,6 @@ def _configs(problem: Problem) -> Iterator[Sm90]:
     for space in _spaces(problem):
         for query, key in itertools.product(range(len(space.queries)), range(len(space.keys))):
             yield space.config(query, key)
-
-
-def _fits(problem: Problem, tile: tuple[int, ...], lengths: list[int]) -> bool:
-    """Whether TMA can fetch a tile, and it is not twice as long as the axis it lies on."""
-    return pieces_of(tile, problem.dilation) is not None and all(
-        extent < 2 * max(length, 8) for extent, length in zip(tile, lengths, strict=True)
-    )
-
-
-@functools.cache
-def _boxes(volume: int, rank: int) -> list[tuple[int, ...]]:
-    if rank == 1:
-        return [(volume,)]
-    return [
-        (extent, *rest) for extent in range(1, volume + 1) if volume % extent == 0
-        for rest in _boxes(volume // extent, rank - 1)
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

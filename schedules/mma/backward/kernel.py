@@ -16,7 +16,6 @@ import contextlib
 from collections.abc import Iterator
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 
 from na_compiler.schedules.mma.backward.arguments import BackwardArguments
 from na_compiler.schedules.mma.backward.block import SweepBlock
@@ -25,7 +24,7 @@ from na_compiler.schedules.mma.backward.strips import StripWork
 from na_compiler.schedules.mma.backward.sweep import StripSweep, Sweep
 from na_compiler.schedules.shared.gather import launch_gather
 from na_compiler.schedules.shared.keys import KeyWork
-from na_compiler.schedules.shared.trace import I, T, when
+from na_compiler.schedules.shared.trace import I, T, traced, when
 from na_compiler.schedules.shared.work import Work
 
 __all__ = ["schedule_backward"]
@@ -33,12 +32,7 @@ __all__ = ["schedule_backward"]
 
 def schedule_backward(plan: BackwardPlan) -> tirx.PrimFunc:
     """Return the backward of a problem, for TVM's ``tirx`` pipeline."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name("main")
-            I.func_attr({"global_symbol": "main"})
-            _trace(plan)
-        return builder.get()
+    return traced(lambda: _trace(plan))
 
 
 def _trace(plan: BackwardPlan) -> None:

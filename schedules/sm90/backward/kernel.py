@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 
 from na_compiler.schedules.shared.gather import launch_gather
-from na_compiler.schedules.shared.trace import I, T, emit, let, when
+from na_compiler.schedules.shared.trace import I, T, emit, let, traced, when
 from na_compiler.schedules.sm90.backward.arguments import BackwardArguments, Maps
 from na_compiler.schedules.sm90.backward.block import SweepBlock
 from na_compiler.schedules.sm90.backward.consumer import SweepConsumer
@@ -35,12 +34,7 @@ Expr = Any
 
 def schedule_backward(plan: BackwardPlan) -> tirx.PrimFunc:
     """Return the backward of a problem, for TVM's ``tirx`` pipeline."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name("main")
-            I.func_attr({"global_symbol": "main"})
-            _trace(plan)
-        return builder.get()
+    return traced(lambda: _trace(plan))
 
 
 def _trace(plan: BackwardPlan) -> None:

@@ -22,10 +22,11 @@ from na_compiler.schedules.shared.candidate import Candidate as Base
 from na_compiler.schedules.shared.counts import tiles_met
 from na_compiler.schedules.sm90.backward.config import Sm90Backward, Sweep
 from na_compiler.schedules.sm90.backward.plan import ALIGNED, SweepPlan
-from na_compiler.schedules.sm90.plan import ROWS, SHARED_MEMORY, pieces_of
+from na_compiler.schedules.sm90.boxes import boxes, fits
+from na_compiler.schedules.sm90.plan import ROWS, SHARED_MEMORY
 from na_compiler.window import group_length
 
-__all__ = ["BackwardCandidate", "SweepCandidate", "candidates", "has_tiles", "sweeps"]
+__all__ = ["MEGAHERTZ", "BackwardCandidate", "SweepCandidate", "candidates", "has_tiles", "statistics_time", "sweeps"]
 
 _Numbers = NDArray[Any]
 
@@ -54,7 +55,7 @@ _BLOCK, _BLOCK_WORK = 1910.0, 1120.0
 _PAIR = 1.15
 # Of an H100 at work; bytes a microsecond of the kernel of statistics; and what many batch entries of small windows take
 # for each part that one is estimated at: measured in nine rows.
-_MEGAHERTZ, _BYTES, _STEADY = 1700.0, 2.4e6, 1.15
+MEGAHERTZ, _BYTES, _STEADY = 1700.0, 2.4e6, 1.15
 # Bytes a cycle that L2 gives a multiprocessor.
 _L2 = 18.0
 # Registers that the compiler makes do with beyond those that there are, as `SweepPlan.needed_registers` counts them;
@@ -129,7 +130,7 @@ class BackwardCandidate(Base):
     @property
     def microseconds(self) -> float:
         """Estimated time among many batch entries."""
-        return _STEADY * (self.queries.steady + self.keys.steady) / _MEGAHERTZ + self.statistics
+        return _STEADY * (self.queries.steady + self.keys.steady) / MEGAHERTZ + self.statistics
 
     @property
     def waste(self) -> float:  # type: ignore[override]
@@ -150,6 +151,11 @@ class BackwardCandidate(Base):
         return f"for the gradient of queries {self.queries}; for those of keys and values {self.keys}"
 
 
+def statistics_time(problem: Problem) -> float:
+    """Return the microseconds of the kernel before the others, which reads output and its gradient."""
+    return problem.tokens * problem.heads * 2 * problem.head_dim_v * problem.element_bytes / _BYTES
+
+
 @functools.lru_cache(maxsize=256)
 def candidates(problem: Problem, count: int = 8) -> tuple[BackwardCandidate, ...]:
     """Return the best configs of a problem that the family takes, the best first."""
@@ -157,8 +163,7 @@ def candidates(problem: Problem, count: int = 8) -> tuple[BackwardCandidate, ...
     together = sweeps(problem, "keys", ("grad_key", "grad_value"), count)
     # A config has one choice for both: that which suits the gradient of keys, which needs more.
     keys = together or sweeps(problem, "keys", ("grad_key",), count)
-    # It reads output and its gradient.
-    statistics = problem.tokens * problem.heads * 2 * problem.head_dim_v * problem.element_bytes / _BYTES
+    statistics = statistics_time(problem)
     found = [
         BackwardCandidate(Sm90Backward(one.sweep, other.sweep, split=not together), one, other, statistics)
         for one, other in itertools.product(queries, keys)
@@ -190,10 +195,10 @@ def _spaces_within(problem: Problem, side: str, results: tuple[str, ...], length
     wide = max(problem.head_dim, problem.head_dim_v) > _WIDE
     for warpgroups, blocks in ((2, 1),) if wide else ((2, 1), (1, 2), (1, 3), (1, 4)):
         within = [-(-lengths[0] // warpgroups), *lengths[1:]]
-        owns = [tile for tile in _boxes(ROWS, problem.rank) if _fits(problem, tile, within)]
+        owns = [tile for tile in boxes(ROWS, problem.rank) if fits(problem, tile, within)]
         for volume in _STREAMED:
             streams = [
-                tile for tile in _boxes(volume, problem.rank) if tile[-1] % 8 == 0 and _fits(problem, tile, lengths)
+                tile for tile in boxes(volume, problem.rank) if tile[-1] % 8 == 0 and fits(problem, tile, lengths)
             ]
             if owns and streams:
                 plan = _complete(problem, side, results, Sweep(owns[0], streams[0], warpgroups, 1, blocks))
@@ -218,23 +223,6 @@ def _complete(problem: Problem, side: str, results: tuple[str, ...], sweep: Swee
 def _has_room(plan: SweepPlan) -> bool:
     shared = plan.shared_bytes
     return shared <= SHARED_MEMORY and plan.config.blocks * (shared + _SHARED_OF_SYSTEM) <= _SHARED_OF_ALL
-
-
-def _fits(problem: Problem, tile: tuple[int, ...], lengths: list[int]) -> bool:
-    """Whether TMA can fetch a tile, and it is not twice as long as the axis it lies on."""
-    return pieces_of(tile, problem.dilation) is not None and all(
-        extent < 2 * max(length, 8) for extent, length in zip(tile, lengths, strict=True)
-    )
-
-
-@functools.cache
-def _boxes(volume: int, rank: int) -> list[tuple[int, ...]]:
-    if rank == 1:
-        return [(volume,)]
-    return [
-        (extent, *rest) for extent in range(1, volume + 1) if volume % extent == 0
-        for rest in _boxes(volume // extent, rank - 1)
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 
-from na_compiler.schedules.shared.trace import I, T, emit, let, when
+from na_compiler.schedules.shared.trace import I, T, emit, let, traced, when
 from na_compiler.schedules.sm90.backward.arguments import Maps
 from na_compiler.schedules.sm90.backward.fused.adder import Adder
 from na_compiler.schedules.sm90.backward.fused.arguments import FusedArguments
@@ -43,12 +42,7 @@ Expr = Any
 
 def schedule_fused(plan: FusedPlan) -> tirx.PrimFunc:
     """Return the backward of a problem, for TVM's ``tirx`` pipeline."""
-    with IRBuilder() as builder:
-        with I.prim_func():
-            I.func_name("main")
-            I.func_attr({"global_symbol": "main"})
-            _trace(plan)
-        return builder.get()
+    return traced(lambda: _trace(plan))
 
 
 def _trace(plan: FusedPlan) -> None:
