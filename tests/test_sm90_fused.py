@@ -25,6 +25,7 @@ from na_compiler.schedules.choose import candidates, choose
 from na_compiler.schedules.sm90.backward.config import Sm90Backward
 from na_compiler.schedules.sm90.backward.fused import adder, consumer, convert, planner, work
 from na_compiler.schedules.sm90.backward.fused.config import Sm90Fused
+from na_compiler.schedules.sm90.family import FAMILY
 from na_compiler.window import group_length, query_bounds
 
 # With warps that add as late as they may.
@@ -211,6 +212,8 @@ def test_what_was_measured_is_chosen(given, config):
     assert isinstance(found[1].config, Sm90Backward)
     assert found[0].columns().keys() == found[1].columns().keys()
     assert "one sweep" in str(found[0])
+    assert FAMILY.estimate(problem, TARGET, "backward") == found[0].microseconds
+    assert found[0].microseconds < found[1].microseconds
 
 
 _CHOSEN = {"layout": (128, 128), "heads": 6, "head_dim": 128, "kernel_size": 48, "stride": 16, "dtype": "float16"}

@@ -61,7 +61,10 @@ def _check_parameters(source: str) -> None:
         for parameter in filter(None, (each.strip() for each in parameters.split(","))):
             kind = parameter.rpartition(" ")[0]
             if not (kind in _PASSED or "*" in parameter or "CUtensorMap" in parameter):
-                raise RuntimeError(f"{name} has a parameter that TVM cannot pass: {parameter}; its type must be signed")
+                raise RuntimeError(
+                    f"{name} has a parameter that TVM cannot pass: {parameter}; a pointer, a tensor map, int32, int64, "
+                    f"uint32, float32 or float64 would work"
+                )
 
 
 def check_library(path: Path) -> None:

@@ -59,11 +59,11 @@ class _Sm90(Family):
         assert isinstance(config, Sm90)
         return visit(config.plan(problem), token)
 
-    def estimate(self, problem: Problem, target: Target, direction: str) -> float | None:  # noqa: ARG002
-        """Return the best candidate's time among many batch entries, in microseconds."""
-        if direction == "backward":
-            return backward_planner.candidates(problem, 1)[0].microseconds
-        return planner.candidates(problem, 1)[0].microseconds
+    def estimate(self, problem: Problem, target: Target, direction: str) -> float | None:
+        """Return the chosen candidate's time among many batch entries, in microseconds."""
+        best = self.candidates(problem, target, direction, 1)[0]
+        assert isinstance(best, planner.Candidate | backward_planner.BackwardCandidate | fused_planner.FusedCandidate)
+        return best.microseconds
 
     def lower(self, problem: Problem, config: Config, direction: str) -> Lowered:
         """Return the kernel, for nvcc."""

@@ -20,6 +20,7 @@ from na_compiler.schedules.shared.counts import tiles_met
 from na_compiler.schedules.sm90.backward.fused.config import Sm90Fused
 from na_compiler.schedules.sm90.backward.fused.limits import refusal
 from na_compiler.schedules.sm90.backward.fused.plan import FusedPlan
+from na_compiler.schedules.sm90.backward.planner import MEGAHERTZ, statistics_time
 from na_compiler.schedules.sm90.plan import ROWS, pieces_of
 from na_compiler.window import group_length, query_bounds
 
@@ -55,13 +56,24 @@ class FusedCandidate(Candidate):
         The choices.
     cycles
         Estimated time, to be compared with that of two sweeps.
+    steady
+        The same among many batch entries.
+    statistics
+        Microseconds of the kernel before it.
     waste
         Scores computed for each one that is needed.
     """
 
     config: Sm90Fused
     cycles: float
+    steady: float
+    statistics: float
     waste: float
+
+    @property
+    def microseconds(self) -> float:
+        """Estimated time among many batch entries."""
+        return self.steady / MEGAHERTZ + self.statistics
 
     def columns(self) -> dict[str, str]:
         """Return its row of a table, which has the columns of two sweeps."""
@@ -106,9 +118,10 @@ def candidates(problem: Problem) -> tuple[FusedCandidate, ...]:
     ):
         return ()
     # A batch is likely to fill the last wave, so waves are not rounded up.
-    cycles = _TILE * (each + _waits(plan)) * (blocks / _PROCESSORS + 0.5)
+    block = _TILE * (each + _waits(plan))
+    steady = block * blocks / _PROCESSORS
     waste = tiles * _WARPGROUPS * ROWS * ROWS / problem.pairs()
-    return (FusedCandidate(config, cycles, waste),)
+    return (FusedCandidate(config, steady + block / 2, steady, statistics_time(problem), waste),)
 
 
 def _tiles(problem: Problem) -> tuple[float, tuple[int, ...], tuple[int, ...]] | None:
