@@ -190,7 +190,7 @@ class _Ring(_Forward):
         extra: Expr = 0
         if plan.problem.additional_kv:
             extra = (self.count + (plan.streamed - 1)) // plan.streamed
-        self.total = register(self.windows + extra)
+        self.total = register(self.windows + extra) if plan.problem.additional_kv else self.windows
 
     def visit(self) -> None:
         """Emit the loop over tiles of keys."""

@@ -32,8 +32,6 @@ _ALIGNMENT = 128
 _KEPT, _BESIDE = 144, 48
 # And for the mask and the softmax of another 16 rows. Assumed.
 _ANOTHER = 16
-# And for heads that lie side by side, in a ring: with head_dim 128 sm_100 spilled 12 bytes of 168 registers.
-_HEADS = 12
 # And for places in a table of biases, and for bits of a key mask. Assumed.
 _BIAS, _KEY_MASK = 16, 8
 
@@ -245,5 +243,4 @@ class Plan:
         beside = _BESIDE + (self.row_tiles - 1) * _ANOTHER
         bias = _BIAS if self.problem.has(RELATIVE_POSITION_BIAS) else 0
         key_mask = _KEY_MASK if self.problem.has(KEY_MASK) else 0
-        heads = 0 if self.packed == 1 or self.is_resident else _HEADS
-        return beside + bias + key_mask + heads + products
+        return beside + bias + key_mask + products
