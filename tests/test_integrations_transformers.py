@@ -374,6 +374,23 @@ def test_passes_find_the_windows_of_compiled_models(seed, calls):
     assert found == [(WINDOW,)] * 2
 
 
+def test_exported_models_of_any_length(seed):
+    """The mask is made of positions, which passes read; each length has its kernel."""
+    from na_compiler import passes
+
+    model = make("Mistral").model
+    model.set_attn_implementation(NAME)
+    lengths = {"input_ids": {1: torch.export.Dim("length", max=512)}, "use_cache": None}
+    program = torch.export.export(
+        model, (), {"input_ids": tokens(70), "use_cache": False}, dynamic_shapes=lengths, strict=False
+    )
+    passes.canonicalise(program)
+    assert [site.dynamic for site in passes.collect(program)] == [("layout[0]",)] * 2
+    ids = tokens(90)
+    with torch.no_grad():
+        close(program.module()(input_ids=ids, use_cache=False)[0], model(ids, use_cache=False)[0])
+
+
 def test_convert_chooses_and_reports(seed, calls, caplog):
     report = {}
     model = torch.nn.ModuleDict({"text": theirs(make("Qwen3")), "dense": theirs(make("Mistral", sliding_window=None))})

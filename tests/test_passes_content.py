@@ -398,6 +398,16 @@ def chunks(model, x, length):
     return (index[:, None] // WINDOW == index // WINDOW) & (index[:, None] >= index)
 
 
+def packed(model, x, length):
+    """As transformers makes masks of positions that may be of several sequences."""
+    positions = torch.arange(length)[None].expand(1, -1)
+    sequence = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    batch, index = torch.arange(1)[:, None, None, None], torch.arange(length)
+    query, key = index[None, None, :, None], index[None, None, None, :]
+    distance = positions[batch, query] - positions[batch, key]
+    return (distance >= 0) & (distance < WINDOW) & (sequence[batch, query] == sequence[batch, key])
+
+
 def from_the_end(model, x, length):
     index = length - 1 - torch.arange(length)
     return (index[:, None] <= index) & (index - index[:, None] < WINDOW)
@@ -407,6 +417,15 @@ OF_LENGTHS = {
     "counted": (counted, None),
     "ones": (lambda model, x, length: (1.0 - x.new_ones(length, length).tril().triu(1 - WINDOW)) * -1e4, None),
     "sliced": (lambda model, x, length: model.large[:length, :length], None),
+    "packed": (packed, None),
+    "picked from the end": (
+        lambda model, x, length: model.large[:length, :length][torch.arange(length) - 1], "count from its end",
+    ),
+    "differences at the end": (
+        lambda model, x, length: torch.diff(
+            torch.arange(length), prepend=torch.zeros(1), append=torch.ones(1)
+        )[1:] + model.large[:length, :length] > 1, "count from its end",
+    ),
     "from the end": (from_the_end, "computes with a size"),
     "up to 0": (lambda model, x, length: (torch.arange(-length, 0) > -9) & model.large[:length, :length], "from 0"),
     "of the length": (

@@ -2,8 +2,9 @@
 
 A mask whose elements do not depend on the length, but for how many of them there are, is for each length the corner of
 one large mask. So one of the bound's size tells what all shorter ones are. Which nodes keep that property is listed
-here: those that look at elements one by one, that make numbers from 0 on, and that insert, swap or expand dimensions. A
-length that is used as a number, or is counted from its end, is declined.
+here: those that look at elements one by one, that make numbers from 0 on, that insert, swap or expand dimensions, that
+pick elements by their numbers, and sums and differences of an element and those before it. A length that is used as a
+number, or is counted from its end, is declined.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _ELEMENTWISE = {
     "remainder", "rsub", "sub", "to", "truediv", "where", "xor",
 }  # fmt: skip
 _TURNING = {"mT", "permute", "swapaxes", "t", "transpose", "tril", "triu", "unsqueeze"}
+# Each element is made of those before it: of a sum, or a difference.
+_RUNNING = {"cumprod", "cumsum"}
 _SIZED = {"expand", "new_ones", "new_zeros", "ones", "zeros"}
 _FILLED = {"full": 1, "new_full": 2}  # Which argument they are filled with.
 
@@ -70,7 +73,7 @@ class _Corner:
             described = tensor_of(node)
             if not isinstance(described, torch.Tensor):
                 raise DeclinedError(f"its mask depends on {node.name}, of which the size is not known")
-            is_fixed = all(isinstance(size, int) for size in described.shape)
+            is_fixed = all(_is_fixed(each) for each in self.constants.needed(node, self.at))
             is_written = any(node in memory for memory in self.constants.writes.values())
             value = self.constants.value(node, self.at) if is_fixed or is_written else self._made(node)
             self.known[node] = value
@@ -118,6 +121,13 @@ class _Corner:
         name, said = name_of(node), "its length is dynamic"
         if name == "arange":
             need(self._counts(node), f"{said}, and {node.name} does not count to it from 0")
+        elif name == "index" or (name == "getitem" and _picks(node)):
+            for numbers in node.args[1]:  # type: ignore[union-attr]
+                if not isinstance(numbers, fx.Node):
+                    continue
+                found = self.tensor(numbers)
+                need(found.dtype in {torch.int32, torch.int64}, f"{said}, and {node.name} picks by {found.dtype}")
+                need(bool((found >= 0).all()), f"{said}, and {node.name} may count from its end")
         elif name in {"getitem", "slice"}:
             need(self._begins(node, name), f"{said}, and {node.name} may count from its end")
         elif name in {"reshape", "view"}:
@@ -131,8 +141,13 @@ class _Corner:
         elif name in _ELEMENTWISE | _TURNING:
             numbers = [each for each in node.all_input_nodes if _is_size(each)]
             need(not numbers, f"{said}, and {node.name} computes with a size")
+        elif name == "diff":
+            # Of one difference, with something in front, and nothing at the end.
+            arguments = dict(zip(("self", "n", "dim", "prepend", "append"), node.args, strict=False)) | node.kwargs
+            fits = bool(arguments.get("n", 1) == 1) and arguments.get("prepend") is not None
+            need(fits and arguments.get("append") is None, f"{said}, and {node.name} may count from its end")
         else:
-            need(name in _SIZED, f"{said}, and {node.name} may depend on it otherwise than in size")
+            need(name in _SIZED | _RUNNING, f"{said}, and {node.name} may depend on it otherwise than in size")
 
     def _counts(self, node: fx.Node) -> bool:
         """Return whether an arange has the numbers from 0 to the length."""
@@ -150,11 +165,25 @@ class _Corner:
                 if item is not None and item is not Ellipsis:
                     return False
                 continue
-            is_whole = item.stop is None or (isinstance(item.stop, int) and item.stop > 1 << 62)
+            is_whole = item.stop is None or (isinstance(item.stop, int) and item.stop >= 0)
             is_length = isinstance(item.stop, fx.Node) and self._size(item.stop) == self.bound
             if item.start not in {None, 0} or item.step not in {None, 1} or not (is_whole or is_length):
                 return False
         return True
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Return whether a node is a tensor of a size that is known, or none at all."""
+    described = tensor_of(node)
+    if not isinstance(described, torch.Tensor):
+        return not isinstance(described, torch.SymInt)
+    return all(isinstance(size, int) for size in described.shape)
+
+
+def _picks(node: fx.Node) -> bool:
+    """Return whether a node picks elements by tensors of their numbers."""
+    index = node.args[1]
+    return isinstance(index, tuple) and all(isinstance(tensor_of(each), torch.Tensor) for each in index)
 
 
 def _is_size(node: fx.Node) -> bool:
