@@ -1,8 +1,9 @@
 """Problems of a peer's public test suite (`data/na_cases.json`), through the operators, forward and backward.
 
-Each geometry once, with one causal combination and one dtype that change with the seed; with ``--full`` every causal
-combination in float32 as well, with more batch and heads. Where a problem is large, heads and head_dim are reduced and
-the reference looks at some queries only; layout, kernel size, stride and dilation are always those of the case.
+Of each rank some geometries, each with one causal combination and one dtype, all of which change with the seed; with
+``--full`` all geometries, and every causal combination in float32 as well, with more batch and heads. Where a problem
+is large, heads and head_dim are reduced and the reference looks at some queries only; layout, kernel size, stride and
+dilation are always those of the case.
 """
 
 import json
@@ -24,6 +25,8 @@ CASES = json.loads((Path(__file__).parent / "data" / "na_cases.json").read_text(
 FUNCTIONS = {1: na_compiler.na1d, 2: na_compiler.na2d, 3: na_compiler.na3d}
 # Multiply-adds of the scores up to which a problem is taken as it is.
 WORK = {False: 1 << 30, True: 1 << 34}
+# Geometries of each rank that a run draws: a third, so that a few runs see them all.
+DRAWN = 14
 # Tokens up to which the reference computes every query, and how many it computes beyond.
 TOKENS, SOME = 1200, 160
 
@@ -45,25 +48,34 @@ def problem_of(case, is_causal, dtype, full):
     )  # fmt: skip
 
 
+def of_rank(rank):
+    return (case for case in CASES if len(case["shape"]) == rank)
+
+
 def pytest_generate_tests(metafunc):
     if "problem" not in metafunc.fixturenames:
         return
     choose = random.Random(int(os.environ["NA_COMPILER_TEST_SEED"]))
     dtypes = ("float32", "float32", "bfloat16", "float16")
+    drawn = {case["id"] for rank in FUNCTIONS for case in choose.sample([*of_rank(rank)], DRAWN)}
     problems = {}
     for case in CASES:
         causal, dtype = choose.choice(case["is_causal"]), choose.choice(dtypes)
         problems[problem_of(case, causal, dtype, full=False)] = case["id"]
         if metafunc.config.getoption("--full"):
             problems |= {problem_of(case, c, "float32", full=True): case["id"] for c in case["is_causal"]}
-    parameters = [pytest.param(problem, id=f"{name} {problem}") for problem, name in problems.items()]
+    parameters = [
+        pytest.param(problem, id=f"{name} {problem}", marks=() if name in drawn else pytest.mark.full)
+        for problem, name in problems.items()
+    ]
     metafunc.parametrize("problem", parameters)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
     """Compile what is going to run, on all cores."""
-    problems = [item.callspec.params["problem"] for item in request.session.items if item.path == request.path]
+    here = [item for item in request.session.items if item.path == request.path]
+    problems = [item.callspec.params["problem"] for item in here if item.get_closest_marker("skip") is None]
     specs = [KernelSpec.make(p, direction=direction) for p in problems for direction in ("forward", "backward")]
     with compile_all(specs) as libraries:
         yield libraries
