@@ -170,10 +170,6 @@ class Problem:
         sizes = list(zip(self.layout, self.dilation, strict=True))
         has_bias = operands.RELATIVE_POSITION_BIAS in self.operands
         rules = [without_clamp(axis, *sizes[axis], rule) for axis, rule in enumerate(axes)]
-        if has_bias and any(":" in border for border in self.border):
-            raise ValueError(
-                f"border must not be 'cut:LEFT' with relative_position_bias, got {self.border}; border='cut' would work"
-            )
         kernel_size, stride, _, border = zip(*rules, strict=True)
         limits = [one if border_kind(kind) != CUT else 1 for one, kind in zip(kernel_size, border, strict=True)]
         gaps = [one if border_kind(kind) != CUT else 1 for one, kind in zip(self.dilation, border, strict=True)]

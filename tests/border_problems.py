@@ -17,7 +17,7 @@ PROBLEMS = [
     Problem(20, 2, 16, 50, border="cut", operands=(BIAS, MASK)),
     Problem(54, 2, 12, 44, border="cut:15", heads_kv=1, operands=(MASK,)),
     Problem(101, 2, 16, 6, 2, 7, border="cut", operands=(BIAS,)),
-    Problem(43, 1, 8, 9, border="cut:0"),
+    Problem(43, 1, 8, 9, border="cut:0", operands=(BIAS,)),
     Problem(48, 2, 24, 11, 4, border="wrap", operands=(BIAS, MASK)),
     Problem(60, 2, 16, 12, 5, 4, border="wrap", additional_kv=True),
     Problem((19, 23), 2, 32, (5, 8), border="cut", operands=(BIAS,)),
@@ -31,7 +31,17 @@ PROBLEMS = [
 SMALL = [
     Problem(17, 2, 8, 5, 3, is_causal=True, border="cut"),
     Problem(12, 2, 8, 20, border="cut", operands=(BIAS, MASK)),
-    Problem((8, 9), 2, 8, (3, 4), dilation=(1, 2), heads_kv=1, border=("wrap", "cut:1"), additional_kv=True),
+    Problem(
+        (8, 9),
+        2,
+        8,
+        (3, 4),
+        dilation=(1, 2),
+        heads_kv=1,
+        border=("wrap", "cut:1"),
+        additional_kv=True,
+        operands=(BIAS,),
+    ),
 ]
 
 
@@ -53,8 +63,6 @@ def draw_problem(rank):
         axes.append((length * dilation + rest, kernel_size, stride, dilation, is_causal, border))
     layout, kernel_size, stride, dilation, is_causal, border = zip(*axes, strict=True)
     options = [option for option in (BIAS, MASK) if random.random() < 0.4]
-    if any(":" in one for one in border):
-        options = [option for option in options if option != BIAS]
     return Problem(
         layout, 2, random.choice((8, 12, 20)), kernel_size, stride, dilation, is_causal, random.choice((1, 2)),
         additional_kv=random.random() < 0.3, operands=options, border=border,

@@ -151,7 +151,6 @@ REFUSED = [
     (dict(border="cut:5"), "LEFT less than kernel_size=5 on axis 0, got 5; border='cut:4' would work"),
     (dict(border="cut:1", stride=2), "must have stride=1 and no causality on axis 0, got stride=2; border='cut' would"),
     (dict(border="cut:1", is_causal=True), "got is_causal=True; border='cut' would work"),
-    (dict(border="cut:1", operands=(BIAS,)), "border must not be 'cut:LEFT' with relative_position_bias"),
     (dict(border="cut", stride=6), "stride must be at most kernel_size=5 on axis 0, got 6; stride=5 would work"),
     (dict(border="cut", dilation=13), "dilation must be at most the layout's 12 tokens .* got 13; dilation=12 would"),
     (dict(border="wrap", kernel_size=13), "kernel_size \\* dilation must be at most .* kernel_size=12 would work"),

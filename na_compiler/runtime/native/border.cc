@@ -60,9 +60,6 @@ void Problem::take_border(const std::string& words) {
     int64_t tokens = layout[axis], gap = dilation[axis], kernel = kernel_size[axis], step = stride[axis];
     std::string& word = border[axis];
     if (word == kShift) continue;
-    if (has_left(word) && has_bias) {
-      throw Error({"border must not be cut:LEFT with relative_position_bias, got ", word});
-    }
     if (word == kWrap) {
       if (kernel == 1 || (kernel == tokens / gap && !has_bias)) word = kShift;
       continue;
