@@ -160,7 +160,7 @@ def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, qu
     return widest
 
 
-def widest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, keys: int) -> int:
+def widest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, keys: int, border: str = SHIFT) -> int:
     """Return the largest number of queries that see a block of keys: from the first that sees one to the last.
 
     Parameters
@@ -169,6 +169,8 @@ def widest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, 
         As everywhere in this module.
     keys
         Of a block, at most ``length``; blocks lie as in `widest_union`.
+    border
+        As there.
 
     Examples
     --------
@@ -176,7 +178,7 @@ def widest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, 
     [4, 5, 7]
     """
     last = -(-length // keys) - 1
-    rule = (length, kernel_size, stride, is_causal)
+    rule = (length, kernel_size, stride, is_causal, border)
 
     def inverse(block: int) -> int:
         first: int = query_bounds(block * keys, *rule)[0]
@@ -185,9 +187,18 @@ def widest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, 
 
     # Of the blocks whose first key is seen by the first query, the last has most; of those whose last key is seen by
     # the last query, the first. (Where windows are causal, queries before a key do not see it.)
-    first = -1 if is_causal else min((kernel_size - 1) // keys, last)
-    beyond = min(max(-(-(length - kernel_size + 1) // keys) - 1, 0), last)
-    widest = max(inverse(block) for block in (max(first, 0), beyond))
+    reach = _reach(kernel_size, stride, is_causal, border)
+    if border == WRAP:
+        # No block is at a border; only the last one may be shorter.
+        first, beyond = -1, last
+    elif border != SHIFT:
+        first = -1 if is_causal else min((kernel_size - reach - 1) // keys, last)
+        ends = -(-length // stride) * stride - stride - reach
+        beyond = min(max(-(-(ends + 1) // keys) - 1, 0), last)
+    else:
+        first = -1 if is_causal else min((kernel_size - 1) // keys, last)
+        beyond = min(max(-(-(length - kernel_size + 1) // keys) - 1, 0), last)
+    widest = max(inverse(block) for block in (max(first, 0), beyond, last))
     between = beyond - first - 1
     if between > 0:
         # Between them nothing is clamped, and what counts is where in a stride group a block begins.
@@ -195,8 +206,7 @@ def widest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, 
             residue = _largest_residue(-keys % stride, stride, first + 1, between, -keys - kernel_size)
             inside = keys - 1 + kernel_size - (stride - 1 - residue)
         else:
-            offset = kernel_size // 2 - stride // 2 - kernel_size
-            residue = _largest_residue(keys, stride, first + 1, between, offset)
+            residue = _largest_residue(keys, stride, first + 1, between, reach - kernel_size)
             inside = ((keys + kernel_size - 2 - (stride - 1 - residue)) // stride + 1) * stride
         widest = max(widest, inside)
     return widest

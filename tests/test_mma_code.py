@@ -43,11 +43,19 @@ _MASKED = (
     Problem((64, 64), 8, 64, 13, dtype="bfloat16", operands=("key_mask",)),
     Problem(4096, 4, 64, 255, dtype="bfloat16", operands=("key_mask",)),
 )
+_BOTH = ("relative_position_bias", "key_mask")
+_WITH_OPERANDS = (
+    Problem((56, 56), 4, 32, 7, dtype="float16", operands=_BOTH[:1]),
+    Problem((56, 56), 4, 32, 7, dtype="float16", operands=_BOTH, border="cut"),
+    Problem((64, 64), 8, 64, 13, dtype="bfloat16", operands=_BOTH),
+    Problem((64, 64), 8, 128, 31, additional_kv=True, dtype="bfloat16", operands=_BOTH),
+    Problem(4096, 4, 64, 255, dtype="bfloat16", operands=_BOTH[1:], border="cut"),
+)
 
 
 @pytest.mark.parametrize(
     ("problem", "architecture"),
-    some(itertools.product(_PROBLEMS + _PACKED + _ROUNDED + _MASKED, _ARCHITECTURES), 3, "registers"),
+    some(itertools.product(_PROBLEMS + _PACKED + _ROUNDED + _MASKED + _WITH_OPERANDS, _ARCHITECTURES), 3, "registers"),
 )
 def test_no_spills(problem, architecture, tmp_path):
     """And no more registers and shared memory than so many blocks of a multiprocessor have."""
@@ -63,7 +71,8 @@ def test_no_spills(problem, architecture, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("problem", "architecture"), some([(p, a) for p in _PROBLEMS for a in _ARCHITECTURES], 2, "backward registers")
+    ("problem", "architecture"),
+    some([(p, a) for p in _PROBLEMS + _WITH_OPERANDS for a in _ARCHITECTURES], 2, "backward registers"),
 )
 def test_no_spills_in_the_backward(problem, architecture, tmp_path):
     """And as many blocks of each kernel fit as are asked for."""

@@ -6,15 +6,28 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from na_compiler.problem import Problem
 from na_compiler.schedules.mma.packing import HeadsWork
 from na_compiler.schedules.mma.products import RowTile
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared.trace import I, T, let, put, register
 from na_compiler.tensorir.arithmetic import LOG2_E
 
-__all__ = ["Bias"]
+__all__ = ["Bias", "steps_of"]
 
 Expr = Any
+
+
+def steps_of(problem: Problem) -> list[int]:
+    """Return by how much a step along each axis changes a place in a head's table.
+
+    Examples
+    --------
+    >>> steps_of(Problem((56, 56), 4, 32, 7))
+    [13, 1]
+    """
+    places = [2 * extent - 1 for extent in problem.kernel_size]
+    return [math.prod(places[axis + 1 :]) for axis in range(problem.rank)]
 
 
 class Bias:
@@ -35,9 +48,8 @@ class Bias:
     def __init__(self, tile: RowTile, rows: Rows, work: HeadsWork, table: Any, scale: Expr) -> None:
         self.plan, self.scores = tile.plan, tile.scores
         problem = self.plan.problem
-        places = [2 * extent - 1 for extent in problem.kernel_size]
-        count = math.prod(places)
-        self._steps = [math.prod(places[axis + 1 :]) for axis in range(self.plan.rank)]
+        count = math.prod(2 * extent - 1 for extent in problem.kernel_size)
+        self._steps = steps_of(problem)
         self._flat = I.decl_buffer([problem.heads * count], "float32", data=table.data, scope="global")
         self._unit = register(scale * T.float32(LOG2_E), "float32")
         self._pair = let(T.bitwise_and(rows.lane, 3) * 2)

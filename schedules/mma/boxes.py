@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from na_compiler.counting import widest_inverse, widest_union
 from na_compiler.problem import Problem
-from na_compiler.window import group_length
+from na_compiler.window import SHIFT, group_length
 
 __all__ = ["largest_inverse", "largest_inverses", "largest_union", "largest_unions", "usual_inverses"]
 
 
 @functools.lru_cache(maxsize=4096)
-def largest_union(length: int, kernel_size: int, stride: int, is_causal: bool, extent: int) -> int:
+def largest_union(length: int, kernel_size: int, stride: int, is_causal: bool, extent: int, border: str = SHIFT) -> int:
     """Return the most keys that the windows of ``extent`` queries, from a multiple of ``extent`` on, come to.
 
     Parameters
@@ -24,17 +24,21 @@ def largest_union(length: int, kernel_size: int, stride: int, is_causal: bool, e
         As in `na_compiler.window`.
     extent
         Queries of the box.
+    border
+        As in `na_compiler.window`.
 
     Examples
     --------
     >>> largest_union(56, 7, 1, False, 4), largest_union(1 << 40, 7, 7, False, 4)
     (10, 14)
     """
-    return widest_union(length, kernel_size, stride, is_causal, min(extent, length))
+    return widest_union(length, kernel_size, stride, is_causal, min(extent, length), border)
 
 
 @functools.lru_cache(maxsize=4096)
-def largest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool, extent: int) -> int:
+def largest_inverse(
+    length: int, kernel_size: int, stride: int, is_causal: bool, extent: int, border: str = SHIFT
+) -> int:
     """Return the most queries that see one of ``extent`` keys, from a multiple of ``extent`` on.
 
     Parameters are those of `largest_union`. Keys near a border are seen by more queries than others, where windows are
@@ -45,7 +49,7 @@ def largest_inverse(length: int, kernel_size: int, stride: int, is_causal: bool,
     >>> largest_inverse(56, 7, 1, False, 4), largest_inverse(56, 7, 1, True, 4)
     (11, 10)
     """
-    return widest_inverse(length, kernel_size, stride, is_causal, min(extent, length))
+    return widest_inverse(length, kernel_size, stride, is_causal, min(extent, length), border)
 
 
 def largest_unions(problem: Problem, box: tuple[int, ...]) -> tuple[int, ...]:
@@ -65,12 +69,18 @@ def usual_inverses(problem: Problem, box: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _largest(
-    largest: Callable[[int, int, int, bool, int], int], problem: Problem, box: tuple[int, ...]
+    largest: Callable[[int, int, int, bool, int, str], int], problem: Problem, box: tuple[int, ...]
 ) -> tuple[int, ...]:
     found = []
     for axis, extent in enumerate(box):
         layout, dilation = problem.layout[axis], problem.dilation[axis]
-        parameters = problem.kernel_size[axis], problem.stride[axis], problem.is_causal[axis], extent
+        parameters = (
+            problem.kernel_size[axis],
+            problem.stride[axis],
+            problem.is_causal[axis],
+            extent,
+            problem.border[axis],
+        )
         lengths = {group_length(layout, dilation, group) for group in (0, dilation - 1)}
         found.append(max(largest(length, *parameters) for length in lengths))
     return tuple(found)

@@ -11,7 +11,7 @@ from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.boxes import largest_unions
 from na_compiler.tensorir.axes import round_up
-from na_compiler.window import group_length
+from na_compiler.window import SHIFT, group_length
 
 if TYPE_CHECKING:
     from na_compiler.schedules.mma.config import Mma
@@ -125,7 +125,7 @@ class Plan:
         problem = self.problem
         length, dilation = self.lengths[axis], problem.dilation[axis]
         same = problem.layout[axis] % dilation == 0 and problem.kernel_size[axis] == length
-        return same and not problem.is_causal[axis]
+        return same and not problem.is_causal[axis] and problem.border[axis] == SHIFT
 
     @property
     def is_dense(self) -> bool:

@@ -121,8 +121,7 @@ class WarpMask:
             windows = []
             for axis in range(self.plan.rank):
                 start, end = work.bounds(axis, work.clamp(axis, query[axis]))
-                causal = self.plan.problem.is_causal[axis]
-                extent = register(end - start) if causal else self.plan.problem.kernel_size[axis]
+                extent = register(end - start) if work.extent(axis) is None else work.extent(axis)
                 windows.append((register(start - resident.low[axis]), extent))
             self._windows.append(windows)
         self._stretches = [self._stretch(*windows[-1]) for windows in self._windows]

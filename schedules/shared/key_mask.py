@@ -10,7 +10,7 @@ from na_compiler.schedules.shared.tiles import Fragments
 from na_compiler.schedules.shared.trace import I, T, both, flat, index64, local, put, register, when
 from na_compiler.schedules.shared.work import Work
 
-__all__ = ["KeyMask"]
+__all__ = ["KeyMask", "MaskBytes"]
 
 Expr = Any
 _ROWS, _WORD = 2, 32
@@ -19,6 +19,32 @@ _ALL = 0xFFFFFFFF
 _PAIRS = 0x03030303
 # Times this, the pairs at bits 0, 8, 16 and 24 come to bits 24, 26, 28 and 30; no two products meet, so none carries.
 _GATHER = 1 << 24 | 1 << 18 | 1 << 12 | 1 << 6
+
+
+class MaskBytes:
+    """Emits reads of the mask of a batch entry and dilation group.
+
+    Parameters
+    ----------
+    work
+        The block's tile.
+    buffer
+        ``[batch, *layout]`` of bool.
+    """
+
+    def __init__(self, work: Work, buffer: Any) -> None:
+        problem = work.plan.problem
+        pitches = [math.prod(problem.layout[axis + 1 :]) for axis in range(problem.rank)]
+        start = index64(work.batch) * problem.tokens
+        for group, pitch in zip(work.group, pitches, strict=True):
+            start = start + index64(group) * pitch
+        self._flat = I.decl_buffer([2**62], "bool", data=I.Bind(flat(buffer).ptr_to([start])), scope="global")
+        # Of a position in the dilation group.
+        self.steps = [step * pitch for step, pitch in zip(problem.dilation, pitches, strict=True)]
+
+    def at(self, offset: Expr) -> Expr:
+        """Return 1 if the key takes part whose position is an offset, counted in `steps`, else 0."""
+        return T.Cast("int32", self._flat[index64(register(offset))])
 
 
 class KeyMask:
@@ -40,15 +66,8 @@ class KeyMask:
     """
 
     def __init__(self, products: Fragments, work: Work, buffer: Any, lane: Expr, additional: Expr | None) -> None:
-        self.plan, self._work, self._lane = products.plan, work, lane
-        problem = self.plan.problem
-        pitches = [math.prod(problem.layout[axis + 1 :]) for axis in range(self.plan.rank)]
-        start = index64(work.batch) * problem.tokens
-        for group, pitch in zip(work.group, pitches, strict=True):
-            start = start + index64(group) * pitch
-        self._flat = I.decl_buffer([2**62], "bool", data=I.Bind(flat(buffer).ptr_to([start])), scope="global")
-        # Of a position in the dilation group.
-        self._steps = [step * pitch for step, pitch in zip(problem.dilation, pitches, strict=True)]
+        self.plan, self._lane = products.plan, lane
+        self._mask = MaskBytes(work, buffer)
         most = -(-self.plan.streamed // _WORD)
         self._bytes, self.words = local(most, "int32"), local(most, "uint32")
         self._count = 0
@@ -68,8 +87,8 @@ class KeyMask:
             offset: Expr = 0
             for axis in reversed(range(len(box))):
                 along, number = (number, 0) if axis == 0 else (number % box[axis], number // box[axis])
-                offset = offset + T.min(low[axis] + along, high[axis] - 1) * self._steps[axis]
-            put(self._bytes, word, T.Cast("int32", self._flat[index64(register(offset))]))
+                offset = offset + T.min(low[axis] + along, high[axis] - 1) * self._mask.steps[axis]
+            put(self._bytes, word, self._mask.at(offset))
 
     def vote(self) -> None:
         """Emit the words of the keys that were loaded last."""

@@ -43,6 +43,7 @@ class KeyWork(Work):
             problem.kernel_size[axis],
             problem.stride[axis],
             problem.is_causal[axis],
+            problem.border[axis],
             minimum=minimum,
             maximum=maximum,
             choose=T.Select,

@@ -22,7 +22,7 @@ from na_compiler.schedules.shared.trace import (
     strided_offset,
     when,
 )  # fmt: skip
-from na_compiler.window import window_bounds
+from na_compiler.window import CUT, border_kind, window_bounds
 
 __all__ = ["StreamCursor", "Work"]
 
@@ -107,7 +107,8 @@ class Work:
     def extent(self, axis: int) -> int | None:
         """Return how long all windows are along an axis; ``None`` if they differ."""
         problem = self.plan.problem
-        return None if problem.is_causal[axis] else problem.kernel_size[axis]
+        differ = problem.is_causal[axis] or border_kind(problem.border[axis]) == CUT
+        return None if differ else problem.kernel_size[axis]
 
     def bounds(self, axis: int, query: Expr) -> tuple[Expr, Expr]:
         """Return the window of a query, which must exist."""
@@ -118,6 +119,7 @@ class Work:
             problem.kernel_size[axis],
             problem.stride[axis],
             problem.is_causal[axis],
+            problem.border[axis],
             minimum=minimum,
             maximum=maximum,
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm import tirx
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.backward.plan import BackwardPlan, statistics_shape
 from na_compiler.schedules.mma.block import strided, wide
@@ -21,11 +22,12 @@ Expr = Any
 class BackwardArguments:
     """The function's arguments.
 
-    ``main(query, key, value, [additional_keys, additional_values,] output, grad_output, lse, grad_lse, scale,
-    grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,] statistics,
-    [additional_key_space, additional_value_space])``: inputs, ``grad_output`` and the first three gradients may have
-    any strides that are multiples of 16 bytes, all others are contiguous. ``grad_lse`` may have no batch entries, and
-    is 0 then. The last ones are workspace.
+    ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] output,
+    grad_output, lse, grad_lse, scale, grad_query, grad_key, grad_value, [grad_additional_keys, grad_additional_values,]
+    [grad_relative_position_bias,] statistics, [additional_key_space, additional_value_space,] [bias_space])``: inputs
+    before the table of biases, ``grad_output`` and the first three gradients may have any strides that are multiples of
+    16 bytes, all others are contiguous. ``grad_lse`` may have no batch entries, and is 0 then. The last ones are
+    workspace.
     """
 
     def __init__(self, plan: BackwardPlan) -> None:
@@ -47,24 +49,32 @@ class BackwardArguments:
             shapes["additional_values"] = (*extra, problem.head_dim_v)
         self.tensors = {name: strided(name, shape, problem.dtype) for name, shape in shapes.items()}
         output = (*tokens, problem.heads, problem.head_dim_v)
+        table = (problem.heads, *(2 * extent - 1 for extent in problem.kernel_size))
+        if problem.has(RELATIVE_POSITION_BIAS):
+            self._contiguous(RELATIVE_POSITION_BIAS, table, "float32", 4)
+        if problem.has(KEY_MASK):
+            self._contiguous(KEY_MASK, tokens, "bool", 1)
         self._contiguous("output", output, problem.dtype)
         self.tensors["grad_output"] = strided("grad_output", output, problem.dtype)
-        self._contiguous("lse", output[:-1], "float32")
-        self._contiguous("grad_lse", (self.given, *output[1:-1]), "float32")
+        self._contiguous("lse", output[:-1], "float32", 4)
+        self._contiguous("grad_lse", (self.given, *output[1:-1]), "float32", 4)
         self.scale = I.arg("scale", tirx.Var("scale", "float32"))
         for name, shape in shapes.items():
             if name.startswith("additional"):
                 self._contiguous(f"grad_{name}", shape, problem.dtype)
             else:
                 self.tensors[f"grad_{name}"] = strided(f"grad_{name}", shape, problem.dtype)
+        if problem.has(RELATIVE_POSITION_BIAS):
+            self._contiguous(f"grad_{RELATIVE_POSITION_BIAS}", (self.batch, *table), "float32", 4)
         self._contiguous("statistics", (self.batch, *statistics_shape(problem)), "float32")
         if problem.additional_kv:
             parts = (self.batch, problem.heads_kv, plan.strips, self.additional)
             self._contiguous("additional_key_space", (*parts, problem.head_dim), "float32")
             self._contiguous("additional_value_space", (*parts, problem.head_dim_v), "float32")
+        if problem.has(RELATIVE_POSITION_BIAS):
+            self._contiguous("bias_space", (self.batch, *plan.bias_space), "float32", 4)
 
-    def _contiguous(self, name: str, shape: Sequence[Expr], dtype: str) -> None:
-        align = 4 if name in ("lse", "grad_lse") else 16
+    def _contiguous(self, name: str, shape: Sequence[Expr], dtype: str, align: int = 16) -> None:
         self.tensors[name] = I.arg(name, I.buffer(wide(shape), dtype, align=align))
 
     def __getitem__(self, name: str) -> Any:

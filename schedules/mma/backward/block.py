@@ -44,6 +44,16 @@ class SweepBlock(WarpBlock):
         """Where the statistics of its list begin."""
         return self.mask + self.plan.mask_bytes
 
+    @property
+    def places(self) -> Expr:
+        """Where the places of its tokens in a table of biases begin."""
+        return self.list_statistics + self.plan.list_statistics_bytes
+
+    @property
+    def hidden(self) -> Expr:
+        """Where the words of its keys that take part begin."""
+        return self.places + self.plan.places_bytes
+
     def stream(self, which: int, stage: Expr) -> Expr:
         """Return where a tile of a tensor that streams by begins."""
         return stage * self.plan.stream(which).bytes + self.plan.stream_offset(which)

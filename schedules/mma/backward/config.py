@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.backward.plan import BackwardPlan, statistics_shape
 from na_compiler.schedules.mma.backward.sweep_config import Sweep
@@ -38,11 +39,13 @@ class MmaBackward(Config):
         return BackwardPlan(problem, self)
 
     def workspace(self, problem: Problem, direction: str) -> Workspace:  # noqa: ARG002
-        """Return two numbers a query, and the strips' parts of the gradients of additional keys and values."""
+        """Return two numbers a query, and parts of the gradients of additional keys and values, and of biases."""
         buffers: list[tuple[int | str, ...]] = [statistics_shape(problem)]
         if problem.additional_kv:
             parts = (problem.heads_kv, self.plan(problem).strips, ADDITIONAL)
             buffers += [(*parts, problem.head_dim), (*parts, problem.head_dim_v)]
+        if problem.has(RELATIVE_POSITION_BIAS):
+            buffers.append(self.plan(problem).bias_space)
         return Workspace(tuple(buffers))
 
     def alignment(self, problem: Problem) -> int:  # noqa: ARG002

@@ -7,7 +7,8 @@ along every axis. No two warps add to one place, so there are no atomics, and th
 price is that two of the five products are computed twice.
 
 The queries' kernel comes first: it makes the statistics that the keys' kernel reads. Additional keys are seen by all
-queries: those are cut into strips, whose parts of the gradients are added up in order by a last kernel.
+queries: those are cut into strips, whose parts of the gradients are added up in order by a last kernel. So are the
+parts of the gradient of biases by relative position, which the queries' kernel makes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Iterator
 
 from tvm import tirx
 
+from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.schedules.mma.backward.arguments import BackwardArguments
+from na_compiler.schedules.mma.backward.bias import gather_bias, store_nothing
 from na_compiler.schedules.mma.backward.block import SweepBlock
 from na_compiler.schedules.mma.backward.plan import AdditionalPlan, BackwardPlan, SweepPlan
 from na_compiler.schedules.mma.backward.strips import StripWork
@@ -50,6 +53,9 @@ def _trace(plan: BackwardPlan) -> None:
                 for name in ("key", "value"):
                     with _launch(1):
                         launch_gather(plan.problem, arguments, plan.strips, name)
+        if plan.problem.has(RELATIVE_POSITION_BIAS):
+            with _launch(1):
+                gather_bias(plan.problem, arguments, plan.sweeps[0].items)
 
 
 @contextlib.contextmanager
@@ -66,8 +72,15 @@ def _sweep(plan: SweepPlan, arguments: BackwardArguments) -> None:
     item = I.cta_id([T.Cast("int32", arguments.batch * (plan.heads * plan.items))])
     block = SweepBlock(plan, arguments)
     work = (Work if plan.of_queries else KeyWork)(plan, item)
-    with when(work.exists):
-        Sweep(block, work).compute()
+    if work.exists is None or not plan.sums_bias:
+        with when(work.exists):
+            Sweep(block, work, item).compute()
+        return
+    with I.If(work.exists):
+        with I.Then():
+            Sweep(block, work, item).compute()
+        with I.Else():
+            store_nothing(plan, arguments, block.thread, item)
 
 
 def _strip(plan: AdditionalPlan, arguments: BackwardArguments) -> None:

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from na_compiler.schedules.mma.backward.block import SweepBlock
+from na_compiler.schedules.mma.bias import steps_of
 from na_compiler.schedules.mma.copies import swizzled
 from na_compiler.schedules.mma.plan import CHUNK, ROWS
 from na_compiler.schedules.mma.rows import Rows
 from na_compiler.schedules.shared.bits import stretch
-from na_compiler.schedules.shared.trace import I, T, let, local, put, register, when
+from na_compiler.schedules.shared.key_mask import MaskBytes
+from na_compiler.schedules.shared.trace import I, T, both, let, local, put, register, when
 from na_compiler.schedules.shared.work import Work
 
 __all__ = ["Lists", "WindowLists", "counting"]
@@ -26,6 +28,8 @@ __all__ = ["Lists", "WindowLists", "counting"]
 Expr = Any
 # Of the inverses of extents. With it quotients are exact up to `MOST_LISTED` and `MOST_INNER` of the plan.
 _SHIFT = 20
+# Lanes of a warp, all of which vote.
+_VOTES, _ALL = 32, 0xFFFFFFFF
 
 
 @contextlib.contextmanager
@@ -98,30 +102,38 @@ class Lists:
             found.insert(0, rest)
         return [number, *found]
 
-    def _fill_addresses(self, offsets: Sequence[Expr], stage: Expr) -> None:
-        """Write where the rows of the box are that begins at an offset from the tile's first token."""
+    def _fill_addresses(
+        self, offsets: Sequence[Expr], stage: Expr, low: Sequence[Expr] = (), bias: Sequence[int] | None = None
+    ) -> None:
+        """Write where the rows of the box are that begins at an offset from the tile's first token.
+
+        And, where it is known by how much a step along each axis changes the place of a bias, where these are, for the
+        box that begins at ``low``.
+        """
         plan = self.plan
         pitches = [math.prod(plan.stream_tile[axis + 1 :]) for axis in range(plan.rank)]
-        first_row = register(sum(offset * pitch for offset, pitch in zip(offsets, pitches, strict=True)))
-        first_order = register(sum(offset * step for offset, step in zip(offsets, plan.order, strict=True)))
+        first_row, first_order = register(_dot(offsets, pitches)), register(_dot(offsets, plan.order))
+        first_bias = None if bias is None else register(_dot(low, bias))
 
-        def place(number: Expr) -> tuple[Expr, Expr]:
+        def place(number: Expr) -> tuple[Expr, ...]:
             at = self._coordinates(number, self._divisors)
-            row = first_row + sum(place * pitch for place, pitch in zip(at, pitches, strict=True))
-            return row, first_order + sum(place * step for place, step in zip(at, plan.order, strict=True))
+            row = first_row + _dot(at, pitches)
+            order = first_order + _dot(at, plan.order)
+            return (row, order) if bias is None else (row, order, first_bias + _dot(at, bias))
 
         self._write_addresses(stage, place)
 
-    def _write_addresses(self, stage: Expr, place: Callable[[Expr], tuple[Expr, Expr]]) -> None:
-        """Write where the rows of the list are, and, for their statistics, which they are.
+    def _write_addresses(self, stage: Expr, place: Callable[[Expr], tuple[Expr, ...]]) -> None:
+        """Write where the rows of the list are, for their statistics, which they are, and the places of their biases.
 
-        ``place`` tells of a number of the list which row of the tile it is, and by which number that is swizzled.
+        ``place`` tells of a number of the list which row of the tile it is, by which number that is swizzled, and what
+        it adds to the place of a bias, if scores have any.
         """
         plan, block = self.plan, self.block
         starts = [register(block.base + T.Cast("uint32", block.stream(i, stage)), "uint32") for i in range(plan.lists)]
         with counting(block.lane, self.padded, 32) as number:
             # Beyond the end, where the mask has nothing, again the last one: a row that was loaded.
-            row, order = (register(at) for at in place(register(T.min(number, self.count - 1))))
+            row, order, *bias = (register(at) for at in place(register(T.min(number, self.count - 1))))
             for which, start in enumerate(starts):
                 tile = plan.stream(which)
                 address = row * (2 * tile.width) + swizzled(order, tile) * (2 * CHUNK)
@@ -129,6 +141,8 @@ class Lists:
                 put(block.words, at, start + T.Cast("uint32", address))
             if not plan.of_queries:
                 put(block.floats, block.list_statistics // 4 + 2 * number, T.reinterpret("float32", row))
+            for along in bias:
+                put(block.words, block.places // 4 + number, T.Cast("uint32", along))
 
     @property
     def padded(self) -> Expr:
@@ -172,6 +186,10 @@ class Lists:
         """Trace what follows only if there is something to do."""
         return when(self.count > 0)
 
+    def takes_part(self, number: Expr) -> Expr | None:  # noqa: ARG002
+        """Return whether a key of the step from a number on does; ``None``: one always does."""
+        return None
+
 
 class WindowLists(Lists):
     """Emits the tables of tiles of which each row sees a window."""
@@ -185,8 +203,25 @@ class WindowLists(Lists):
         # Warps beyond the last token have nothing to do.
         self._exists = work.within(first, self.plan.own_tile)
         mine = rows.position(self._row, work.first)
-        bounds = [work.bounds(axis, work.clamp(axis, mine[axis])) for axis in range(rank)]
+        clamped = [work.clamp(axis, mine[axis]) for axis in range(rank)]
+        bounds = [work.bounds(axis, token) for axis, token in enumerate(clamped)]
         self._window = [(register(start), register(end)) for start, end in bounds]
+        self._keys: MaskBytes | None = None
+        # Rows that see nothing. Those beyond the last token have sums of their own, but share those of biases.
+        sees = work.within(mine, self.plan.own_tile) if self.plan.sums_bias else None
+        if self.plan.has_key_mask:
+            self._keys = MaskBytes(work, block.arguments["key_mask"])
+            if not self.plan.of_queries:
+                own = register(self._keys.at(_dot(clamped, self._keys.steps)))
+                sees = own != 0
+                self._exists = both(self._exists, T.cuda.ballot_sync(T.uint32(_ALL), own) != T.uint32(0))
+        if sees is not None:
+            start, end = self._window[-1]
+            self._window[-1] = start, register(T.Select(sees, end, start))
+        self._bias: list[int] | None = None
+        if self.plan.has_bias:
+            sign = 1 if self.plan.of_queries else -1
+            self._bias = [sign * step for step in steps_of(self.plan.problem)]
 
     def build(self, origin: Sequence[Expr], stage: Expr) -> None:
         """Emit the tables of a tile that begins at ``origin``: of the box of it that the warp's rows come to."""
@@ -194,8 +229,37 @@ class WindowLists(Lists):
         low = [register(T.max(at, start)) for at, start in zip(self._low, origin, strict=True)]
         high = [T.min(at, start + extent) for at, start, extent in zip(self._high, origin, tile, strict=True)]
         extents = self._find_box(low, high, self._exists)
-        self._fill_addresses([register(start - at) for start, at in zip(low, origin, strict=True)], stage)
+        offsets = [register(start - at) for start, at in zip(low, origin, strict=True)]
+        self._fill_addresses(offsets, stage, low, self._bias)
+        if self.plan.hidden_bytes:
+            self._fill_hidden(low)
         self._fill_mask(low, extents)
+
+    def _fill_hidden(self, low: list[Expr]) -> None:
+        """Write for each word of the list which of its keys take part: each lane reads one, and all vote."""
+        assert self._keys is not None
+        block, word = self.block, self.plan.word
+        with counting(0, self.padded, _VOTES) as first:
+            number = register(T.min(first + block.lane, self.count - 1))
+            at = [start + place for start, place in zip(low, self._coordinates(number, self._divisors), strict=True)]
+            votes = T.cuda.ballot_sync(T.uint32(_ALL), register(self._keys.at(_dot(at, self._keys.steps))))
+            bits = register(votes, "uint32")
+            with when(block.lane < _VOTES // word):
+                # One word, or two halves of it.
+                own = bits if word == _VOTES else T.shift_right(bits, T.Cast("uint32", block.lane * word))
+                put(block.words, block.hidden // 4 + first // word + block.lane, own)
+        block.sync_warp()
+
+    def takes_part(self, number: Expr) -> Expr | None:
+        """Return whether a key of the step from a number on does; ``None``: one always does."""
+        if not self.plan.hidden_bytes:
+            return None
+        words, word = self.plan.streamed // self.plan.word, self.plan.word
+        first = let(self.block.hidden // 4 + number // word)
+        found = self.block.words[first]
+        for place in range(1, words):
+            found = T.bitwise_or(found, self.block.words[first + place])
+        return T.bitwise_and(found, T.uint32(_ALL >> (_VOTES - word))) != T.uint32(0)
 
     def _fill_mask(self, low: list[Expr], extents: list[Expr]) -> None:
         """Write for each row and each word of the list which tokens of it the row sees.
@@ -225,8 +289,16 @@ class WindowLists(Lists):
                 put(bits, 0, T.bitwise_or(bits[0], line_bits))
                 put(line, 0, line[0] + 1)
                 put(place, 0, place[0] + extent)
+            if self.plan.hidden_bytes:
+                keys = self.block.words[self.block.hidden // 4 + first // word]
+                put(bits, 0, T.bitwise_and(bits[0], keys))
 
     def _line(self, place: Expr, window: Sequence[Expr], extent: Expr) -> Expr:
         """Return the bits of a word that a line has in the window along the last axis."""
         ends = [T.max(T.min(at, extent), 0) + place for at in window]
         return self._bits(*ends)
+
+
+def _dot(places: Sequence[Expr], steps: Sequence[int]) -> Expr:
+    """Return what places along axes come to, with so much for a step along each."""
+    return sum(place * step for place, step in zip(places, steps, strict=True))

@@ -7,6 +7,7 @@ import math
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.backward.sweep_config import Sweep
 from na_compiler.schedules.mma.boxes import largest_inverses, largest_unions, usual_inverses
@@ -17,7 +18,8 @@ from na_compiler.window import group_length
 if TYPE_CHECKING:
     from na_compiler.schedules.mma.backward.config import MmaBackward
 
-__all__ = ["MOST_INNER", "MOST_LISTED", "STATISTICS", "AdditionalPlan", "BackwardPlan", "SweepPlan", "statistics_shape"]
+__all__ = ["MOST_INNER", "MOST_LISTED", "STATISTICS", "AdditionalPlan", "BackwardPlan", "SweepPlan", "places_of",
+           "statistics_shape"]  # fmt: skip
 
 # What a query keeps for the keys' kernel: lse in units of the exponent, and what all its gradients of weights are less.
 STATISTICS = 2
@@ -29,6 +31,11 @@ _TAIL = 64
 _STRIP_BLOCKS = 264
 # Of their blocks, for head_dims up to 128 and beyond: warps, queries that come at once, and groups of 16 of them.
 _NARROW, _NARROW_STRIP, _WIDE_STRIP = 128, (4, 64, 2), (2, 32, 1)
+# Bytes of a warp's tables of the gradient of biases, up to which it has one for each lane of four. Assumed: what 16
+# warps of a multiprocessor can spare.
+_TABLES_BYTES = 6144
+# Registers for places in a table of biases: those of rows, and what is added up. Assumed.
+_BIAS = 8
 # A number of the list is divided by extents of the box by a multiplication, which is exact up to these; see `Lists`.
 MOST_LISTED, MOST_INNER = (1 << 12) - 1, (1 << 8) - 1
 
@@ -37,6 +44,11 @@ MOST_LISTED, MOST_INNER = (1 << 12) - 1, (1 << 8) - 1
 def _rows_of(columns: int) -> Tile:
     """Return a warp's rows."""
     return Tile(columns, ROWS)
+
+
+def places_of(problem: Problem) -> int:
+    """Return how many biases a head has."""
+    return math.prod(2 * extent - 1 for extent in problem.kernel_size)
 
 
 def statistics_shape(problem: Problem) -> tuple[int, ...]:
@@ -74,6 +86,11 @@ class BackwardPlan:
     def strips(self) -> int:
         """Strips of queries, whose parts of the gradients of additional keys are summed by one thread block each."""
         return self.additional[0].strips if self.additional else 0
+
+    @property
+    def bias_space(self) -> tuple[int, ...]:
+        """Workspace of what each block gives to the gradient of biases, without the batch."""
+        return (self.problem.heads, self.sweeps[0].items, places_of(self.problem))
 
 
 class SweepPlan:
@@ -266,14 +283,61 @@ class SweepPlan:
         return 0 if self.of_queries else round_up(4 * STATISTICS * self.listed, _ALIGNMENT)
 
     @property
+    def has_bias(self) -> bool:
+        """Whether scores have biases by relative position: none of additional keys has."""
+        return self.side != "additional" and self.problem.has(RELATIVE_POSITION_BIAS)
+
+    @property
+    def has_key_mask(self) -> bool:
+        """Whether keys may be hidden."""
+        return self.side != "additional" and self.problem.has(KEY_MASK)
+
+    @property
+    def places_bytes(self) -> int:
+        """Bytes of the places of a list's tokens in a table of biases."""
+        return round_up(4 * self.listed, _ALIGNMENT) if self.has_bias else 0
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the words that tell which keys of a list take part; the last step may be half of a vote."""
+        hides = self.of_queries and self.has_key_mask
+        return round_up(4 * (self.listed // self.word + 1), _ALIGNMENT) if hides else 0
+
+    @property
     def table_bytes(self) -> int:
-        """Bytes of a warp's tables: addresses, mask, statistics."""
-        return self.lists * self.addresses_bytes + self.mask_bytes + self.list_statistics_bytes
+        """Bytes of a warp's tables: addresses, mask, statistics, places of biases, keys that take part."""
+        lists = self.lists * self.addresses_bytes
+        return lists + self.mask_bytes + self.list_statistics_bytes + self.places_bytes + self.hidden_bytes
+
+    @property
+    def sums_bias(self) -> bool:
+        """Whether the kernel sums up the gradient of biases: where queries are owned each pair is met once."""
+        return self.of_queries and self.has_bias
+
+    @property
+    def bias_pitch(self) -> int:
+        """Numbers from one of a warp's tables of that gradient to the next: four of them lie in different banks."""
+        return round_up(places_of(self.problem), _WORD) + 8
+
+    @property
+    def bias_tables(self) -> int:
+        """How many of them a warp has: 1, 2 or 4, for four lanes that meet a row's keys at once."""
+        return next((n for n in (4, 2) if 4 * n * self.bias_pitch <= _TABLES_BYTES), 1)
+
+    @property
+    def bias_offset(self) -> int:
+        """Where these tables begin, one warp's after another's."""
+        return self.table_offset + self.warps * self.table_bytes
+
+    @property
+    def bias_bytes(self) -> int:
+        """Bytes of those of a warp."""
+        return 4 * self.bias_tables * self.bias_pitch if self.sums_bias else 0
 
     @cached_property
     def shared_bytes(self) -> int:
         """Bytes of shared memory."""
-        return self.table_offset + self.warps * self.table_bytes
+        return self.bias_offset + self.warps * self.bias_bytes
 
     @property
     def threads(self) -> int:
@@ -304,6 +368,8 @@ class SweepPlan:
         rows = sum(self.own(which).width // 4 for which in self.owned) if self.keeps_own else 4
         # Found by compiling: addresses of copies, and of what streams by in a ring.
         beside = 40 + 4 * self.rank + (0 if self.of_queries else 4) + (12 if self.config.stream_tile else 0)
+        if self.has_bias:
+            beside += _BIAS + self.streamed // 4
         return beside + rows + self._sums_registers + self._step_registers
 
 

@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
+from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.mma.backward.config import MmaBackward
-from na_compiler.schedules.mma.backward.plan import MOST_INNER, MOST_LISTED, SweepPlan
+from na_compiler.schedules.mma.backward.plan import MOST_INNER, MOST_LISTED, SweepPlan, places_of
 from na_compiler.schedules.mma.backward.sweep_config import Sweep
 from na_compiler.schedules.mma.boxes import largest_inverses, largest_unions
 from na_compiler.schedules.mma.occupancy import blocks_without_spills
@@ -36,14 +36,18 @@ _LINES = (1, 2, 4, 8)
 _LENGTHS = (32,)
 _TOKENS = (32, 64, 128, 256)
 _STAGES = 2
+# Biases of a head: every warp has a table of so many sums in shared memory, every block one in the workspace. Assumed:
+# 32 KB a warp.
+_MOST_PLACES = 1 << 13
 # Lines up to which none are cut, where head_dim and head_dim_v come to no more.
 _SHORT, _NARROW = 64, 128
 
 
 def unsuited(problem: Problem) -> str | None:
     """Return what of a problem only the forward takes; ``None`` if the backward takes all of it."""
-    given = [option for option in (RELATIVE_POSITION_BIAS, KEY_MASK) if problem.has(option)]
-    return f"takes {' and '.join(given)} in the forward only" if given else None
+    if not problem.has(RELATIVE_POSITION_BIAS) or places_of(problem) <= _MOST_PLACES:
+        return None
+    return f"takes tables of at most {_MOST_PLACES} biases a head in the backward, not {places_of(problem)}"
 
 
 @dataclass(frozen=True)

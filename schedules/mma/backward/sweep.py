@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from na_compiler.schedules.mma.backward.arguments import Statistics
+from na_compiler.schedules.mma.backward.bias import BiasSums, SweepBias
 from na_compiler.schedules.mma.backward.block import SweepBlock
 from na_compiler.schedules.mma.backward.lists import Lists, WindowLists, counting
 from na_compiler.schedules.mma.backward.products import SweepProducts
@@ -33,9 +34,10 @@ _PAIR = "cp.async.ca.shared.global"
 
 
 class Sweep:
-    """Emits all of a block's tile."""
+    """Emits all of a block's tile, which is the ``item``'th."""
 
-    def __init__(self, block: SweepBlock, work: Work) -> None:
+    def __init__(self, block: SweepBlock, work: Work, item: Expr) -> None:
+        self.item = item
         # Kept: bounds are used for every copy, and the simplifier would compute them again for each.
         work.first, work.low, work.high = ([register(at) for at in of] for of in (work.first, work.low, work.high))
         self._prepare(block, work)
@@ -47,12 +49,17 @@ class Sweep:
         tile, threads = self.plan.stream_tile, self.plan.threads
         self.copies = [Copy(self.plan.stream(i), tile, threads, block.thread) for i in range(2)]
         self.weights: Any = None
+        self.bias: SweepBias | None = None
+        self.bias_sums: BiasSums | None = None
 
     def compute(self) -> None:
         """Emit the copies of what is owned, the tiles that stream by, and what becomes of the sums."""
         self._copy_own()
         lists = WindowLists(self.block, self.rows, self.work)
         self.products.start()
+        if self.plan.sums_bias:
+            self.bias_sums = BiasSums(self.products)
+            self.bias_sums.clear()
         size = self.plan.problem.group_size
         if self.plan.of_queries or size == 1:
             self._visit(lists, self.work.stream_head, None)
@@ -60,8 +67,11 @@ class Sweep:
             with counting(0, size, 1) as number:
                 self._visit(lists, register(self.work.stream_head + number), number == 0)
         if self.plan.tail:
+            self.bias = None
             self._visit_additional()
         store(self.products, self.rows, self.work)
+        if self.bias_sums is not None:
+            self.bias_sums.store(self.item)
 
     @property
     def _own_dilation(self) -> Sequence[int]:
@@ -99,6 +109,8 @@ class Sweep:
             Source(work, block.arguments[name], head, plan.problem.dilation, work.group) for name in _STREAM[plan.side]
         ]
         statistics = None if plan.of_queries else self._statistics(head, work.group)
+        if plan.has_bias:
+            self.bias = SweepBias(self.products, self.rows, work, work.head if plan.of_queries else head)
         if is_first is not None:
             # Tiles of the head before are done with.
             block.sync()
@@ -203,20 +215,20 @@ class Sweep:
             if not plan.of_queries:
                 lists.gather_statistics(stage)
             block.sync_warp()
-            with counting(0, lists.count, plan.streamed) as number:
+            with counting(0, lists.count, plan.streamed) as number, when(lists.takes_part(number)):
                 self._groups(number)
         # The tables of the next tile may be written.
         block.sync_warp()
 
     def _groups(self, number: Expr) -> None:
         """Emit what some groups of the list add to the sums."""
-        plan, products, weights = self.plan, self.products, self.weights
+        plan, products, weights, bias = self.plan, self.products, self.weights, self.bias
         addresses = products.addresses(number)
-        weights.look_up(number)
+        weights.look_up(number, bias)
         products.score(0, addresses[0])
         if plan.needs_gradient:
             products.score(1, addresses[1])
-        weights.exponentiate()
+        weights.exponentiate(bias)
         if 1 in plan.sums:
             weights.clear(products.scores)
             products.pack_operand(products.scores)
@@ -224,6 +236,8 @@ class Sweep:
         if plan.needs_gradient:
             weights.differentiate()
             weights.clear(products.slopes)
+            if self.bias_sums is not None and bias is not None:
+                self.bias_sums.add(bias, weights.sees)
             products.pack_operand(products.slopes)
             products.add(plan.sums.index(0), addresses[0])
 

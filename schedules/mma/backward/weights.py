@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from na_compiler.schedules.mma.backward.bias import SweepBias
 from na_compiler.schedules.mma.backward.products import SweepProducts
 from na_compiler.schedules.mma.plan import ROWS
 from na_compiler.schedules.shared.statistics import LOG2_E
@@ -40,8 +41,8 @@ class Weights:
         self._bits: list[list[Expr]] = []
         self._columns: list[list[Expr]] = []
 
-    def look_up(self, number: Expr) -> None:
-        """Read the mask, and statistics, of the step that begins with a number of the list."""
+    def look_up(self, number: Expr, bias: SweepBias | None) -> None:
+        """Read the mask, statistics and places of biases of the step that begins with a number of the list."""
         plan, block = self.plan, self.block
         shift = T.Cast("uint32", self._pair)
         first = let(block.mask // 4 + number * ROWS // plan.word + self._row)
@@ -49,6 +50,8 @@ class Weights:
         for word in range(plan.streamed // plan.word):
             found = [block.words[first + (ROWS * word + 8 * half)] for half in range(_HALVES)]
             self._bits.append([register(T.shift_right(bits, shift), "uint32") for bits in found])
+        if bias is not None:
+            bias.look_up(number)
         self._columns = []
         if plan.of_queries:
             return
@@ -62,11 +65,14 @@ class Weights:
     def _statistic(self, which: int, eight: int, half: int, e: int) -> Expr:
         return self.rows[half][which] if self.plan.of_queries else self._columns[eight][2 * e + which]
 
-    def exponentiate(self) -> None:
+    def exponentiate(self, bias: SweepBias | None) -> None:
         """Turn a step's scores into weights."""
         scores = self.products.scores
         for eight, half, e, index in self._elements():
-            put(scores, index, scores[index] * self._unit - self._statistic(0, eight, half, e))
+            score = scores[index] * self._unit
+            if bias is not None:
+                score = score + bias.at(eight, half, e)
+            put(scores, index, score - self._statistic(0, eight, half, e))
             # No weight is above 1, however coarse lse is; this minimum keeps NaN.
             emit(T.ptx["min.NaN.f32"](scores[index], scores[index], T.float32(0)))
             emit(T.ptx.ex2.approx.ftz.f32(scores[index], scores[index]))
@@ -80,9 +86,12 @@ class Weights:
     def clear(self, elements: Any) -> None:
         """Set to 0 what is not seen."""
         for eight, half, e, index in self._elements():
-            word, place = divmod(8 * eight, self.plan.word)
-            bit = T.bitwise_and(self._bits[word][half], T.uint32(1 << (place + e)))
-            put(elements, index, T.Select(bit != T.uint32(0), elements[index], T.float32(0)))
+            put(elements, index, T.Select(self.sees(eight, half, e), elements[index], T.float32(0)))
+
+    def sees(self, eight: int, half: int, e: int) -> Expr:
+        """Return whether a row sees a column."""
+        word, place = divmod(8 * eight, self.plan.word)
+        return T.bitwise_and(self._bits[word][half], T.uint32(1 << (place + e))) != T.uint32(0)
 
     def _elements(self) -> list[tuple[int, int, int, int]]:
         """Return of all elements the eight columns, the row's half, the column's parity, and the index."""
