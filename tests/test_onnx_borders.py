@@ -1,15 +1,18 @@
 """Borders in ONNX: schema, evaluator, operator library, exporters."""
 
 import io
+import itertools
 
 import onnx
+import onnx.inliner
 import onnxruntime
 import pytest
 import torch
-from border_problems import SMALL
+from border_problems import PROBLEMS, SMALL
 from draws import some
 from onnx.reference import ReferenceEvaluator
 from onnx_models import Forward, one_node, run, session
+from test_onnx_bodies import two_nodes
 
 import na_compiler
 import na_compiler.onnx
@@ -46,8 +49,32 @@ def test_onnx_refuses_what_is_no_border(seed):
     made = one_node(SMALL[0], dynamic_layout=False, body=None, attributes={"border": 1})
     with pytest.raises(ValueError, match="border must be of type STRING, got INT"):
         na_compiler.onnx.problems(made)
-    with pytest.raises(ValueError, match="bodies do not compute border: leave bodies out"):
-        one_node(SMALL[0], dynamic_layout=False)
+    # Its bias is that of the window before, and its window depends on the layout.
+    with pytest.raises(ValueError, match="bodies do not compute border='clamp': leave bodies out"):
+        one_node(Problem(17, 2, 8, 5), dynamic_layout=False, attributes={"border": "clamp"})
+
+
+_BODIES = list(itertools.product([*SMALL, *PROBLEMS], ["generic", "blocked"]))
+
+
+@pytest.mark.parametrize(("problem", "body"), some(_BODIES, 3, "onnx bodies of borders"), ids=str)
+def test_bodies(problem, body, seed):
+    """In ONNX Runtime without our library, in onnx's evaluator, and with everything put in the nodes' place."""
+    model = one_node(problem, body=body, dynamic_layout=body == "generic")
+    onnx.checker.check_model(model, full_check=True)
+    example = Forward(problem, batch=2)
+    example.check(*run(session(model), example.feeds))
+    example.check(*ReferenceEvaluator(model).run(None, example.feeds))
+    example.check(*ReferenceEvaluator(onnx.inliner.inline_local_functions(model)).run(None, example.feeds))
+
+
+@pytest.mark.parametrize("body", ["generic", "blocked"])
+def test_bodies_of_one_border(body, seed):
+    """Several nodes of an operator share a function, if they have one border."""
+    model = two_nodes(Problem(14, 2, 8, 5, border="cut:1"), {"kernel_size": [3]}, body, additional=True)
+    assert len(model.functions) == (1 if body == "generic" else 3)
+    with pytest.raises(ValueError, match=r"'again': bodies compute one border for .* NA1D, got .'cut',. beside"):
+        two_nodes(Problem(14, 2, 8, 5, border="cut:1"), {"border": "cut"}, body, additional=True)
 
 
 def test_exporting(seed):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from na_compiler import operands
+from na_compiler.borders import borders_per_axis
 from na_compiler.operands import PARAMETERS, SAME, Operand
 from na_compiler.parameters import shown
 from na_compiler.problem import Problem
@@ -138,6 +139,10 @@ class Signature:
                 raise ValueError(f"{operand.name} must be a string, got {shown(value)}")
             found[operand.name] = str(operand.default) if value is None else value
         return found
+
+    def border(self) -> tuple[str, ...]:
+        """Return what windows do at the ends of each axis, as the node says it."""
+        return borders_per_axis(self._words()["border"], self.rank)
 
     def scale(self) -> float | None:
         """Return the scale; ``None`` where it depends on a head_dim that is not known."""

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from na_compiler import operands
+from na_compiler.borders import CLAMP
 from na_compiler.onnx.bodies.blocked import blocked_body
 from na_compiler.onnx.bodies.expression import Interface
 from na_compiler.onnx.bodies.generic import COMPUTED, generic_body
@@ -18,6 +19,7 @@ from na_compiler.onnx.nodes import attention_nodes, check_version, name_of, node
 from na_compiler.onnx.signature import DOMAIN, INPUTS, VERSION, Signature, default_attribute
 from na_compiler.operands import PARAMETERS
 from na_compiler.problem import Problem
+from na_compiler.window import SHIFT
 
 __all__ = ["BODIES", "MINIMUM_OPSET", "add_bodies"]
 
@@ -42,7 +44,7 @@ def add_bodies(model: ir.Model, body: str = "generic") -> None:
     ------
     ValueError
         For another body, a model of an opset under 18, a node whose inputs do not fit its attributes, or one with an
-        operand that bodies do not compute.
+        operand or a border that bodies do not compute, or with another border than one before it.
     """
     if body not in BODIES:
         raise ValueError(f"body must be one of {', '.join(BODIES)}, got {body!r}")
@@ -57,7 +59,7 @@ def add_bodies(model: ir.Model, body: str = "generic") -> None:
     _prepare(model, nodes)
     for operator in dict.fromkeys(node.op_type for node in nodes):
         own = [node for node in nodes if node.op_type == operator]
-        interface = Interface(_agree_on_options(own, names), _agree_on_lse(own, names))
+        interface = Interface(_agree_on_options(own, names), _agree_on_lse(own, names), _agree_on_border(own))
         if body == "blocked":
             _specialise(model, own, opset, interface)
         # After the specialised ones: onnx's evaluator, which ignores overloads, takes the last of a name.
@@ -128,11 +130,31 @@ def _check_computed(signature: Signature) -> None:
     numbers = {name: value for name, value in signature.attributes.items() if name not in PARAMETERS}
     given = [*signature.names, *(name for name, value in numbers.items() if value != operands.defaults().get(name))]
     unknown = [name for name in given if name not in COMPUTED]
+    if CLAMP in signature.border():
+        unknown.append(f"border={CLAMP!r}")
     if unknown:
         raise ValueError(
             f"bodies do not compute {' and '.join(unknown)}: leave bodies out (torch.onnx.export with "
             "translation_table()), and run the model with the operator library"
         )
+
+
+def _agree_on_border(nodes: list[ir.Node]) -> tuple[str, ...]:
+    """Return what windows of an operator's function do at the ends of axes; none where nodes do not say it.
+
+    Raises
+    ------
+    ValueError
+        If nodes differ: onnx's evaluator takes one function for all nodes of an operator.
+    """
+    first, *others = [node_signature(node).border() for node in nodes]
+    for node, border in zip(nodes[1:], others, strict=True):
+        if border != first:
+            raise ValueError(
+                f"node {name_of(node)!r}: bodies compute one border for all nodes of {node.op_type}, got {border} "
+                f"beside {first}; leave bodies out (translation_table()), and run the model with the operator library"
+            )
+    return () if set(first) == {SHIFT} else first
 
 
 def _agree_on_lse(nodes: list[ir.Node], names: FreshNames) -> bool:

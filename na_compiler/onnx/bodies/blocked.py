@@ -19,7 +19,7 @@ from na_compiler.onnx.bodies.expression import Expression, Interface, Writer
 from na_compiler.onnx.bodies.generic import Heads, attend, masked
 from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
-from na_compiler.window import group_length, window_bounds
+from na_compiler.window import WRAP, group_length, window_bounds
 
 __all__ = ["blocked_body", "choose_tile"]
 
@@ -43,6 +43,8 @@ class _Axis:
         Keys of the widest box.
     dilation
         Number of groups.
+    around
+        Keys of a group, modulo which places count where windows wrap; ``None`` where they do not.
     place
         Where a token's row is among those of all tiles, ``[tokens]``.
     """
@@ -52,10 +54,13 @@ class _Axis:
     windows: np.ndarray[Any, Any]
     width: int
     dilation: int
+    around: int | None
     place: np.ndarray[Any, Any]
 
     @classmethod
-    def cut(cls, tokens: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, rows: int) -> _Axis:
+    def cut(
+        cls, tokens: int, kernel_size: int, stride: int, dilation: int, is_causal: bool, border: str, rows: int
+    ) -> _Axis:
         """Cut an axis into tiles of some queries."""
         queries: list[list[int]] = []
         boxes: list[tuple[int, int, int]] = []
@@ -65,7 +70,7 @@ class _Axis:
             length = group_length(tokens, dilation, group)
             for first in range(0, length, rows):
                 indices = [min(first + row, length - 1) for row in range(rows)]
-                bounds = [window_bounds(index, length, kernel_size, stride, is_causal) for index in indices]
+                bounds = [window_bounds(index, length, kernel_size, stride, is_causal, border) for index in indices]
                 for row, index in reversed(list(enumerate(indices))):
                     place[index * dilation + group] = len(queries) * rows + row
                 queries.append([index * dilation + group for index in indices])
@@ -80,6 +85,7 @@ class _Axis:
             np.moveaxis(np.array(windows), -1, 0)[..., None],
             width,
             dilation,
+            tokens // dilation if border == WRAP else None,
             place,
         )
 
@@ -91,7 +97,8 @@ class _Axis:
     def keys(self, write: Writer) -> Expression:
         """Return the tokens of each tile's box, ``[tiles, width]``; the last one again where a box has fewer."""
         group, first, last = (write.constant(each) for each in self.boxes)
-        return (write("Range", 0, self.width, 1) + first).minimum(last) * self.dilation + group
+        place = (write("Range", 0, self.width, 1) + first).minimum(last)
+        return (place if self.around is None else place % self.around) * self.dilation + group
 
     def relative(self, write: Writer, kernel_size: int) -> Expression:
         """Return places in a table of biases, ``[tiles, rows, width]``; any for what is not seen."""
@@ -132,6 +139,7 @@ def blocked_body(operator: str, opset: int, problem: Problem, overload: str, int
             problem.stride,
             problem.dilation,
             problem.is_causal,
+            problem.border,
             choose_tile(problem),
             strict=True,
         )

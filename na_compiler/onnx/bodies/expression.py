@@ -25,10 +25,14 @@ class Interface:
         What there is beside query, key and value, of `na_compiler.operands.options`.
     lse
         Whether lse is returned.
+    border
+        What windows do at the ends of each axis; none, which is NATTEN's rule, where nodes do not say it. A function
+        cannot tell words apart in opset 18, so that it computes one.
     """
 
     options: frozenset[str] = frozenset()
     lse: bool = True
+    border: tuple[str, ...] = ()
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -49,7 +53,7 @@ class Interface:
 class Expression:
     """A value in a function body, with the arithmetic that Python's numbers have.
 
-    ``//`` is ONNX's Div, which truncates: it is only used on what is not negative.
+    ``//`` is ONNX's Div, which truncates: it is only used on what is not negative. ``%`` has the divisor's sign.
     """
 
     def __init__(self, writer: Writer, value: ir.Value) -> None:
@@ -61,6 +65,9 @@ class Expression:
 
     def __sub__(self, other: object) -> Expression:
         return self.writer("Sub", self, other)
+
+    def __rsub__(self, other: object) -> Expression:
+        return self.writer("Sub", other, self)
 
     def __mul__(self, other: object) -> Expression:
         return self.writer("Mul", self, other)
@@ -89,7 +96,7 @@ class Expression:
         return self.writer("Max", self, other)
 
 
-# Not computed by bodies, so that no node with a body has one: a function's attributes are all asked for.
+# Declared where nodes have them: a function's attributes are all asked for.
 _WORDS = frozenset(operand.name for operand in operands.words())
 
 
@@ -108,6 +115,7 @@ class Writer:
         self._tape = Tape()
         self._opset = opset
         self._given = interface.given
+        self._has_border = bool(interface.border)
         self._inputs = {name: Expression(self, ir.Value(name=name)) for name in interface.inputs}
         self._constants: dict[tuple[object, ...], Expression] = {}
 
@@ -154,6 +162,8 @@ class Writer:
             name=operator,
         )
         declared = [
-            ir.Attr(attribute, ir.AttributeType.UNDEFINED, None) for attribute in ATTRIBUTES if attribute not in _WORDS
+            ir.Attr(attribute, ir.AttributeType.UNDEFINED, None)
+            for attribute in ATTRIBUTES
+            if attribute not in _WORDS or self._has_border
         ]
         return ir.Function(DOMAIN, operator, overload, graph=graph, attributes=declared)

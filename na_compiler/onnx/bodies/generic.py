@@ -1,12 +1,13 @@
 """The generic body: one function for each rank, right for every layout, parameter and number of heads.
 
-Index tables and masks are computed in the graph from the attributes and the shapes, so that nothing about the node
-has to be known when it is written. Keys and values are gathered for every query: memory and time grow with
+Index tables and masks are computed in the graph from the attributes and the shapes, so that nothing about the node but
+its border has to be known when it is written. Keys and values are gathered for every query: memory and time grow with
 ``tokens * window * head_dim``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +16,23 @@ import onnx_ir as ir
 from na_compiler.onnx.bodies.expression import Expression, Interface, Writer
 from na_compiler.onnx.signature import OPERATORS
 from na_compiler.operands import KEY_MASK, PARAMETERS, RELATIVE_POSITION_BIAS
-from na_compiler.window import group_length, window_start
+from na_compiler.window import SHIFT, WRAP, group_length, window_bounds
 
 __all__ = ["COMPUTED", "Heads", "attend", "generic_body", "masked"]
 
 # What bodies compute, by the names of inputs and attributes. What `na_compiler.operands` has beside is refused.
 COMPUTED = frozenset(
-    {"query", "key", "value", "additional_keys", "additional_values", RELATIVE_POSITION_BIAS, KEY_MASK, "scale"}
+    {
+        "query",
+        "key",
+        "value",
+        "additional_keys",
+        "additional_values",
+        RELATIVE_POSITION_BIAS,
+        KEY_MASK,
+        "scale",
+        "border",
+    }
 )
 
 
@@ -44,7 +55,8 @@ def generic_body(operator: str, opset: int, interface: Interface) -> ir.Function
     layout = write("Slice", sizes, [1], [1 + rank])
     tokens = write("ReduceProd", layout, keepdims=1)
     bias, key_mask = write.inputs(RELATIVE_POSITION_BIAS), write.inputs(KEY_MASK)
-    indices, visible, places = _window_tables(write, layout, rank, with_places=bool(bias))
+    border = interface.border or (SHIFT,) * rank
+    indices, visible, places = _window_tables(write, layout, border, with_places=bool(bias))
     heads = Heads.make(write, query, key, value, rank)
     queries = heads.queries(query, tokens)
     keys = write("Gather", heads.keys(key, tokens), indices, axis=2)
@@ -214,7 +226,7 @@ def _logarithm(write: Writer, scores: Expression) -> Expression:
 
 
 def _window_tables(
-    write: Writer, layout: Expression, rank: int, *, with_places: bool
+    write: Writer, layout: Expression, border: Sequence[str], *, with_places: bool
 ) -> tuple[Expression, Expression, Expression | None]:
     """Return for every query the numbers of the keys in its window, which of them it sees, and places of their biases.
 
@@ -223,10 +235,12 @@ def _window_tables(
     ints = ir.AttributeType.INTS
     kernel_size, stride, dilation, is_causal = (write.attribute(name, ints) for name in PARAMETERS)
     indices = visible = relative = None
+    rank = len(border)
     for axis in range(rank):
         extent = write("Gather", layout, axis)
         kernel, step, gap, causal = (write("Gather", each, axis) for each in (kernel_size, stride, dilation, is_causal))
-        tables = _axis_tables(write, extent, kernel, step, gap, write("Cast", causal, to=ir.DataType.BOOL))
+        causal = write("Cast", causal, to=ir.DataType.BOOL)
+        tables = _axis_tables(write, extent, kernel, step, gap, causal, border[axis])
         # [1, X, 1, 1, k, 1] of this axis against those of the others
         others = [i for i in range(2 * rank) if i not in {axis, rank + axis}]
         places, sees = (write("Unsqueeze", table, others) for table in tables[:2])
@@ -250,6 +264,7 @@ def _axis_tables(
     stride: Expression,
     dilation: Expression,
     causal: Expression,
+    border: str,
 ) -> tuple[Expression, Expression, Expression]:
     """Return the places of the keys in each query's window along an axis, whether it sees them, and how far they are.
 
@@ -259,20 +274,21 @@ def _axis_tables(
     group, index = place % dilation, place // dilation
     length = group_length(extent, dilation, group)  # type: ignore[arg-type]
     # The window rule of integers, tensors and TensorIR, here with arithmetic that writes nodes.
-    starts = [
-        window_start(
+    bounds = [
+        window_bounds(
             index,
             length,
             kernel_size,  # type: ignore[arg-type]
             stride,  # type: ignore[arg-type]
             is_causal,
+            border,
             minimum=Expression.minimum,
             maximum=Expression.maximum,
         )
         for is_causal in (True, False)
     ]
-    start = write("Where", causal, *starts)
-    group, index, last = (write("Unsqueeze", each, [1]) for each in (group, index, length - 1))
-    key = write("Unsqueeze", start, [1]) + write("Range", 0, kernel_size, 1)
-    sees = write("Not", causal) | (key <= index)
-    return key.minimum(last) * dilation + group, sees, key - index
+    start, end = (write("Unsqueeze", write("Where", causal, *each), [1]) for each in zip(*bounds, strict=True))
+    group, index, length = (write("Unsqueeze", each, [1]) for each in (group, index, length))
+    key = start + write("Range", 0, kernel_size, 1)
+    place = key % length if border == WRAP else key.minimum(length - 1)
+    return place * dilation + group, write("Less", key, end), key - index
