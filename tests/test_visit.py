@@ -19,6 +19,7 @@ PROBLEMS = [
     Problem(150, 1, 64, 33, stride=8, dtype="bfloat16"),
     Problem((9, 10, 11), 1, 64, (5, 3, 4), stride=(1, 2, 1), is_causal=(False, False, True), dtype="bfloat16"),
     Problem((4, 300), 1, 64, (3, 200), dtype="bfloat16"),
+    Problem((20, 28), 1, 64, (7, 40), dtype="bfloat16", border="cut"),
 ]
 TARGETS = ["llvm:x86-64-v4", "llvm:x86-64-v3", "cuda:sm_90a", "cuda:sm_80"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tvm import tirx
@@ -146,6 +146,8 @@ class Source:
         Of the layout's axes; additional keys have neither.
     steps_heads
         Whether a place has a head as well, counted from ``head`` on, after the axes.
+    around
+        Of what streams by where windows wrap: returns for an axis and a position beyond an end the one on the axis.
     """
 
     def __init__(
@@ -156,8 +158,10 @@ class Source:
         dilation: Sequence[int],
         group: Sequence[Expr],
         *,
+        around: Callable[[int, Expr], Expr] | None = None,
         steps_heads: bool = False,
     ) -> None:
+        self.around = around
         dtype = str(buffer.dtype)
         self.per_chunk = CHUNK_BYTES // (4 if dtype == "float32" else 2)
         whole = I.decl_buffer([2**62], dtype, data=buffer.data, scope="global")

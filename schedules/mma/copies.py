@@ -116,12 +116,15 @@ class Copy:
     ) -> None:
         total = math.prod(self.box)
         nested = coordinates(self._row, self._rows, 0, self.box)
-        moving = None if nested is None else register(self._sum(source, origin, [row for row, _ in nested]))
+        # Where windows wrap the place of each row is found by itself.
+        is_plain = nested is not None and source.around is None
+        moving = register(self._sum(source, origin, [row for row, _ in nested or []])) if is_plain else None
         for first in range(0, total, self._rows):
             with when(self._row < total - first if first + self._rows > total else None):
                 if moving is None:
-                    where = [(at, 0) for at in self._general(self._row + first)]
-                    offset = self._sum(source, origin, [at for at, _ in where])
+                    where = coordinates(self._row, self._rows, first, self.box)
+                    where = where or [(at, 0) for at in self._general(self._row + first)]
+                    offset = self._sum(source, origin, [at + constant for at, constant in where])
                 else:
                     where = coordinates(self._row, self._rows, first, self.box) or []
                     offset = moving
@@ -133,8 +136,9 @@ class Copy:
     @staticmethod
     def _sum(source: Source, origin: Sequence[Expr], at: Sequence[Expr]) -> Expr:
         offset: Expr = 0
-        for start, place, step in zip(origin, at, source.steps, strict=True):
-            offset = offset + (start + place) * step
+        for axis, (start, place, step) in enumerate(zip(origin, at, source.steps, strict=True)):
+            position = start + place
+            offset = offset + (position if source.around is None else source.around(axis, position)) * step
         return offset
 
     def _general(self, number: Expr) -> list[Expr]:

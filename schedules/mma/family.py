@@ -15,7 +15,7 @@ from na_compiler.schedules.mma.visit import visit
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import CudaTarget, Target
-from na_compiler.window import CUT, SHIFT
+from na_compiler.window import BORDERS
 
 __all__ = ["FAMILY"]
 
@@ -26,7 +26,7 @@ _OLDEST = (8, 0)
 class _Mma(Family):
     name = "mma"
     operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
-    borders = frozenset({SHIFT, CUT})
+    borders = frozenset(BORDERS)
 
     def is_for(self, target: Target) -> bool:
         """GPUs from sm_80 on."""

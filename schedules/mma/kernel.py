@@ -105,8 +105,9 @@ class _Forward:
         self.epilogue = Epilogue(block, work)
         groups = problem.dilation, work.group
         self.query = work.source(arguments.query)
-        self.key = Source(work, arguments.key, work.stream_head, *groups)
-        self.value = Source(work, arguments.value, work.stream_head, *groups)
+        around = work.around if work.wraps else None
+        self.key = Source(work, arguments.key, work.stream_head, *groups, around=around)
+        self.value = Source(work, arguments.value, work.stream_head, *groups, around=around)
         if problem.additional_kv:
             self.extra = tuple(
                 Source(work, b, work.stream_head, (1,), (0,)) for b in (arguments.keys, arguments.values)

@@ -34,8 +34,8 @@ def _along(plan: Plan, axis: int, token: int) -> tuple[range, list[range]]:
     first, stop, low, high = boxes.around(plan.warp_box[axis])
     queries = boxes.tokens(first, stop)
     if plan.is_resident:
-        return queries, [boxes.tokens(low, low + plan.warp_union[axis])]
+        return queries, boxes.parts(low, low + plan.warp_union[axis])
     _, _, begin, end = boxes.around(plan.own_tile[axis])
     extent = plan.stream_tile[axis]
     tiles = [place for place in range(begin, end, extent) if place + extent > low and place < high]
-    return queries, [boxes.tokens(place, place + extent) for place in tiles]
+    return queries, [part for place in tiles for part in boxes.parts(place, place + extent)]

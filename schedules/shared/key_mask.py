@@ -40,10 +40,14 @@ class MaskBytes:
             start = start + index64(group) * pitch
         self._flat = I.decl_buffer([2**62], "bool", data=I.Bind(flat(buffer).ptr_to([start])), scope="global")
         # Of a position in the dilation group.
-        self.steps = [step * pitch for step, pitch in zip(problem.dilation, pitches, strict=True)]
+        self._steps = [step * pitch for step, pitch in zip(problem.dilation, pitches, strict=True)]
+        self._work = work
 
-    def at(self, offset: Expr) -> Expr:
-        """Return 1 if the key takes part whose position is an offset, counted in `steps`, else 0."""
+    def at(self, position: Sequence[Expr]) -> Expr:
+        """Return 1 if the key at a position takes part, else 0."""
+        offset: Expr = 0
+        for axis, (along, step) in enumerate(zip(position, self._steps, strict=True)):
+            offset = offset + self._work.around(axis, along) * step
         return T.Cast("int32", self._flat[index64(register(offset))])
 
 
@@ -84,11 +88,11 @@ class KeyMask:
         self._count = -(-count // _WORD)
         for word in range(self._count):
             number: Expr = self._lane + (first + _WORD * word)
-            offset: Expr = 0
+            position: list[Expr] = []
             for axis in reversed(range(len(box))):
                 along, number = (number, 0) if axis == 0 else (number % box[axis], number // box[axis])
-                offset = offset + T.min(low[axis] + along, high[axis] - 1) * self._mask.steps[axis]
-            put(self._bytes, word, self._mask.at(offset))
+                position.insert(0, T.min(low[axis] + along, high[axis] - 1))
+            put(self._bytes, word, self._mask.at(position))
 
     def vote(self) -> None:
         """Emit the words of the keys that were loaded last."""

@@ -131,3 +131,13 @@ class AxisBoxes:
         """Return the tokens of positions of the dilation group, those beyond its end left out."""
         dilation, group = self._dilation, self._group
         return range(group + begin * dilation, group + min(stop, self._length) * dilation, dilation)
+
+    def parts(self, begin: int, stop: int) -> list[range]:
+        """Return the same of keys, in parts within the axis: where windows wrap positions may lie beyond an end."""
+        if self._rule[-1] != WRAP:
+            return [self.tokens(begin, stop)]
+        turns = [
+            (max(begin, turn) - turn, min(stop, turn + self._length) - turn)
+            for turn in (-self._length, 0, self._length)
+        ]
+        return [self.tokens(*turn) for turn in turns if turn[0] < turn[1]]

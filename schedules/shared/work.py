@@ -22,7 +22,7 @@ from na_compiler.schedules.shared.trace import (
     strided_offset,
     when,
 )  # fmt: skip
-from na_compiler.window import CUT, border_kind, window_bounds
+from na_compiler.window import CUT, WRAP, border_kind, window_bounds
 
 __all__ = ["StreamCursor", "Work"]
 
@@ -127,6 +127,18 @@ class Work:
     def clamp(self, axis: int, query: Expr) -> Expr:
         """Return the last query in place of one beyond it."""
         return minimum(query, self.lengths[axis] - 1)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether windows wrap along an axis: positions of what streams by may lie beyond an end of it."""
+        return WRAP in self.plan.problem.border
+
+    def around(self, axis: int, position: Expr) -> Expr:
+        """Return a position less than an axis beyond an end modulo the axis, where windows wrap."""
+        length = self.lengths[axis]
+        if self.plan.problem.border[axis] != WRAP:
+            return position
+        return T.Select(position < 0, position + length, T.Select(position < length, position, position - length))
 
     def within(self, queries: Sequence[Expr], tile: Sequence[int]) -> Expr | None:
         """Return whether queries exist; ``None`` if they always do, for tiles of the given extents."""

@@ -212,7 +212,7 @@ class WindowLists(Lists):
         if self.plan.has_key_mask:
             self._keys = MaskBytes(work, block.arguments["key_mask"])
             if not self.plan.of_queries:
-                own = register(self._keys.at(_dot(clamped, self._keys.steps)))
+                own = register(self._keys.at(clamped))
                 sees = own != 0
                 self._exists = both(self._exists, T.cuda.ballot_sync(T.uint32(_ALL), own) != T.uint32(0))
         if sees is not None:
@@ -242,7 +242,7 @@ class WindowLists(Lists):
         with counting(0, self.padded, _VOTES) as first:
             number = register(T.min(first + block.lane, self.count - 1))
             at = [start + place for start, place in zip(low, self._coordinates(number, self._divisors), strict=True)]
-            votes = T.cuda.ballot_sync(T.uint32(_ALL), register(self._keys.at(_dot(at, self._keys.steps))))
+            votes = T.cuda.ballot_sync(T.uint32(_ALL), register(self._keys.at(at)))
             bits = register(votes, "uint32")
             with when(block.lane < _VOTES // word):
                 # One word, or two halves of it.

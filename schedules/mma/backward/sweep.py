@@ -105,9 +105,8 @@ class Sweep:
     def _visit(self, lists: WindowLists, head: Expr, is_first: Expr | None) -> None:
         """Emit the visit of all tiles of one head, and, before that of the first head, the wait for what is owned."""
         block, plan, work = self.block, self.plan, self.work
-        stream = [
-            Source(work, block.arguments[name], head, plan.problem.dilation, work.group) for name in _STREAM[plan.side]
-        ]
+        places, around = (plan.problem.dilation, work.group), work.around if work.wraps else None
+        stream = [Source(work, block.arguments[name], head, *places, around=around) for name in _STREAM[plan.side]]
         statistics = None if plan.of_queries else self._statistics(head, work.group)
         if plan.has_bias:
             self.bias = SweepBias(self.products, self.rows, work, work.head if plan.of_queries else head)
@@ -206,7 +205,12 @@ class Sweep:
             exists = both(*(position < last for position, last in zip(positions, end, strict=True)))
             with when(both(number < count if first + plan.threads > count else None, exists)):
                 target = block.floats.ptr_to([block.statistics(stage) // 4 + 2 * number])
-                emit(T.ptx[_PAIR](target, statistics.buffer.ptr_to([statistics.at(positions)]), block.pair_bytes))
+                source = statistics.buffer.ptr_to([statistics.at(self._around(positions))])
+                emit(T.ptx[_PAIR](target, source, block.pair_bytes))
+
+    def _around(self, positions: list[Expr]) -> list[Expr]:
+        """Return where queries are whose positions may lie beyond an end, where windows wrap."""
+        return [self.work.around(axis, position) for axis, position in enumerate(positions)]
 
     def _step(self, lists: Lists, stage: Expr) -> None:
         """Emit what a tile that has come adds to the sums."""
@@ -254,6 +258,9 @@ class StripSweep(Sweep):
     def _own_dilation(self) -> Sequence[int]:
         """None: they lie along one axis."""
         return (1,)
+
+    def _around(self, positions: list[Expr]) -> list[Expr]:
+        return positions
 
     def compute(self) -> None:
         """Emit the copies of what is owned, the tiles that stream by, and what becomes of the sums."""
