@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from na_compiler.problem import Problem
@@ -13,7 +14,9 @@ from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
 from na_compiler.window import border_kind
 
-__all__ = ["FAMILIES", "Choice", "candidates", "choose", "choose_rounded", "family_of"]
+__all__ = [
+    "FAMILIES", "MOST_CONTENDERS", "Choice", "candidates", "choose", "choose_rounded", "contenders", "family_of", "recorded",
+]  # fmt: skip
 
 # The families, by the names of their folders, in the order in which they are asked. Of two for one kind of machine, the
 # one that is faster comes first; where each is at times, both say how long they take.
@@ -23,6 +26,8 @@ FAMILIES = (
     "simt",
     "cpu",
 )
+# Configs of a family that may be timed, and among which one that was must be: further down none has ever been fastest.
+MOST_CONTENDERS = 64
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,54 @@ def choose_rounded(problem: Problem, target: Target, direction: str) -> Config |
     return None
 
 
+def contenders(problem: Problem, target: Target, direction: str, count: int = 8) -> tuple[Config, ...]:
+    """Return configs that are worth timing, of each family that takes the problem: the one of `choose` first.
+
+    Parameters
+    ----------
+    problem
+        What to compute.
+    target
+        What to compile for.
+    direction
+        ``"forward"``, ``"backward"`` or ``"tangent"``.
+    count
+        How many of a family at most.
+
+    Raises
+    ------
+    NotImplementedError
+        If no family takes the problem; says why.
+    """
+    best, _ = _best(problem, target, direction)
+    found = list(best.contenders(problem, target, direction, count))
+    for family, reason in _asked(problem, target, direction):
+        if reason is None and family is not best:
+            # One that does not say how long it takes is there for what the others leave: one look will do.
+            most = 1 if family.estimate(problem, target, direction) is None else count
+            found += family.contenders(problem, target, direction, most)
+    return tuple(found)
+
+
+def recorded(problem: Problem, target: Target, direction: str, family: str, text: str) -> Config:
+    """Return a config that was timed before, of what was written of it: its family's name, and its ``repr``.
+
+    Raises
+    ------
+    ValueError
+        If this version knows no such config, or would not time it: kernels of others are not known to work.
+    """
+    for one, reason in _asked(problem, target, direction):
+        if one.name == family:
+            if reason is not None:
+                raise ValueError(reason)
+            config = one.parse(text)
+            if config not in one.contenders(problem, target, direction, MOST_CONTENDERS):
+                raise ValueError(f"{text} is none of the {MOST_CONTENDERS} configs that {family} would try first")
+            return config
+    raise ValueError(f"no family for {target} is called {family!r}")
+
+
 def family_of(config: Config) -> Family:
     """Return the family that a config belongs to."""
     return _load(config.family)
@@ -105,17 +158,7 @@ def _best(problem: Problem, target: Target, direction: str) -> tuple[Family, lis
     """Return the family that is chosen for a problem, and why none of those before it is."""
     reasons: list[str] = []
     best: tuple[Family, float | None] | None = None
-    for family in map(_load, FAMILIES):
-        if not family.is_for(target):
-            continue
-        unknown = sorted(set(problem.operands) - family.operands)
-        borders = sorted(set(map(border_kind, problem.border)) - family.borders)
-        unknown += [f"border={border!r}" for border in borders]
-        reason = (
-            f"{family.name} has no kernels with {', '.join(unknown)}."
-            if unknown
-            else family.refusal(problem, target, direction)
-        )
+    for family, reason in _asked(problem, target, direction):
         if reason is not None:
             if best is None:
                 reasons.append(reason)
@@ -130,6 +173,19 @@ def _best(problem: Problem, target: Target, direction: str) -> tuple[Family, lis
         return best[0], reasons
     why = " ".join(reasons) or f"none of {', '.join(FAMILIES)} is for it."
     raise NotImplementedError(f"no family of kernels takes {problem} {direction} on {target}: {why}")
+
+
+def _asked(problem: Problem, target: Target, direction: str) -> Iterator[tuple[Family, str | None]]:
+    """Yield the families for a target, each with why it does not take a problem; ``None`` if it does."""
+    for family in map(_load, FAMILIES):
+        if family.is_for(target):
+            unknown = sorted(set(problem.operands) - family.operands)
+            borders = sorted(set(map(border_kind, problem.border)) - family.borders)
+            unknown += [f"border={border!r}" for border in borders]
+            if unknown:
+                yield family, f"{family.name} has no kernels with {', '.join(unknown)}."
+            else:
+                yield family, family.refusal(problem, target, direction)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from typing import Any
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.config import Config
+from na_compiler.schedules.shared.config_text import parse
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import Target
 from na_compiler.window import SHIFT
@@ -77,11 +78,14 @@ class Family(ABC):
         problem with any other is not put to it.
     borders
         What its windows may do at the ends of axes, see `na_compiler.window`; likewise.
+    configs
+        The dataclasses that its configs are made of, so that one can be read back from a text.
     """
 
     name: str
     operands: frozenset[str] = frozenset()
     borders: frozenset[str] = frozenset({SHIFT})
+    configs: tuple[type, ...] = ()
 
     @abstractmethod
     def is_for(self, target: Target) -> bool:
@@ -124,6 +128,27 @@ class Family(ABC):
         Nothing where there is nothing to rank, because every choice follows from the problem by a rule of its own.
         """
         return ()
+
+    def contenders(self, problem: Problem, target: Target, direction: str, count: int) -> tuple[Config, ...]:
+        """Return configs that are worth timing, at most ``count``: the one that `choose` returns first.
+
+        By default the best candidates. A tuned choice is used as long as it is among them.
+        """
+        found = tuple(candidate.config for candidate in self.candidates(problem, target, direction, count))
+        return found or (self.choose(problem, target, direction),)
+
+    def parse(self, text: str) -> Config:
+        """Return the config of which ``repr`` writes a text.
+
+        Raises
+        ------
+        ValueError
+            If it is none of this family.
+        """
+        config = parse(text, self.configs)
+        if not isinstance(config, Config) or config.family != self.name:
+            raise ValueError(f"{text} is no config of {self.name}")
+        return config
 
     def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit | None:  # noqa: ARG002
         """Return what the forward computes together with a query, for pictures; ``None`` if the family does not say.

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import na_compiler
 from na_compiler import Problem, cli
-from na_compiler.cli import bench, output
+from na_compiler.cli import bench, info, output
 from na_compiler.passes.progress import progress_bar
 
 PROBLEM = ["--layout", "56x56", "--heads", "4", "--head-dim", "32", "--kernel-size", "7"]
@@ -204,6 +204,12 @@ def test_info(capsys, monkeypatch, tmp_path):
     assert found["compilers"]["C"].startswith("none")
     monkeypatch.delenv("CC")
     assert re.search(r"\d+\.\d+", json_of(run(capsys, "info", "--json"))["compilers"]["C"])
+
+
+def test_info_says_that_no_variable_is_set(capsys, monkeypatch):
+    for name in info._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert run(capsys, "info").out.splitlines()[-1] == "environment: none set"
 
 
 def test_info_tells_of_what_is_broken(capsys, monkeypatch):

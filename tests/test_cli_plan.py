@@ -16,10 +16,11 @@ from na_compiler.schedules.simt.config import Simt
 from na_compiler.target import Target
 
 _ARGUMENTS = ["plan", "--layout", "128x128", "--heads", "8", "--head-dim", "128", "--kernel-size", "31"]
+_HOPPER = [*_ARGUMENTS, "--target", "cuda:sm_90a"]
 
 
 def test_plan_ranks_candidates(capsys):
-    assert main([*_ARGUMENTS, "--dtype", "bfloat16", "--count", "3"]) == 0
+    assert main([*_HOPPER, "--dtype", "bfloat16", "--count", "3"]) == 0
     printed = capsys.readouterr().out
     assert "scores computed for each one needed" in printed
     assert len(re.findall(r"│ +[23] x", printed)) == 3
@@ -27,10 +28,15 @@ def test_plan_ranks_candidates(capsys):
 
 
 def test_plan_says_why_another_schedule_is_chosen(capsys):
-    assert main(_ARGUMENTS) == 0
+    assert main(_HOPPER) == 0
     printed = capsys.readouterr().out
     assert "takes float16 and bfloat16, not float32" in printed
     assert "Simt(" in printed
+
+
+def test_plan_is_of_this_machine_as_other_commands_are(capsys):
+    assert main([*_ARGUMENTS, "--count", "1"]) == 0
+    assert f"forward for {Target.parse('llvm')}" in capsys.readouterr().out
 
 
 def test_plan_of_a_cpu(capsys):

@@ -121,7 +121,7 @@ def test_an_amd_gpu_is_no_nvidia_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "AMD Instinct MI210")
-    monkeypatch.setattr(cuda, "_capabilities_by_driver", tuple)
+    monkeypatch.setattr(cuda, "_gpus_by_driver", tuple)
     told = r"cuda:0 is an AMD GPU \(AMD Instinct MI210\): na_compiler has kernels for the CPU and"
     assert kernels.target_of is target_of, "which is what the operators ask"
     with pytest.raises(NotImplementedError, match=told):

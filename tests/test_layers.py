@@ -12,7 +12,7 @@ from na_compiler.schedules.choose import FAMILIES
 # Each line may import from itself and from the lines above it. What is on one line is side by side: a folder or module
 # there imports nothing of its neighbours.
 LAYERS = """
-    window workspace
+    window workspace timing
     counting
     borders operands
     checks
@@ -30,7 +30,7 @@ LAYERS = """
     modules
     onnx
     passes
-    aot whole compat integrations distributed
+    aot whole compat integrations distributed tuning
     cli
 """
 HEIGHT = {name: height for height, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}

@@ -69,7 +69,8 @@ LINES = [
 
 
 @pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line}" for page, line in LINES])
-def test_shell_snippets(page, line, tmp_path):
+def test_shell_snippets(page, line, tmp_path, monkeypatch):
+    monkeypatch.setenv("NA_COMPILER_TUNED", str(tmp_path / "tuned.jsonl"))
     command, *arguments = shlex.split(line)
     program = Path(sys.executable).with_name(command)
     done = subprocess.run([program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)

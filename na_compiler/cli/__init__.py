@@ -12,7 +12,19 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import na_compiler
-from na_compiler.cli import bench, cache, draw, info, inspect, model, ort_library, plan, standard_onnx, torch_library
+from na_compiler.cli import (
+    bench,
+    cache,
+    draw,
+    info,
+    inspect,
+    model,
+    ort_library,
+    plan,
+    standard_onnx,
+    torch_library,
+    tune,
+)
 from na_compiler.cli.output import Commands
 
 __all__ = ["main"]
@@ -65,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_verbose(parser, default=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog="na-compile")
     model.add_problem_parser(commands)
-    for module in (model, inspect, plan, draw, bench, cache, ort_library, standard_onnx, torch_library, info):
+    for module in (model, inspect, plan, draw, tune, bench, cache, ort_library, standard_onnx, torch_library, info):
         module.add_parser(commands)
     _verbose_everywhere(commands)
     words = list(sys.argv[1:] if arguments is None else arguments)

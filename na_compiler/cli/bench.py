@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import Progress
 
-from na_compiler.cli.info import processor
 from na_compiler.cli.output import Commands, add_json, notes, print_json, print_table
 from na_compiler.cli.overheads import measure_overheads
-from na_compiler.cli.timing import Run, interleave
+from na_compiler.devices.cpu import processor
 from na_compiler.problem import Problem
+from na_compiler.timing.cpu import Run, interleave
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -83,7 +83,7 @@ def _time(row: Row, direction: str, skip: list[str], seconds: float, console: Co
     import torch  # noqa: PLC0415
 
     from na_compiler.cli.gpu_peers import PEERS, Inputs, dense  # noqa: PLC0415
-    from na_compiler.cli.gpu_timing import interleave  # noqa: PLC0415
+    from na_compiler.timing.gpu import interleave  # noqa: PLC0415
 
     inputs = Inputs(row, direction)
     whole = dense(row.problem)

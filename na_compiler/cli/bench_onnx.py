@@ -22,7 +22,6 @@ import onnxruntime
 import torch
 
 from na_compiler.cli.output import notes, print_json, print_table
-from na_compiler.cli.timing import Run, interleave
 from na_compiler.compiler.bundle import save_bundle
 from na_compiler.compiler.kernels import compile as compile_kernel
 from na_compiler.compiler.spec import KernelSpec
@@ -30,6 +29,7 @@ from na_compiler.functional import na2d
 from na_compiler.onnx import build_library, export, register
 from na_compiler.problem import Problem
 from na_compiler.reference import neighborhood_attention, neighborhood_mask
+from na_compiler.timing.cpu import Run, interleave
 
 __all__ = ["run"]
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from na_compiler.cli.output import print_json, print_table
-from na_compiler.cli.timing import interleave
 from na_compiler.problem import Problem
+from na_compiler.timing.cpu import interleave
 
 if TYPE_CHECKING:
     import argparse

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import na_compiler
 from na_compiler.cli.output import Commands, add_json, print_json, print_line
+from na_compiler.devices.cpu import processor
 
 __all__ = ["add_parser", "collect"]
 
@@ -22,7 +23,8 @@ _PACKAGES = (
     "onnxruntime-gpu", "matplotlib", "natten",
 )  # fmt: skip
 _VARIABLES = ("NA_COMPILER_CACHE", "NA_COMPILER_CACHE_BYTES", "NA_COMPILER_BUNDLE", "NA_COMPILER_JIT",
-              "NA_COMPILER_TVM_LIB", "CC", "CXX", "CUDA_HOME", "OMP_NUM_THREADS", "TVM_NUM_THREADS")  # fmt: skip
+              "NA_COMPILER_TUNED", "NA_COMPILER_TVM_LIB", "CC", "CXX", "CUDA_HOME", "OMP_NUM_THREADS",
+              "TVM_NUM_THREADS")  # fmt: skip
 
 
 def add_parser(commands: Commands) -> None:
@@ -40,7 +42,7 @@ def _run(options: argparse.Namespace) -> None:
         print_json(found)
         return
     for group, values in found.items():
-        print_line(f"{group}:")
+        print_line(f"{group}:" if values else f"{group}: none set")
         width = max(map(len, values), default=0)
         for name, value in values.items():
             print_line(f"    {name:<{width}}  {value}")
@@ -58,7 +60,7 @@ def collect() -> dict[str, dict[str, str]]:
             "nvcc": _told(_nvcc),
             "TVM's runtime": _told(_runtime),
         },
-        "cache": {"folder": _told(_folder), "kernels": _told(_cached)},
+        "cache": {"folder": _told(_folder), "kernels": _told(_cached), "tuned": _told(_tuned)},
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
@@ -90,17 +92,6 @@ def _machine() -> dict[str, str]:
         "cores for this process": _told(cores),
         "threads of kernels": "torch's, in a process with torch (torch.set_num_threads); else TVM's, one a core",
     }
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    from pathlib import Path  # noqa: PLC0415
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _cpu() -> str:
@@ -177,3 +168,14 @@ def _cached() -> str:
 
     entries = list(cache.entries())
     return f"{len(entries)}, {sum(entry.bytes for entry in entries) / 2**20:.1f} MiB"
+
+
+def _tuned() -> str:
+    from na_compiler.compiler.tuned import records, tuned_file  # noqa: PLC0415
+
+    file = tuned_file()
+    if file is None:
+        return "none, by NA_COMPILER_TUNED=0"
+    found = records()
+    devices = ", ".join(sorted({record.device for record in found}))
+    return f"{len(found)} in {file}" + (f", of {devices}" if devices else "")

@@ -7,8 +7,8 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
-from na_compiler.cli.timing import Run, interleave, repeated
 from na_compiler.problem import Problem
+from na_compiler.timing.cpu import Run, interleave, repeated
 
 if TYPE_CHECKING:
     from torch import Tensor

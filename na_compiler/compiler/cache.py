@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from na_compiler.compiler.locks import hold_file
 from na_compiler.runtime import manifest
 from na_compiler.runtime.folders import cache_folder
 from na_compiler.runtime.kernel import KernelInfo
@@ -103,7 +102,8 @@ def make(key: str, describe: Callable[[], Mapping[str, Any]], build: Callable[[P
     locks = cache_folder() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     lock = locks / f"{key}.lock"
-    with _hold(lock):
+    # Without locks two processes may compile the same, which harms nobody.
+    with hold_file(lock, _LOCK_SECONDS):
         try:
             return _used(read_entry(folder, key))
         except FileNotFoundError:
@@ -117,15 +117,6 @@ def make(key: str, describe: Callable[[], Mapping[str, Any]], build: Callable[[P
     _clean()
     _limit(keep=folder)
     return entry
-
-
-@contextlib.contextmanager
-def _hold(lock: Path) -> Iterator[None]:
-    """Hold a lock, where the file system has any: else two processes may compile the same, which harms nobody."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(NotImplementedError):
-            stack.enter_context(FileLock(lock, timeout=_LOCK_SECONDS))
-        yield
 
 
 def write_entry(folder: Path, key: str, description: Mapping[str, Any], build: Callable[[Path], None]) -> Entry:

@@ -1,4 +1,4 @@
-"""`KeyLocks`: a lock for each of many things."""
+"""Locks: `KeyLocks` for each of many things within this process, `hold_file` among processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,26 @@ import os
 import threading
 import weakref
 from collections.abc import Hashable, Iterator
+from pathlib import Path
 
-__all__ = ["KeyLocks"]
+from filelock import FileLock
+
+__all__ = ["KeyLocks", "hold_file"]
+
+
+@contextlib.contextmanager
+def hold_file(lock: Path, seconds: float) -> Iterator[None]:
+    """Hold a lock among processes for a block, where the file system has any: else two may do the same at once.
+
+    Raises
+    ------
+    TimeoutError
+        If another process has it for so many seconds.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(NotImplementedError):
+            stack.enter_context(FileLock(lock, timeout=seconds))
+        yield
 
 
 class KeyLocks:

@@ -6,20 +6,24 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from na_compiler import schedules
+from na_compiler.compiler import tuned
 from na_compiler.compiler.toolkit import nvcc_version
 from na_compiler.operands import check_direction
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import ABI, KernelInfo
-from na_compiler.schedules.choose import Choice, choose, choose_rounded
+from na_compiler.schedules.choose import Choice, choose, choose_rounded, recorded
 from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
 
 __all__ = ["KernelSpec"]
+
+_LOG = logging.getLogger("na_compiler")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class KernelSpec:
         What machine to compile for.
     forced
         A config to use in place of the planner's; default: the planner's.
+    tuned
+        What was recorded as fastest, a family's name and the text of its config: see `na_compiler.tune`. `make` looks
+        it up. It takes the planner's place as long as this version would time it.
 
     Examples
     --------
@@ -51,10 +58,11 @@ class KernelSpec:
     direction: str
     target: Target
     forced: Config | None = None
+    tuned: tuple[str, str] | None = None
 
     @classmethod
     def make(cls, problem: Problem, target: str | Target = "llvm", direction: str = "forward") -> KernelSpec:
-        """Make a spec of a target's name.
+        """Make a spec of a target's name, with what was recorded for it on this machine's device, if anything was.
 
         Raises
         ------
@@ -62,7 +70,9 @@ class KernelSpec:
             For an unknown target or direction.
         """
         check_direction(direction)
-        return cls(problem, direction, Target.parse(target))
+        parsed = Target.parse(target)
+        record = tuned.find(problem, parsed, direction)
+        return cls(problem, direction, parsed, tuned=None if record is None else record.choice)
 
     @classmethod
     def rounded(cls, problem: Problem, target: Target, direction: str) -> KernelSpec | None:
@@ -75,11 +85,29 @@ class KernelSpec:
 
     @functools.cached_property
     def _choice(self) -> Choice:
-        return Choice(self.forced) if self.forced else choose(self.problem, self.target, self.direction)
+        if self.forced:
+            return Choice(self.forced)
+        found = self._found_by_tuning
+        return choose(self.problem, self.target, self.direction) if found is None else Choice(found)
+
+    @functools.cached_property
+    def _found_by_tuning(self) -> Config | None:
+        if self.tuned is None or self.forced:
+            return None
+        try:
+            return recorded(self.problem, self.target, self.direction, *self.tuned)
+        except ValueError as error:
+            _LOG.warning("what was tuned for %s is passed over: %s; na-compile tune makes it anew", self, error)
+            return None
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the config was found by tuning."""
+        return self._found_by_tuning is not None
 
     @property
     def config(self) -> Config:
-        """What the family leaves open: the planner's choices, unless others are forced.
+        """What the family leaves open: the planner's choices, unless others are forced, or were found by tuning.
 
         Raises
         ------
@@ -103,6 +131,7 @@ class KernelSpec:
         """A name for what the compiler makes of the spec: changes with everything that changes the machine code.
 
         A config that the planner chooses is no part of it: that follows from the rest, the planner's sources included.
+        One that was found by tuning is, as it was written, without a look at whether it is used: that follows as well.
         """
         parts = {
             "abi": ABI,
@@ -112,6 +141,7 @@ class KernelSpec:
             "config": self.forced and repr(self.forced),
             "sources": source_fingerprint(),
             "tvm": tvm_version(),
+            **({"tuned": self.tuned} if self.tuned else {}),
             **({"nvcc": nvcc_version()} if self.target.device_type == "cuda" else {}),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

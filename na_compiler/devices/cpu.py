@@ -14,7 +14,7 @@ from na_compiler.devices.device import DEVICES, Device, Target
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CPU", "Cpu", "CpuTarget", "InstructionSet", "feature_table"]
+__all__ = ["CPU", "Cpu", "CpuTarget", "InstructionSet", "feature_table", "machine", "processor"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,11 @@ class CpuTarget(Target):
         """Whether this machine can run kernels for the target."""
         return self.is_native and self.runs_on(CpuTarget(_host_instruction_set()))
 
+    @property
+    def devices_here(self) -> tuple[str, ...]:
+        """The processor's name, if it can run kernels for the target."""
+        return (processor(),) if self.runs_here else ()
+
     def runs_on(self, machine: Target) -> bool:
         """Return whether the machine that a target names can run kernels for this one."""
         if not isinstance(machine, CpuTarget):
@@ -167,6 +172,15 @@ def feature_table() -> str:
 def machine() -> str:
     """Return this machine's architecture, as instruction sets name it where there are any for it."""
     return _MACHINES.get(platform.machine().lower(), platform.machine())
+
+
+def processor() -> str:
+    """Return the processor's name; the architecture's where the system says none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def best_instruction_set(machine: str, features: AbstractSet[str]) -> str | None:

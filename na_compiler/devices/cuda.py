@@ -24,7 +24,7 @@ from na_compiler.devices.device import DEVICES, Device, Target
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CUDA", "CUDART", "Cuda", "CudaTarget", "cuda_capabilities", "cuda_capability", "packaged"]
+__all__ = ["CUDA", "CUDART", "Cuda", "CudaTarget", "cuda_capabilities", "cuda_capability", "cuda_names", "packaged"]
 
 _LOG = logging.getLogger("na_compiler")
 
@@ -53,6 +53,10 @@ _ARCHITECTURE = re.compile(r"sm_(\d+)([af]?)")
 CUDART = "libcudart.so.13"
 # CUdevice_attribute, in cuda.h.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+# Bytes that a GPU's name has at most.
+_NAME_BYTES = 256
+# What a GPU calls itself, and its compute capability.
+_Gpu = tuple[str, tuple[int, int]]
 
 
 class Cuda(Device):
@@ -202,6 +206,15 @@ class CudaTarget(Target):
         """Whether a GPU of this machine can run kernels for the target."""
         return any(self._runs_on(capability) for capability in cuda_capabilities())
 
+    @property
+    def devices_here(self) -> tuple[str, ...]:
+        """The names of this machine's GPUs that can run kernels for the target."""
+        capabilities = cuda_capabilities()
+        if not any(map(self._runs_on, capabilities)):
+            return ()
+        found = zip(cuda_names(), capabilities, strict=True)
+        return tuple(name for name, capability in found if self._runs_on(capability))
+
     def runs_on(self, machine: Target) -> bool:
         """Return whether the machine that a target names can run kernels for this one."""
         return isinstance(machine, CudaTarget) and self._runs_on(machine.capability)
@@ -255,10 +268,19 @@ def cuda_capability(index: int | None = None) -> tuple[int, int] | None:
 
 def cuda_capabilities() -> tuple[tuple[int, int], ...]:
     """Return the compute capability of each GPU of NVIDIA's of this machine."""
+    return tuple(capability for _, capability in _gpus())
+
+
+def cuda_names() -> tuple[str, ...]:
+    """Return what each GPU of NVIDIA's of this machine calls itself."""
+    return tuple(name for name, _ in _gpus())
+
+
+def _gpus() -> tuple[_Gpu, ...]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.version.cuda is not None:
-        return _capabilities_by_torch()
-    return _capabilities_by_driver()
+        return _gpus_by_torch()
+    return _gpus_by_driver()
 
 
 def _current() -> int:
@@ -275,16 +297,17 @@ def _amd_aside() -> str:
 
 
 @functools.cache
-def _capabilities_by_torch() -> tuple[tuple[int, int], ...]:
+def _gpus_by_torch() -> tuple[_Gpu, ...]:
     import torch  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         return ()
-    return tuple(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    of = torch.cuda.get_device_name, torch.cuda.get_device_capability
+    return tuple((of[0](index), of[1](index)) for index in range(torch.cuda.device_count()))
 
 
 @functools.cache
-def _capabilities_by_driver() -> tuple[tuple[int, int], ...]:
+def _gpus_by_driver() -> tuple[_Gpu, ...]:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -292,15 +315,17 @@ def _capabilities_by_driver() -> tuple[tuple[int, int], ...]:
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return ()
-    return tuple(_capability(driver, index) for index in range(count.value))
+    return tuple(_gpu(driver, index) for index in range(count.value))
 
 
-def _capability(driver: ctypes.CDLL, index: int) -> tuple[int, int]:
+def _gpu(driver: ctypes.CDLL, index: int) -> _Gpu:
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(_NAME_BYTES)
     driver.cuDeviceGet(ctypes.byref(device), index)
+    driver.cuDeviceGetName(name, _NAME_BYTES, device)
     driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
-    return major.value, minor.value
+    return name.value.decode(errors="replace"), (major.value, minor.value)
 
 
 def packaged(path: str) -> Iterator[Path]:

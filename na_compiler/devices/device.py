@@ -137,6 +137,11 @@ class Target(ABC):
     def runs_here(self) -> bool:
         """Whether this machine can run kernels for the target."""
 
+    @property
+    @abstractmethod
+    def devices_here(self) -> tuple[str, ...]:
+        """What those of this machine's devices call themselves that can run kernels for the target."""
+
     @abstractmethod
     def runs_on(self, machine: Target) -> bool:
         """Return whether the machine that a target names can run kernels for this one."""

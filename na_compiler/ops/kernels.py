@@ -26,7 +26,7 @@ from na_compiler.ops.tf32 import is_tf32_allowed
 from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty, strides_wanted
 from na_compiler.target import target_of
 
-__all__ = ["Launch", "backward", "check_rank", "find", "forward", "on_cuda", "reading", "tangent"]
+__all__ = ["Launch", "backward", "check_rank", "find", "forget", "forward", "on_cuda", "reading", "tangent"]
 
 _LOG = logging.getLogger("na_compiler")
 _KERNELS = 4096
@@ -100,6 +100,11 @@ class _Found:
 
 # By all that decides how a kernel is called. A look-up takes a microsecond, and making a Problem thirty.
 _kernels: dict[tuple[Any, ...], Launch] = {}
+
+
+def forget() -> None:
+    """Look kernels up anew at the next call of each: what is compiled for a problem has changed."""
+    _kernels.clear()
 
 
 def forward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:

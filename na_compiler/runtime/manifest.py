@@ -26,6 +26,7 @@ __all__ = [
     "ENTRY",
     "FILES",
     "MAX_BYTES",
+    "TUNED",
     "ManifestError",
     "check_file",
     "contents",
@@ -399,4 +400,14 @@ BUNDLE = _record(
     kernels=_list(_record(**_KERNEL), 0),
     files=_list(_record(kind=_one_of(*FILES), machine=_MACHINE, **_FILE), 0),
     digest=_FILE["sha256"],
+)
+# na_compiler.compiler.tuned.Record, a line each.
+TUNED = _record(
+    format=_int(),
+    version=_VERSION,
+    device=_PROSE,
+    **{name: _KERNEL[name] for name in ("problem", "direction", "target")},
+    family=_ARGUMENT["name"],
+    **dict.fromkeys(("config", "planned"), _PROSE),
+    **dict.fromkeys(("nanoseconds", "planned_nanoseconds", "batch"), _int()),
 )

@@ -8,6 +8,7 @@ from na_compiler.operands import KEY_MASK, RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.cpu import planner
 from na_compiler.schedules.cpu.config import QueriesInLanes
+from na_compiler.schedules.cpu.plan import Tiling
 from na_compiler.schedules.cpu.visit import visit
 from na_compiler.schedules.family import Family, Lowered, without_tangents
 from na_compiler.schedules.shared.candidate import Candidate
@@ -26,6 +27,7 @@ class _Cpu(Family):
     name = "cpu"
     operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
     borders = frozenset(BORDERS)
+    configs = (QueriesInLanes, Tiling)
 
     def is_for(self, target: Target) -> bool:
         """CPUs."""

@@ -10,6 +10,7 @@ from na_compiler.schedules.family import Family, Lowered
 from na_compiler.schedules.mma import planner
 from na_compiler.schedules.mma.backward import planner as backward_planner
 from na_compiler.schedules.mma.backward.config import MmaBackward
+from na_compiler.schedules.mma.backward.sweep_config import Sweep
 from na_compiler.schedules.mma.config import Mma
 from na_compiler.schedules.mma.visit import visit
 from na_compiler.schedules.shared.config import Config
@@ -27,6 +28,7 @@ class _Mma(Family):
     name = "mma"
     operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
     borders = frozenset(BORDERS)
+    configs = (Mma, MmaBackward, Sweep)
 
     def is_for(self, target: Target) -> bool:
         """GPUs from sm_80 on."""

@@ -26,6 +26,7 @@ class _Simt(Family):
     name = "simt"
     operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
     borders = frozenset(BORDERS)
+    configs = (Simt,)
 
     def is_for(self, target: Target) -> bool:
         """GPUs."""
@@ -39,6 +40,11 @@ class _Simt(Family):
         """Return what follows from the problem: each choice has a rule of its own, and none is ranked."""
         assert isinstance(target, CudaTarget)
         return planner.choose(problem, target, direction)
+
+    def contenders(self, problem: Problem, target: Target, direction: str, count: int) -> tuple[Simt, ...]:
+        """Return the config of `choose`, and others near it."""
+        assert isinstance(target, CudaTarget)
+        return planner.contenders(problem, target, direction)[:count]
 
     def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:
         """Return the query, alone, and the keys that it visits."""

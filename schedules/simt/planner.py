@@ -12,7 +12,7 @@ from na_compiler.schedules.simt.plan import DirectPlan
 from na_compiler.target import CudaTarget
 from na_compiler.tensorir.axes import AXES, Extents, round_up
 
-__all__ = ["choose"]
+__all__ = ["choose", "contenders"]
 
 # Nothing here was chosen by timing alternatives on a GPU: what is not a limit of the machine is assumed, for the reason
 # that stands with it. Registers are those that nvcc 13 takes for sm_80, of four problems with head_dim 32 to 128.
@@ -45,17 +45,50 @@ _STRIP = 128
 _CHUNK = 1.5
 
 
+# What is tried beside the choice: times as many threads for a row, threads of a block, scores at once. And elements of
+# a row of one thread at most: see `_ELEMENTS`.
+_LANES_TRIED, _THREADS_TRIED, _AT_ONCE_TRIED = (2.0, 0.5), (64, 256), (0.5, 2.0)
+_ELEMENTS_TRIED = 32
+
+
 def choose(problem: Problem, target: CudaTarget, direction: str) -> Simt:
     """Return the config to compile a problem with: this schedule takes all problems, on every target."""
     vector = _vector(problem, target)
     lanes = _lanes(problem, vector)
+    return _config(problem, vector, lanes, _THREADS, _at_once(problem, direction, vector, lanes))
+
+
+def contenders(problem: Problem, target: CudaTarget, direction: str) -> tuple[Simt, ...]:
+    """Return the config of `choose`, then those that differ from it in one thing, in two, and in three."""
+    vector = _vector(problem, target)
+    chosen = _lanes(problem, vector)
+    width = max(problem.head_dim, problem.head_dim_v)
+    found: dict[Simt, int] = {}
+    for lanes_by, threads, at_once_by in itertools.product(
+        (1.0, *_LANES_TRIED), (_THREADS, *_THREADS_TRIED), (1.0, *_AT_ONCE_TRIED)
+    ):
+        lanes = int(chosen * lanes_by)
+        if not 1 <= lanes <= _WARP or round_up(width, lanes * vector) > lanes * max(_ELEMENTS_TRIED, vector):
+            continue
+        at_once = int(_at_once(problem, direction, vector, lanes) * at_once_by)
+        if at_once >= 1:
+            changed = (lanes_by != 1.0) + (threads != _THREADS) + (at_once_by != 1.0)
+            found.setdefault(_config(problem, vector, lanes, threads, at_once), changed)
+    return tuple(sorted(found, key=lambda config: found[config]))
+
+
+def _at_once(problem: Problem, direction: str, vector: int, lanes: int) -> int:
+    """Return the scores that are computed together: so many that the rows that wait for them fit the registers."""
     elements = round_up(max(problem.head_dim, problem.head_dim_v), lanes * vector) // lanes
     staged = elements * problem.element_bytes // 4 * (1 if direction == "forward" else 2)
-    at_once = max(1, min(_AT_ONCE, _STAGED // max(staged, 1)))
+    return max(1, min(_AT_ONCE, _STAGED // max(staged, 1)))
+
+
+def _config(problem: Problem, vector: int, lanes: int, threads: int, at_once: int) -> Simt:
     axes = DirectPlan(problem).axes
     return Simt(
         lanes=lanes,
-        rows=_THREADS // lanes,
+        rows=threads // lanes,
         keys=_chunk([axis.most_keys for axis in axes], at_once),
         queries=_chunk([axis.most_queries for axis in axes], at_once),
         vector=vector,

@@ -11,7 +11,7 @@ from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.schedules.sm90 import planner
 from na_compiler.schedules.sm90.backward import planner as backward_planner
-from na_compiler.schedules.sm90.backward.config import Sm90Backward
+from na_compiler.schedules.sm90.backward.config import Sm90Backward, Sweep
 from na_compiler.schedules.sm90.backward.fused import planner as fused_planner
 from na_compiler.schedules.sm90.backward.fused.config import Sm90Fused
 from na_compiler.schedules.sm90.config import Sm90
@@ -26,6 +26,7 @@ _ARCHITECTURE = "sm_90a"
 
 class _Sm90(Family):
     name = "sm90"
+    configs = (Sm90, Sm90Backward, Sm90Fused, Sweep)
 
     def is_for(self, target: Target) -> bool:
         """Hopper."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["Run", "interleave", "repeated"]
 
 Run = Callable[[], Any]
+# What runs are known by.
+_Name = TypeVar("_Name")
 
 # In seconds: what is quicker runs several times in a round, so that there are enough samples for a median where a
 # competitor takes a second.
@@ -17,7 +19,7 @@ _QUICK = 0.02
 _TIMES_A_ROUND = 3
 
 
-def interleave(runs: dict[str, Run], seconds: float, rest: float = 0.0) -> dict[str, float]:
+def interleave(runs: dict[_Name, Run], seconds: float, rest: float = 0.0) -> dict[_Name, float]:
     """Run everything in turn until the time is up; returns medians in seconds.
 
     Each has a run that is not timed before those that are, so that it finds its own data in the caches, as after the
@@ -33,7 +35,7 @@ def interleave(runs: dict[str, Run], seconds: float, rest: float = 0.0) -> dict[
     rest
         Seconds to wait before each, for what has threads of its own, which spin for a while after their work.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[_Name, list[float]] = {name: [] for name in runs}
     until = time.perf_counter() + seconds
     rounds = 0
     while time.perf_counter() < until or rounds < 3:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch.cuda import CUDAGraph
 
 __all__ = ["interleave"]
+
+# What runs are known by.
+_Name = TypeVar("_Name")
 
 # Milliseconds that a graph takes, about: several calls of a short operation.
 _GRAPH = 2.0
@@ -19,7 +22,7 @@ _LEAST_ROUNDS = 5
 _SLOW, _SLOW_ROUNDS = 0.1, 3
 
 
-def interleave(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def interleave(runs: dict[_Name, Callable[[], object]], seconds: float) -> dict[_Name, float]:
     """Run everything in turn until the time is up; returns medians in milliseconds.
 
     Calls are captured in graphs, several of a short one, so that what the host takes to launch them is not timed. How
@@ -37,7 +40,7 @@ def interleave(runs: dict[str, Callable[[], object]], seconds: float) -> dict[st
         Time for all of them.
     """
     graphs = {name: _captured(call) for name, call in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[_Name, list[float]] = {name: [] for name in runs}
     until = time.perf_counter() + seconds
     rounds = 0
     while rounds < _LEAST_ROUNDS or time.perf_counter() < until:
