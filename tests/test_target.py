@@ -41,7 +41,11 @@ def test_what_runs_where():
         ("llvm:aarch64", "llvm:x86-64"): False,
         ("llvm:x86-64", "cuda:sm_80"): False,
         ("cuda:sm_80", "llvm:x86-64"): False,
-        ("cuda:sm_80", "cuda:sm_86"): True,
+        ("cuda:sm_80", "cuda:sm_88"): False,
+        # Later, but with less shared memory for a block.
+        ("cuda:sm_80", "cuda:sm_86"): False,
+        ("cuda:sm_80", "cuda:sm_89"): False,
+        ("cuda:sm_86", "cuda:sm_89"): True,
         ("cuda:sm_86", "cuda:sm_80"): False,
         ("cuda:sm_80", "cuda:sm_90a"): False,
         ("cuda:sm_90", "cuda:sm_90a"): True,

@@ -99,7 +99,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--target",
         action="append",
         metavar="TARGET",
-        help="llvm (this machine, the default), llvm:x86-64-v3, cuda:sm_90a, ...; again for several",
+        help="llvm (this machine, the default), llvm:x86-64-v3, cuda:sm_90a, ...; again for several; or cuda:all",
     )
     parser.add_argument("--training", action="store_true", help="the backward as well")
     parser.add_argument("--tangents", action="store_true", help="forward mode (jvp) as well")

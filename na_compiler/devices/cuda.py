@@ -47,6 +47,9 @@ _SHARED_MEMORY = {
 # Of Tegra, such as Jetson's Orin and Thor: machine code for a desktop's GPU does not run on these, nor the other way,
 # nor that of one on another (CUDA C++ Programming Guide, binary compatibility).
 _TEGRA = {87, 88, 110}
+# What ``cuda:all`` names: for each GPU that is known, Tegra's left out, the best that runs on it. Of capability 10.3
+# and 12.1 that is code for 10.0 and 12.0: kernels have no instructions that only these have.
+_ALL = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 _OLDEST, _LATEST = min(_SHARED_MEMORY), max(_SHARED_MEMORY)
 _ARCHITECTURE = re.compile(r"sm_(\d+)([af]?)")
 # CUDA's runtime library that TVM's was linked with.
@@ -83,11 +86,19 @@ class Cuda(Device):
             )
         if not match or int(match[1]) not in _SHARED_MEMORY or (match[2] and int(match[1]) < 90):
             known = ", ".join(f"cuda:sm_{number}" for number in _SHARED_MEMORY)
+            if architecture == "all":
+                raise ValueError(
+                    f"target cuda:all is several, and one is wanted here: one of {', '.join(f'cuda:{n}' for n in _ALL)}"
+                )
             raise ValueError(
                 f"target must be cuda (the GPU present), one of {known}, or, from sm_90 on, one of these with an a "
                 f"for instructions of its own, e.g. cuda:sm_90a; got 'cuda:{architecture}'"
             )
         return CudaTarget(architecture)
+
+    def targets(self, architecture: str) -> tuple[Target, ...]:
+        """Make the target of an architecture; of one for each GPU there is, if it is ``all``."""
+        return tuple(map(self.target, _ALL)) if architecture == "all" else super().targets(architecture)
 
     def target_of(self, device: torch.device) -> CudaTarget:
         """Return the target that makes most of one of torch's GPUs.
@@ -220,11 +231,16 @@ class CudaTarget(Target):
         return isinstance(machine, CudaTarget) and self._runs_on(machine.capability)
 
     def _runs_on(self, capability: tuple[int, int]) -> bool:
-        """Machine code runs on its generation, from its own capability on; specific and Tegra's on its own alone."""
+        """Machine code runs on its generation, from its own capability on; specific and Tegra's on its own alone.
+
+        And where blocks have as much shared memory: those for 8.0 may take more than 8.6 and 8.9 have.
+        """
         major, minor = self.capability
-        if self.is_specific or not _TEGRA.isdisjoint({10 * major + minor, 10 * capability[0] + capability[1]}):
+        number = 10 * capability[0] + capability[1]
+        if self.is_specific or not _TEGRA.isdisjoint({10 * major + minor, number}):
             return capability == (major, minor)
-        return capability[0] == major and capability[1] >= minor
+        has_room = _SHARED_MEMORY.get(number, self.shared_memory) >= self.shared_memory
+        return capability[0] == major and capability[1] >= minor and has_room
 
     def to_tvm(self) -> dict[str, Any]:
         """Return TVM's description of the target; the host's part is for any machine of this architecture."""

@@ -51,6 +51,10 @@ class Device(ABC):
             If there is none, or this machine has none.
         """
 
+    def targets(self, architecture: str) -> tuple[Target, ...]:
+        """Return the targets that a name stands for: one, unless a device has names for several."""
+        return (self.target(architecture),)
+
     @abstractmethod
     def target_of(self, device: torch.device) -> Target:
         """Return what to compile for, for tensors on one of torch's devices of this type.
@@ -103,14 +107,32 @@ class Target(ABC):
         """
         if isinstance(name, Target):
             return name
-        kind, _, architecture = str(name).partition(":")
-        for device in DEVICES:
-            if device.kind == kind:
-                return device.target(architecture)
-        raise ValueError(
-            f"target must be llvm (this machine), llvm:INSTRUCTION_SET, cuda (the GPU present) or cuda:ARCHITECTURE, "
-            f"e.g. llvm:x86-64-v3 or cuda:sm_90a; got {name!r}"
-        )
+        device, architecture = _named(name)
+        return device.target(architecture)
+
+    @staticmethod
+    def several(name: str | Target) -> tuple[Target, ...]:
+        """Make the targets that a name stands for, for what holds kernels for several.
+
+        Parameters
+        ----------
+        name
+            As of `parse`, or ``"cuda:all"``: for every GPU that is known but Tegra's, the best that runs on it.
+
+        Raises
+        ------
+        ValueError
+            As `parse`.
+
+        Examples
+        --------
+        >>> [target.name for target in Target.several("cuda:all")][:3]
+        ['cuda:sm_75', 'cuda:sm_80', 'cuda:sm_86']
+        """
+        if isinstance(name, Target):
+            return (name,)
+        device, architecture = _named(name)
+        return device.targets(architecture)
 
     @property
     @abstractmethod
@@ -156,3 +178,15 @@ class Target(ABC):
 
 # Each device's file adds its own when it is imported, which `na_compiler.devices` does.
 DEVICES: list[Device] = []
+
+
+def _named(name: str) -> tuple[Device, str]:
+    """Return the device that a target's name begins with, and the rest of it."""
+    kind, _, architecture = str(name).partition(":")
+    for device in DEVICES:
+        if device.kind == kind:
+            return device, architecture
+    raise ValueError(
+        f"target must be llvm (this machine), llvm:INSTRUCTION_SET, cuda (the GPU present) or cuda:ARCHITECTURE, "
+        f"e.g. llvm:x86-64-v3 or cuda:sm_90a; got {name!r}"
+    )

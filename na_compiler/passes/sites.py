@@ -99,7 +99,7 @@ class Sites(tuple[Site, ...]):
         """
         if not self:
             return []  # Before a target such as "cuda" is looked for.
-        parsed = list(dict.fromkeys(map(Target.parse, targets)))
+        parsed = list(dict.fromkeys(one for target in targets for one in Target.several(target)))
         wanted: dict[tuple[Problem, str], None] = {}
         for site in self:
             if site.problem is not None:

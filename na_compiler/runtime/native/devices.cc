@@ -77,7 +77,8 @@ std::string best_cpu_target() {
 }
 
 // Machine code runs on its own generation, from its own capability on; code with instructions of one architecture
-// (sm_90a) on that alone, and so does Tegra's: see na_compiler/devices/cuda.py.
+// (sm_90a) on that alone, and so does Tegra's. Blocks for 8.0 may take more shared memory than 8.6 and 8.9 have. See
+// na_compiler/devices/cuda.py.
 int cuda_order(const std::string& target, int capability) {
   static const std::string kPrefix = "cuda:sm_";
   if (target.compare(0, kPrefix.size(), kPrefix) != 0) return -1;
@@ -86,7 +87,8 @@ int cuda_order(const std::string& target, int capability) {
   bool is_specific = *after != '\0';
   auto is_tegra = [](int number) { return number == 87 || number == 88 || number == 110; };
   bool is_alone = is_specific || is_tegra(built) || is_tegra(capability);
-  bool runs = is_alone ? built == capability : built / 10 == capability / 10 && built <= capability;
+  bool has_room = built != 80 || (capability != 86 && capability != 89);
+  bool runs = is_alone ? built == capability : built / 10 == capability / 10 && built <= capability && has_room;
   return runs ? 2 * built + is_specific : -1;
 }
 
