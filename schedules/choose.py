@@ -15,8 +15,17 @@ from na_compiler.target import Target
 from na_compiler.window import border_kind
 
 __all__ = [
-    "FAMILIES", "MOST_CONTENDERS", "Choice", "candidates", "choose", "choose_rounded", "contenders", "family_of", "recorded",
-]  # fmt: skip
+    "FAMILIES",
+    "MOST_CONTENDERS",
+    "Choice",
+    "candidates",
+    "choose",
+    "choose_rounded",
+    "contenders",
+    "estimates",
+    "family_of",
+    "recorded",
+]
 
 # The families, by the names of their folders, in the order in which they are asked. Of two for one kind of machine, the
 # one that is faster comes first; where each is at times, both say how long they take.
@@ -128,6 +137,17 @@ def contenders(problem: Problem, target: Target, direction: str, count: int = 8)
             most = 1 if family.estimate(problem, target, direction) is None else count
             found += family.contenders(problem, target, direction, most)
     return tuple(found)
+
+
+def estimates(problem: Problem, target: Target, direction: str) -> dict[str, float | str | None]:
+    """Return, of each family for a target, the microseconds that it estimates for a batch entry among many.
+
+    ``None`` of one that takes the problem and does not say; of one that does not take it, why, in a sentence.
+    """
+    return {
+        family.name: reason or family.estimate(problem, target, direction)
+        for family, reason in _asked(problem, target, direction)
+    }
 
 
 def recorded(problem: Problem, target: Target, direction: str, family: str, text: str) -> Config:

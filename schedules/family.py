@@ -78,6 +78,8 @@ class Family(ABC):
         problem with any other is not put to it.
     borders
         What its windows may do at the ends of axes, see `na_compiler.window`; likewise.
+    has_tensor_cores
+        Whether products run on tensor cores.
     configs
         The dataclasses that its configs are made of, so that one can be read back from a text.
     """
@@ -85,6 +87,7 @@ class Family(ABC):
     name: str
     operands: frozenset[str] = frozenset()
     borders: frozenset[str] = frozenset({SHIFT})
+    has_tensor_cores: bool = False
     configs: tuple[type, ...] = ()
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -11,7 +12,9 @@ from na_compiler.cli import gpu_suites, main
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.runtime.bundle import read_bundle
+from na_compiler.schedules import choose as choose_module
 from na_compiler.schedules.choose import candidates, choose
+from na_compiler.schedules.shared import gpus
 from na_compiler.schedules.simt.config import Simt
 from na_compiler.target import Target
 
@@ -57,6 +60,55 @@ def test_the_first_candidate_is_what_is_chosen(target, direction):
         assert found[0].config == chosen
         assert found[0].cycles <= found[1].cycles <= found[2].cycles
         assert found[0].waste >= 1
+
+
+@pytest.mark.parametrize("target", ["llvm:x86-64-v4", "cuda:sm_90a", "cuda:sm_80"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_terms_are_what_the_time_is_made_of(target, direction):
+    """Each is a part of it, and together they are all of it, or more where some hide behind others."""
+    small, large = Problem((64, 64), 8, 64, 13, dtype="float16"), Problem((256, 256), 24, 128, 80, dtype="bfloat16")
+    for problem in (small, large):
+        for family in ("sm90", "mma", "cpu"):
+            one = choose_module._load(family)
+            machine = Target.parse(target)
+            for candidate in one.candidates(problem, machine, direction, 3) if one.is_for(machine) else ():
+                assert candidate.combined
+                assert len(candidate.terms) >= 3
+                assert all(0 <= cycles <= 1.0001 * candidate.cycles for cycles in candidate.terms.values())
+                assert sum(candidate.terms.values()) >= 0.999 * candidate.cycles
+                if candidate.combined == "one after another":
+                    assert sum(candidate.terms.values()) == pytest.approx(candidate.cycles)
+
+
+def test_plan_shows_the_terms_that_decided(capsys):
+    problem = ["--layout", "64x64", "--heads", "8", "--head-dim", "64", "--kernel-size", "13", "--dtype", "float16"]
+    arguments = ["plan", *problem, "--count", "2"]
+    assert main([*arguments, "--target", "cuda:sm_90a"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("estimates, a batch entry among many: sm90", "tensor cores", "latency", "H100 SXM, to which models"):
+        assert part in printed
+    assert main([*arguments, "--target", "cuda:sm_80", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["floors"]["gpu"] == "A100 80GB SXM, of which nothing was measured"
+    assert set(found["floors"]["microseconds"]) == {"DRAM", "products", "exponentials"}
+    assert found["candidates"][0]["terms"]["latency"] > 0
+    assert set(found["families"]) == {"mma", "simt"}
+    assert main([*arguments, "--target", "llvm", "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["floors"]
+
+
+def test_each_generation_has_a_line():
+    for target in Target.several("cuda:all"):
+        gpu = gpus.gpu_of(target)
+        assert f"cuda:{gpu.architecture}" == target.name
+        assert gpu.is_measured == (gpu is gpus.H100)
+    assert gpus.gpu_of(Target.parse("cuda:sm_103")).architecture == "sm_100"
+    # An elementwise count by hand: four tensors of 2 bytes and lse, and 4 operations a pair and element.
+    problem = Problem((8, 8), 2, 16, 3, dtype="float16")
+    least = gpus.floors(problem, "forward", gpus.H100, has_tensor_cores=True)
+    assert least["DRAM"] == pytest.approx((4 * 64 * 2 * 16 * 2 + 64 * 2 * 4) / 3350e3)
+    assert least["products"] == pytest.approx(64 * 9 * 2 * 4 * 16 / (132 * 1700 * 4096))
+    assert least["exponentials"] == pytest.approx(64 * 9 * 2 / (132 * 1700 * 16))
 
 
 def test_plan_refuses_no_candidates(capsys):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,12 +122,17 @@ class Candidate(Base):
         Scores computed for each one that is needed.
     tasks
         Iterations of the parallel loop for one batch entry.
+    terms
+        What the cycles are made of.
     """
 
     config: QueriesInLanes
     cycles: float
     waste: float
     tasks: int
+    terms: Mapping[str, float]
+
+    combined = "one after another"
 
     def columns(self) -> dict[str, str]:
         """Return its row of a table."""
@@ -159,7 +164,8 @@ def candidates(problem: Problem, machine: Machine, direction: str, count: int = 
 def _measure(problem: Problem, machine: Machine, config: QueriesInLanes, direction: str) -> Candidate:
     plan = config.plan(problem)
     waste = plan.visited_pairs() / problem.pairs()
-    return Candidate(config, _cycles(problem, machine, config, direction), waste, plan.tasks)
+    terms = _terms(problem, machine, config, direction)
+    return Candidate(config, sum(terms.values()), waste, plan.tasks, terms)
 
 
 def _configs(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:
@@ -306,6 +312,11 @@ def _divisor(value: int, most: int) -> int:
 
 def _cycles(problem: Problem, machine: Machine, config: QueriesInLanes, direction: str) -> float:
     """Estimate the cycles of one head of one batch entry."""
+    return sum(_terms(problem, machine, config, direction).values())
+
+
+def _terms(problem: Problem, machine: Machine, config: QueriesInLanes, direction: str) -> dict[str, float]:
+    """Return what these cycles are made of."""
     plan = TilingPlan.make(problem, config.tiling)
     lanes = math.prod(config.tiling.tile)
     vectors = lanes // machine.vector
@@ -322,20 +333,22 @@ def _cycles(problem: Problem, machine: Machine, config: QueriesInLanes, directio
         weighted *= _VALUES_BEYOND  # The values that the patches share do not stay in the innermost cache.
     patches = lanes // queries
     overhead = patches * plan.extents("patch_visited")[0] * plan.extents("patch_visited")[1] * _PATCH_ROW
-    tile = visited * vectors * _SOFTMAX + _TILE * vectors + overhead
-    if direction == "forward":
-        tile += visited * problem.head_dim * score + lanes * patch_visited * depth_v * weighted
-    elif direction == "tangent":
-        # Beside the forward's product of either kind, two of that kind in one.
-        tile += 3 * (visited * problem.head_dim * score + lanes * patch_visited * depth_v * weighted)
-        tile += visited * vectors * _SLOPE
-    else:
-        tile += visited * (problem.head_dim + problem.head_dim_v) * score
-        tile += lanes * patch_visited * depth * weighted
-        tile += visited * lanes * (depth + depth_v) * _GRADIENT
+    # Of a tile. Beside the forward's product of either kind a tangent has two of that kind in one.
+    products = 3 if direction == "tangent" else 1
+    widths, sums = problem.head_dim, depth_v
+    if direction == "backward":
+        widths, sums = problem.head_dim + problem.head_dim_v, depth
+    tile = {
+        "scores": products * visited * widths * score,
+        "weighted sums": products * lanes * patch_visited * sums * weighted,
+        "softmax": visited * vectors * (_SOFTMAX + (_SLOPE if direction == "tangent" else 0)),
+        "gradients of keys": visited * lanes * (depth + depth_v) * _GRADIENT if direction == "backward" else 0.0,
+        "beside": _TILE * vectors + overhead,
+    }
     tiles = plan.size("tiles") * plan.size("strips") * plan.size("dilation")
     staged = plan.size("strip_box") * (depth + depth_v) * _STAGE * plan.size("strips") * plan.size("dilation")
-    return tiles * tile + staged * _ROWS[direction]
+    found = {name: tiles * cycles for name, cycles in tile.items() if cycles}
+    return {**found, "staging": staged * _ROWS[direction]}
 
 
 def _product(broadcast: int, vectors: int) -> float:

@@ -26,6 +26,7 @@ _OLDEST = (8, 0)
 
 class _Mma(Family):
     name = "mma"
+    has_tensor_cores = True
     operands = frozenset({RELATIVE_POSITION_BIAS, KEY_MASK})
     borders = frozenset(BORDERS)
     configs = (Mma, MmaBackward, Sweep)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from na_compiler.operands import KEY_MASK
@@ -20,14 +20,14 @@ from na_compiler.schedules.mma.config import Mma
 from na_compiler.schedules.mma.occupancy import blocks_at_once
 from na_compiler.schedules.mma.plan import GROUP, ROWS
 from na_compiler.schedules.shared.candidate import Candidate as Base
+from na_compiler.schedules.shared.gpus import H100
 
 __all__ = ["Candidate", "arrangements", "candidates", "fitting_boxes", "unsuited", "unsuited_rounded"]
 
 # Elements: the sums of 256 columns take 128 registers of a thread, half of what it can have.
 _MOST_HEAD_DIM = 256
-# Multiprocessors of an H100 (datasheet, SXM) and its clock at work, in MHz, to which times below are fitted; elsewhere
-# only the order of candidates matters.
-_PROCESSORS, _MEGAHERTZ = 132, 1700.0
+# Times below are fitted to an H100; elsewhere only the order of candidates matters.
+_PROCESSORS, _MEGAHERTZ = H100.processors, H100.megahertz
 # Warps of a block along all axes.
 _WARPS = (1, 2, 4, 8)
 # Keys of a warp's own box, up to which it is unrolled: code of some thousand instructions.
@@ -82,6 +82,8 @@ class Candidate(Base):
         Warps that a multiprocessor has at once.
     shared_bytes
         Shared memory of a block.
+    terms
+        What the cycles are made of.
     """
 
     config: Mma
@@ -90,6 +92,11 @@ class Candidate(Base):
     blocks: int
     resident_warps: int
     shared_bytes: int
+    terms: Mapping[str, float]
+
+    combined = (
+        "latency beside all others one after another: the cube root of the sum of the two's cubes; then blocks alone"
+    )
 
     @property
     def microseconds(self) -> float:
@@ -225,6 +232,8 @@ def _met(union: tuple[int, ...], tile: tuple[int, ...]) -> float:
 # Fitted to 140 runs on an H100, which they miss by 10% (root mean square), in cycles of a scheduler. What a warp
 # issues: beside its keys, for a copy, for a group of 16 keys, and 16 columns of head_dim of it, for a tile of a ring.
 _ISSUE = (555.0, 16.7, 56.7, 12.1, 86.4)
+# What these are called, and what comes after them.
+_TERMS = ("of each warp", "copies", "softmax and masks", "tensor cores", "of each tile", "latency", "blocks alone")
 # How long it waits by itself: beside its keys, for a copy, for 16 columns of a group, for a step of the softmax.
 _WAIT = (2247.0, 42.3, 4.8, 231.0)
 # All but copies and tiles is for each 16 rows of a warp, and another 16 issue so many times as much for a group of
@@ -256,21 +265,26 @@ def _measure(problem: Problem, config: Mma, shared_memory: int) -> Candidate | N
         groups, copies = steps * plan.streamed / GROUP, copies * tiles
     rows = float(plan.row_tiles)
     multiplied = groups * depth * rows
-    issue = _sum(_ISSUE, (rows, copies, groups * (1 + _ANOTHER * (rows - 1)), multiplied, tiles))
-    wait = _sum(_WAIT, (rows, copies, multiplied, steps * rows)) * _SCHEDULERS / at_once
-    each = (issue**_POWER + wait**_POWER) ** (1 / _POWER) * (1 + _ALONE / blocks)
+    issued = _products(_ISSUE, (rows, copies, groups * (1 + _ANOTHER * (rows - 1)), multiplied, tiles))
+    issue = sum(issued)
+    wait = sum(_products(_WAIT, (rows, copies, multiplied, steps * rows))) * _SCHEDULERS / at_once
+    together = (issue**_POWER + wait**_POWER) ** (1 / _POWER)
+    each = together * (1 + _ALONE / blocks)
     items = plan.items * problem.heads // plan.packed
+    warps = items * plan.warps
+    terms = dict(zip(_TERMS, (*issued, wait, each - together), strict=True))
     needed = problem.pairs()
     computed = items * plan.warps * plan.rows * groups * GROUP / problem.heads
     return Candidate(
         config,
-        items * plan.warps * each / _SCHEDULERS,
+        warps * each / _SCHEDULERS,
         computed / needed,
         items,
         at_once,
         plan.shared_bytes,
+        {name: warps * cycles / _SCHEDULERS for name, cycles in terms.items()},
     )
 
 
-def _sum(factors: Sequence[float], terms: Sequence[float]) -> float:
-    return sum(factor * term for factor, term in zip(factors, terms, strict=True))
+def _products(factors: Sequence[float], counts: Sequence[float]) -> list[float]:
+    return [factor * count for factor, count in zip(factors, counts, strict=True)]

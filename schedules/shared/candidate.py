@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 from na_compiler.schedules.shared.config import Config
 
@@ -20,11 +22,17 @@ class Candidate(ABC):
         Estimated time; only their order means something, and only within one planner.
     waste
         Scores computed for each one that is needed.
+    terms
+        What the time is made of, by name, in the unit of ``cycles``. Some hide behind others: `combined` says how.
+    combined
+        How the time follows from the terms, in a sentence.
     """
 
     config: Config
     cycles: float
     waste: float
+    terms: Mapping[str, float]
+    combined: ClassVar[str]
 
     @abstractmethod
     def __str__(self) -> str:

@@ -26,6 +26,7 @@ _ARCHITECTURE = "sm_90a"
 
 class _Sm90(Family):
     name = "sm90"
+    has_tensor_cores = True
     configs = (Sm90, Sm90Backward, Sm90Fused, Sweep)
 
     def is_for(self, target: Target) -> bool:

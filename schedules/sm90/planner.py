@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate as Base
 from na_compiler.schedules.shared.counts import tiles_met
+from na_compiler.schedules.shared.gpus import H100
 from na_compiler.schedules.sm90.backward import planner as backward
 from na_compiler.schedules.sm90.boxes import boxes, fits
 from na_compiler.schedules.sm90.config import Sm90
@@ -31,14 +32,12 @@ __all__ = ["Candidate", "candidates", "most_registers", "refusal"]
 
 _Numbers = NDArray[Any]
 
-# Multiprocessors of an H100 (datasheet, SXM).
-_PROCESSORS = 132
+_PROCESSORS = H100.processors
 # Columns of one wgmma at most (PTX ISA), which makes a head's output at once.
 _MOST_HEAD_DIM = 256
-# The clock that an H100 has while its tensor cores work, as measured.
-_MEGAHERTZ = 1700.0
-# Products of 16-bit numbers, in operations a cycle of one multiprocessor, by the datasheet.
-_RATE = 4096.0
+_MEGAHERTZ = H100.megahertz
+# Products of 16-bit numbers, in operations a cycle of one multiprocessor.
+_RATE = float(H100.tensor)
 # Cycles: of products over what the datasheet says, of a tile of keys beside its products, of masking it (and a key
 # of it), and of a tile of queries beside its keys.
 _PRODUCTS, _TILE, _MASK, _BLOCK = 1.40, 250.0, (100.0, 1.2), 3000.0
@@ -85,6 +84,8 @@ class Candidate(Base):
         Thread blocks.
     shared_bytes
         Shared memory of one.
+    terms
+        What the cycles are made of.
     """
 
     config: Sm90
@@ -93,6 +94,9 @@ class Candidate(Base):
     masked: float
     blocks: int
     shared_bytes: int
+    terms: Mapping[str, float]
+
+    combined = "the more of tensor cores and exponentials, then the others one after another"
 
     @property
     def waves(self) -> float:
@@ -235,6 +239,7 @@ class _Measured:
     visited: _Numbers
     whole: _Numbers
     blocks: _Numbers
+    terms: dict[str, _Numbers]
 
     def candidate(self, query: int, key: int) -> Candidate:
         """Return one of them."""
@@ -249,8 +254,8 @@ class _Measured:
         )
         waste = visited * ROWS * plan.streamed / self.problem.pairs()
         masked = (visited - whole) / visited
-        cycles = float(self.cycles[query, key])
-        return Candidate(chosen, cycles, waste, masked, blocks * self.problem.heads, plan.shared_bytes)
+        cycles, terms = float(self.cycles[query, key]), {name: float(of[query, key]) for name, of in self.terms.items()}
+        return Candidate(chosen, cycles, waste, masked, blocks * self.problem.heads, plan.shared_bytes, terms)
 
 
 def _measure(problem: Problem, space: _Space) -> _Measured:
@@ -262,15 +267,26 @@ def _measure(problem: Problem, space: _Space) -> _Measured:
     streamed = np.array([math.prod(tile) for tile in space.keys])
     products = 2 * (ROWS * streamed) * (16 * -(-problem.head_dim // 16) + problem.head_dim_v) / _RATE * _PRODUCTS
     products = products * np.where(streamed > _AMPLE_KEYS, _CROWDED, 1)
-    tile = np.maximum(products, streamed * _EXPONENTIALS[space.warpgroups]) + _TILE
-    tile = tile * (1 + _ROW * np.array([math.prod(tile[:-1]) for tile in space.keys]))
-    masked = visited - whole
+    exponentials = streamed * _EXPONENTIALS[space.warpgroups]
+    rows = 1 + _ROW * np.array([math.prod(tile[:-1]) for tile in space.keys])
+    tile = (np.maximum(products, exponentials) + _TILE) * rows
+    masks = (visited - whole) * (_MASK[0] + streamed * _MASK[1])
     # While one warpgroup leaves a tile out, the others' softmax has less to hide behind.
-    lone = space.warpgroups * steps - visited
-    block = (visited * tile + lone * tile * _LONE + masked * (_MASK[0] + streamed * _MASK[1])) / blocks + _BLOCK
+    alone = (space.warpgroups * steps - visited) * tile * _LONE
+    block = (visited * tile + alone + masks) / blocks + _BLOCK
     waves = blocks * problem.heads / _PROCESSORS
-    cycles = block * _rounds(waves)
-    return _Measured(problem, space, cycles, visited, whole, blocks)
+    rounds = _rounds(waves)
+    each = waves / blocks
+    terms = {
+        "tensor cores": visited * products * rows * each,
+        "exponentials": visited * exponentials * rows * each,
+        "of each tile": visited * _TILE * rows * each,
+        "masks": masks * each,
+        "without another": alone * each,
+        "of each block": np.broadcast_to(_BLOCK * waves, visited.shape),
+        "last wave": block * (rounds - waves),
+    }
+    return _Measured(problem, space, block * rounds, visited, whole, blocks, terms)
 
 
 def _rounds(waves: _Numbers) -> _Numbers:

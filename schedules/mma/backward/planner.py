@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from na_compiler.operands import RELATIVE_POSITION_BIAS
@@ -23,10 +23,11 @@ from na_compiler.schedules.mma.occupancy import blocks_without_spills
 from na_compiler.schedules.mma.plan import GROUP, ROWS
 from na_compiler.schedules.mma.planner import arrangements, fitting_boxes
 from na_compiler.schedules.shared.candidate import Candidate as Base
+from na_compiler.schedules.shared.gpus import H100
 
 __all__ = ["Candidate", "SweepCandidate", "candidates", "sweeps", "unsuited"]
 
-_PROCESSORS, _MEGAHERTZ, _SCHEDULERS = 132, 1700.0, 4
+_PROCESSORS, _MEGAHERTZ, _SCHEDULERS = H100.processors, H100.megahertz, 4
 _MOST_REGISTERS = 255
 _WARPS = (1, 2, 4, 8)
 # Groups that are tried: for keys 4 were never best, of all that ran.
@@ -64,12 +65,15 @@ class SweepCandidate:
         Scores that are computed.
     plan
         What follows.
+    terms
+        What the cycles are made of.
     """
 
     sweep: Sweep
     cycles: float
     computed: float
     plan: SweepPlan
+    terms: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,17 @@ class Candidate(Base):
         Scores computed for each one that is needed, in the two kernels.
     kilobytes
         Shared memory of the kernels' blocks.
+    terms
+        What the cycles are made of, of all kernels.
     """
 
     config: MmaBackward
     cycles: float
     waste: float
     kilobytes: tuple[float, float]
+    terms: Mapping[str, float]
+
+    combined = "one after another"
 
     @property
     def microseconds(self) -> float:
@@ -139,7 +148,8 @@ def candidates(problem: Problem, shared_memory: int, count: int = 8) -> tuple[Ca
         times = 1 + split
         waste = (one.computed + times * other.computed) / needed
         kilobytes = (one.plan.shared_bytes / 1024, other.plan.shared_bytes / 1024)
-        found.append(Candidate(config, one.cycles + times * other.cycles, waste, kilobytes))
+        terms = {name: cycles + times * other.terms[name] for name, cycles in one.terms.items()}
+        found.append(Candidate(config, one.cycles + times * other.cycles, waste, kilobytes, terms))
     return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
 
 
@@ -193,6 +203,17 @@ def _tiles(problem: Problem, union: tuple[int, ...]) -> Iterator[tuple[int, ...]
 # issues: beside its list, for a copy, for a token of the list, for a group of 16 of them, and 16 columns of a product
 # of it, for a tile.
 _ISSUE = (201.0, 12.1, 0.85, 3.35, 19.1, 120.0)
+# What these are called, and what comes after them.
+_TERMS = (
+    "of each warp",
+    "copies",
+    "lists",
+    "softmax and masks",
+    "tensor cores",
+    "of each tile",
+    "latency",
+    "borders, alone",
+)
 # How long it waits by itself: beside its list, for a tile, for a step, and for a group of it; where it owns keys this
 # share of it.
 _WAIT, _WAIT_OF_KEYS = (4218.0, 143.0, 155.0, 9.0), 0.71
@@ -226,19 +247,23 @@ def _measure(plan: SweepPlan, shared_memory: int) -> SweepCandidate | None:
     groups = steps * config.chunk
     copies = block_tiles * sum(plan.stream(i).rows * plan.stream(i).chunks for i in range(2)) / plan.threads
     depth = sum(plan.own(i).width for i in plan.owned) + sum(plan.columns[i] for i in plan.sums)
-    issue = _ISSUE[0] + passes * _sum(_ISSUE[1:], (copies, tokens, groups, groups * depth / 16, block_tiles))
-    wait = _WAIT[0] + passes * _sum(_WAIT[1:], (block_tiles, steps, groups))
+    counts = (copies, tokens, groups, groups * depth / 16, block_tiles)
+    issued = [_ISSUE[0], *(passes * cycles for cycles in _products(_ISSUE[1:], counts))]
+    wait = _WAIT[0] + passes * sum(_products(_WAIT[1:], (block_tiles, steps, groups)))
     wait *= _SCHEDULERS / (blocks * plan.warps) * (1 if plan.of_queries else _WAIT_OF_KEYS)
     border = (math.prod(plan.warp_union) / tokens) ** _BORDER
-    cycles = (issue + wait) * (1 + _ALONE / blocks) * border * (4 / plan.warps) ** _APART
+    factor = (1 + _ALONE / blocks) * border * (4 / plan.warps) ** _APART
     warps = plan.items * plan.heads * plan.warps
+    alone = (sum(issued) + wait) * (factor - 1)
+    terms = {name: warps * cycles / _SCHEDULERS for name, cycles in zip(_TERMS, (*issued, wait, alone), strict=True)}
     return SweepCandidate(
         dataclasses.replace(config, blocks=blocks),
-        warps * cycles / _SCHEDULERS,
+        sum(terms.values()),
         warps * passes * groups * GROUP * ROWS,
         plan,
+        terms,
     )
 
 
-def _sum(factors: Sequence[float], terms: Sequence[float]) -> float:
-    return sum(factor * term for factor, term in zip(factors, terms, strict=True))
+def _products(factors: Sequence[float], counts: Sequence[float]) -> list[float]:
+    return [factor * count for factor, count in zip(factors, counts, strict=True)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate as Base
 from na_compiler.schedules.shared.counts import tiles_met
+from na_compiler.schedules.shared.gpus import H100
 from na_compiler.schedules.sm90.backward.config import Sm90Backward, Sweep
 from na_compiler.schedules.sm90.backward.plan import ALIGNED, SweepPlan
 from na_compiler.schedules.sm90.boxes import boxes, fits
@@ -30,8 +32,7 @@ __all__ = ["MEGAHERTZ", "BackwardCandidate", "SweepCandidate", "candidates", "ha
 
 _Numbers = NDArray[Any]
 
-# Multiprocessors of an H100 (datasheet, SXM).
-_PROCESSORS = 132
+_PROCESSORS = H100.processors
 # Shared memory of a multiprocessor, and what a block takes of it beside its own.
 _SHARED_OF_ALL, _SHARED_OF_SYSTEM = 228 * 1024, 1024
 # Columns up to which one warpgroup has enough to do with a tile that it loads alone; more, and L2 binds.
@@ -53,11 +54,11 @@ _STEPS, _WAIT, _STEP_OF_KEYS, _STEP_MASKED = 840.0, 200.0, 4.4, 9.2
 _BLOCK, _BLOCK_WORK = 1910.0, 1120.0
 # Two warpgroups of a block wait for each other's tiles: measured where blocks of one were as good in all else.
 _PAIR = 1.15
-# Of an H100 at work; bytes a microsecond of the kernel of statistics; and what many batch entries of small windows take
+# Its clock at work; bytes a microsecond of the kernel of statistics; and what many batch entries of small windows take
 # for each part that one is estimated at: measured in nine rows.
-MEGAHERTZ, _BYTES, _STEADY = 1700.0, 2.4e6, 1.15
+MEGAHERTZ, _BYTES, _STEADY = H100.megahertz, 2.4e6, 1.15
 # Bytes a cycle that L2 gives a multiprocessor.
-_L2 = 18.0
+_L2 = H100.l2
 # Registers that the compiler makes do with beyond those that there are, as `SweepPlan.needed_registers` counts them;
 # found by compiling.
 _SLACK = 2
@@ -83,6 +84,8 @@ class SweepCandidate:
         Thread blocks.
     shared_bytes
         Shared memory of one.
+    terms
+        What the cycles are made of.
     """
 
     sweep: Sweep
@@ -92,6 +95,7 @@ class SweepCandidate:
     masked: float
     blocks: int
     shared_bytes: int
+    terms: Mapping[str, float]
 
     def __str__(self) -> str:
         sweep = self.sweep
@@ -121,6 +125,13 @@ class BackwardCandidate(Base):
     queries: SweepCandidate
     keys: SweepCandidate
     statistics: float
+
+    combined = "of each kernel, the most of tensor cores and exponentials, L2 and latency; then the last wave"
+
+    @property
+    def terms(self) -> Mapping[str, float]:  # type: ignore[override]
+        """What the cycles are made of, of both kernels."""
+        return {name: cycles + self.keys.terms[name] for name, cycles in self.queries.terms.items()}
 
     @property
     def cycles(self) -> float:  # type: ignore[override]
@@ -250,7 +261,7 @@ class _Space:
         visited, whole, loaded = functools.reduce(operator.mul, counts) * repeats
         blocks = np.array([one.items for one in plans], dtype=float)[:, None]
         masked = 1 - whole / visited
-        cycles, steady = _cycles(plan, blocks, visited, loaded, masked)
+        cycles, steady, terms = _cycles(plan, blocks, visited, loaded, masked)
         waste = visited * ROWS * plan.streamed / (problem.pairs() * repeats)
         found = []
         for place in np.argsort(cycles, axis=None, kind="stable")[:count]:
@@ -258,7 +269,8 @@ class _Space:
             own, stream = map(int, at)
             sweep = replace(config, own_tile=self.owns[own], stream_tile=self.streams[stream])
             figures = (float(cycles[at]), float(steady[at]), float(waste[at]), float(masked[at]))
-            found.append(SweepCandidate(sweep, *figures, plans[own].items * plan.heads, plan.shared_bytes))
+            made_of = {name: float(np.broadcast_to(of, cycles.shape)[at]) for name, of in terms.items()}
+            found.append(SweepCandidate(sweep, *figures, plans[own].items * plan.heads, plan.shared_bytes, made_of))
         return found
 
     def _counts(self, axis: int, plans: list[SweepPlan]) -> _Numbers:
@@ -279,20 +291,26 @@ class _Space:
 
 def _cycles(
     plan: SweepPlan, blocks: _Numbers, visited: _Numbers, loaded: _Numbers, masked: _Numbers
-) -> tuple[_Numbers, _Numbers]:
-    """Estimate the time of a batch entry, by itself and among many."""
+) -> tuple[_Numbers, _Numbers, dict[str, _Numbers]]:
+    """Estimate the time of a batch entry, by itself and among many; and what it is made of."""
     config = plan.config
     work, chain = _tile_cycles(plan, masked)
     # Of a thread block: its chain, what it keeps the multiprocessor with, and what its loads take.
     tiles = visited / blocks
     latency = tiles / config.warpgroups * chain + _BLOCK
     loads = loaded / blocks * sum(plan.stream_bytes(which) for which in range(2)) / _L2
-    together = np.maximum(latency, config.blocks * np.maximum(tiles * work + _BLOCK_WORK, loads))
-    together = together * (_PAIR if config.warpgroups > 1 else 1)
+    pair = _PAIR if config.warpgroups > 1 else 1
+    together = pair * np.maximum(latency, config.blocks * np.maximum(tiles * work + _BLOCK_WORK, loads))
     # A batch is likely to fill the last wave, so waves are not rounded up.
     waves = blocks * plan.heads / (_PROCESSORS * config.blocks)
     steady: _Numbers = together * waves
-    return steady + latency / 2, steady
+    terms = {
+        "tensor cores and exponentials": pair * config.blocks * (tiles * work + _BLOCK_WORK) * waves,
+        "L2": pair * config.blocks * loads * waves,
+        "latency": pair * latency * waves,
+        "last wave": latency / 2,
+    }
+    return steady + latency / 2, steady, terms
 
 
 def _tile_cycles(plan: SweepPlan, masked: _Numbers) -> tuple[float, _Numbers]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from na_compiler.problem import Problem
 from na_compiler.schedules.shared.candidate import Candidate
 from na_compiler.schedules.shared.counts import tiles_met
+from na_compiler.schedules.shared.gpus import H100
 from na_compiler.schedules.sm90.backward.fused.config import Sm90Fused
 from na_compiler.schedules.sm90.backward.fused.limits import refusal
 from na_compiler.schedules.sm90.backward.fused.plan import FusedPlan
@@ -26,7 +28,7 @@ from na_compiler.window import group_length, query_bounds
 
 __all__ = ["FusedCandidate", "candidates"]
 
-_PROCESSORS = 132  # Multiprocessors of an H100 (datasheet, SXM).
+_PROCESSORS = H100.processors
 _WARPGROUPS = 2
 # Extents of boxes that are tried on several axes: longer ones are no boxes but lines, and cover more than they need.
 _EXTENTS = (1, 2, 4, 8, 16)
@@ -62,6 +64,8 @@ class FusedCandidate(Candidate):
         Microseconds of the kernel before it.
     waste
         Scores computed for each one that is needed.
+    terms
+        What the cycles are made of.
     """
 
     config: Sm90Fused
@@ -69,6 +73,9 @@ class FusedCandidate(Candidate):
     steady: float
     statistics: float
     waste: float
+    terms: Mapping[str, float]
+
+    combined = "one after another"
 
     @property
     def microseconds(self) -> float:
@@ -118,10 +125,15 @@ def candidates(problem: Problem) -> tuple[FusedCandidate, ...]:
     ):
         return ()
     # A batch is likely to fill the last wave, so waves are not rounded up.
-    block = _TILE * (each + _waits(plan))
-    steady = block * blocks / _PROCESSORS
+    waves, waits = blocks / _PROCESSORS, _waits(plan)
+    terms = {
+        "tiles": _TILE * each * waves,
+        "waiting for others": _TILE * waits * waves,
+        "last wave": _TILE * (each + waits) / 2,
+    }
+    cycles = sum(terms.values())
     waste = tiles * _WARPGROUPS * ROWS * ROWS / problem.pairs()
-    return (FusedCandidate(config, steady + block / 2, steady, statistics_time(problem), waste),)
+    return (FusedCandidate(config, cycles, cycles - terms["last wave"], statistics_time(problem), waste, terms),)
 
 
 def _tiles(problem: Problem) -> tuple[float, tuple[int, ...], tuple[int, ...]] | None:
