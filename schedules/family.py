@@ -154,7 +154,9 @@ class Family(ABC):
         return config
 
     def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit | None:  # noqa: ARG002
-        """Return what the forward computes together with a query, for pictures; ``None`` if the family does not say.
+        """Return what is computed together with a query, for pictures; ``None`` if the family does not say.
+
+        Of a backward that is what the gradient of queries takes, where that is a sweep of its own.
 
         Parameters
         ----------

@@ -24,8 +24,8 @@ PROBLEMS = [
 TARGETS = ["llvm:x86-64-v4", "llvm:x86-64-v3", "cuda:sm_90a", "cuda:sm_80"]
 
 
-def visits_of(problem, target):
-    config = choose(problem, Target.parse(target), "forward").config
+def visits_of(problem, target, direction="forward"):
+    config = choose(problem, Target.parse(target), direction).config
     return functools.partial(family_of(config).visit, problem, config)
 
 
@@ -39,11 +39,12 @@ def test_windows_are_those_of_the_reference(seed):
             assert set(itertools.product(*windows)) == seen
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_a_visit_has_every_key_of_its_queries(problem, target, seed):
+def test_a_visit_has_every_key_of_its_queries(problem, target, direction, seed):
     """And each pair once, counted as the window rule counts them."""
-    visit = visits_of(problem, target)
+    visit = visits_of(problem, target, direction)
     mask = neighborhood_mask(problem)
     numbers = {place: number for number, place in enumerate(itertools.product(*map(range, problem.layout)))}
     for place in random.sample(list(numbers), 12):
@@ -59,10 +60,11 @@ def test_a_visit_has_every_key_of_its_queries(problem, target, seed):
         assert {key: int(counts[numbers[key]]) for key in keys} == found.seen(problem)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_visits_cut_the_layout_into_tiles(problem, target):
-    visit = visits_of(problem, target)
+def test_visits_cut_the_layout_into_tiles(problem, target, direction):
+    visit = visits_of(problem, target, direction)
     found: dict[Visit, None] = {}
     for place in itertools.product(*map(range, problem.layout)):
         found[visit(place)] = None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from na_compiler.cli.model import add_problem_arguments, extents, problem_of
 from na_compiler.cli.output import Commands, add_json, print_json, print_line
+from na_compiler.operands import DIRECTIONS
 from na_compiler.problem import Problem
 from na_compiler.target import Target
 
@@ -26,6 +27,10 @@ def add_parser(commands: Commands) -> None:
         "in a corner, on a border, in the middle)"
     )  # fmt: skip
     parser.add_argument("--target", default="llvm", help="whose plan is drawn (default: llvm, this machine)")
+    parser.add_argument(
+        "--direction", choices=DIRECTIONS, default="forward",
+        help="of a backward, what the gradient of queries visits (default: forward)",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("neighborhood.png"), metavar="FILE",
         help=".png, .svg or .pdf (default: neighborhood.png)",
@@ -46,8 +51,8 @@ def _run(options: argparse.Namespace) -> None:
     queries = [_checked(query, problem) for query in options.query or _chosen(problem)]
     from na_compiler.cli.picture import draw  # noqa: PLC0415
 
-    config = choose(problem, target, "forward").config
-    visits = draw(problem, target, config, queries, options.output)
+    config = choose(problem, target, options.direction).config
+    visits = draw(problem, target, config, queries, options.output, options.direction)
     if options.json:
         listed = [
             {"query": query, "what": visit.what, "pairs": visit.pairs(), "needed": visit.needed(problem)}

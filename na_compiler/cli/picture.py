@@ -45,8 +45,10 @@ _FINE, _AROUND = 72, 4
 Place = tuple[int, ...]
 
 
-def draw(problem: Problem, target: Target, config: Config, queries: Sequence[Place], path: Path) -> list[Visit]:
-    """Draw a problem and the plan of its forward into a file.
+def draw(
+    problem: Problem, target: Target, config: Config, queries: Sequence[Place], path: Path, direction: str = "forward"
+) -> list[Visit]:
+    """Draw a problem and the plan of a direction into a file.
 
     Parameters
     ----------
@@ -58,6 +60,8 @@ def draw(problem: Problem, target: Target, config: Config, queries: Sequence[Pla
         Places in the layout.
     path
         Its suffix says in which format.
+    direction
+        That of the config; of a backward the visits are those for the gradient of queries.
 
     Returns
     -------
@@ -69,12 +73,14 @@ def draw(problem: Problem, target: Target, config: Config, queries: Sequence[Pla
     def visit_of(place: Place) -> Visit:
         visit = family.visit(problem, config, place)
         if visit is None:
-            raise ValueError(f"the family {family.name} does not say what it visits; draw another --target")
+            raise ValueError(
+                f"the family {family.name} does not say what a {direction} like this visits; draw another --target"
+            )
         return visit
 
     visits = [visit_of(query) for query in queries]
     figure = _matrices(problem, queries, visit_of) if problem.rank == 1 else _maps(problem, queries, visits)
-    figure.suptitle(f"{problem}\nplan of the forward for {target}", fontsize=11)
+    figure.suptitle(f"{problem}\nplan of the {direction} for {target}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Text that depends on the day or the version would make a picture of the same problem another file.
     figure.savefig(path, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)

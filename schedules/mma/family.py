@@ -12,7 +12,7 @@ from na_compiler.schedules.mma.backward import planner as backward_planner
 from na_compiler.schedules.mma.backward.config import MmaBackward
 from na_compiler.schedules.mma.backward.sweep_config import Sweep
 from na_compiler.schedules.mma.config import Mma
-from na_compiler.schedules.mma.visit import visit
+from na_compiler.schedules.mma.visit import visit, visit_listed
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import CudaTarget, Target
@@ -69,6 +69,8 @@ class _Mma(Family):
 
     def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:
         """Return the query's warp, and the keys that it visits."""
+        if isinstance(config, MmaBackward):
+            return visit_listed(config.plan(problem).sweeps[0], token)
         assert isinstance(config, Mma)
         return visit(config.plan(problem), token)
 

@@ -56,8 +56,12 @@ class _Sm90(Family):
             return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
         return planner.candidates(problem, count)
 
-    def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit:
-        """Return the query's warpgroup, and the keys that it visits."""
+    def visit(self, problem: Problem, config: Config, token: Sequence[int]) -> Visit | None:
+        """Return the query's warpgroup, and the keys that it visits; in one sweep over keys no query has any."""
+        if isinstance(config, Sm90Fused):
+            return None
+        if isinstance(config, Sm90Backward):
+            return visit(config.plan(problem).sweeps[0], token)
         assert isinstance(config, Sm90)
         return visit(config.plan(problem), token)
 

@@ -1,4 +1,7 @@
-"""What a thread block of the forward visits, in integers: for pictures and counts. `work` says the same in TIR."""
+"""What a thread block of the forward, or for the gradient of queries, visits: for pictures and counts, in integers.
+
+`work` says the same in TIR.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import itertools
 from collections.abc import Sequence
 
 from na_compiler.schedules.shared.visit import AxisBoxes, Visit
+from na_compiler.schedules.sm90.backward.plan import SweepPlan
 from na_compiler.schedules.sm90.plan import Plan
 
 __all__ = ["visit"]
 
 
-def visit(plan: Plan, token: Sequence[int]) -> Visit:
+def visit(plan: Plan | SweepPlan, token: Sequence[int]) -> Visit:
     """Return the queries of the warpgroup that has one, and the tiles of keys that it computes.
 
     Warpgroups of a thread block lie along axis 0, share its tiles of keys, and leave out those that only others need.
@@ -19,7 +23,7 @@ def visit(plan: Plan, token: Sequence[int]) -> Visit:
     Parameters
     ----------
     plan
-        Of the kernel.
+        Of the kernel: of the forward, or of a sweep that owns queries.
     token
         The query's place along each axis of the layout.
     """
@@ -29,7 +33,7 @@ def visit(plan: Plan, token: Sequence[int]) -> Visit:
     )
 
 
-def _along(plan: Plan, axis: int, token: int) -> tuple[range, list[range]]:
+def _along(plan: Plan | SweepPlan, axis: int, token: int) -> tuple[range, list[range]]:
     boxes = AxisBoxes(plan.problem, axis, token)
     extent = plan.stream_tile[axis]
     _, _, begin, end = boxes.around(plan.own_tile[axis])
