@@ -135,13 +135,22 @@ def find(problem: Problem, target: Target, direction: str) -> Record | None:
 def records() -> tuple[Record, ...]:
     """Return all records that this version reads; of others it is said, in one line, that they are passed over."""
     path = tuned_file()
-    try:
-        status = path.stat() if path is not None else None
-    except FileNotFoundError:
-        status = None
-    if path is None or status is None:
+    if path is None:
         return ()
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if os.environ.get("NA_COMPILER_TUNED"):
+            _say_missing(path)
+        return ()
+    except OSError:
+        return _read(path)  # Which says why it cannot.
     return _read(path, status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+@functools.cache
+def _say_missing(path: Path) -> None:
+    _LOG.warning("NA_COMPILER_TUNED names %s, which is not there yet: kernels are as they are planned", path)
 
 
 @functools.lru_cache(maxsize=4)
