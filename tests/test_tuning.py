@@ -221,6 +221,15 @@ def test_what_cannot_be_read_is_passed_over_with_one_line(file, caplog):
     assert [one.config for one in tuned.records()] == [record(place=2).config]
 
 
+def test_a_named_file_that_is_not_there_or_no_file_is_said_once(file, tmp_path, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING, logger="na_compiler"):
+        assert tuned.records() == tuned.records() == ()
+        monkeypatch.setenv("NA_COMPILER_TUNED", str(tmp_path))
+        assert tuned.records() == tuned.records() == ()
+    assert [message.count("not there yet") for message in caplog.messages] == [1, 0]
+    assert "is no regular file" in caplog.messages[1]
+
+
 def test_a_record_that_is_no_config_any_more_is_passed_over_with_one_line(file, caplog):
     tuned.store(record(config="QueriesInLanes(tiling=None, accumulators=3, row_block=None)"))
     spec = KernelSpec.make(PROBLEM)
