@@ -89,8 +89,8 @@ def particular_kernels(monkeypatch):
     """Kernels that, as those of a GPU, do not read every tensor where it is."""
     find = kernels.find_kernel
 
-    def found(*arguments):
-        kernel = find(*arguments)
+    def found(*arguments, **named):
+        kernel = find(*arguments, **named)
         return make_kernel(dataclasses.replace(kernel.info, alignment=16, adjacent_heads=True), kernel.function)
 
     monkeypatch.setattr(kernels, "find_kernel", found)
