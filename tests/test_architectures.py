@@ -31,6 +31,7 @@ BEST = {
 def test_all_is_one_for_each_gpu():
     known = {(number // 10, number % 10) for number in cuda._SHARED_MEMORY if number not in cuda._TEGRA}
     assert known == set(BEST)
+    assert set(BEST.values()) == set(ALL)
     sites = Sites([Site("", "here", "na_compiler", "forward", PROBLEM, (), 1)])
     specs = sites.specs(["llvm", "cuda:all", "cuda:sm_90a"])
     assert [spec.target.name for spec in specs] == [Target.parse("llvm").name, *ALL]

@@ -80,6 +80,8 @@ def test_other_texts_are_no_configs(text):
 
 def test_a_config_that_would_not_be_timed_is_none():
     config = choose(HALF, Target.parse("cuda:sm_80"), "forward").config
+    with pytest.raises(ValueError, match="is not how this version writes it"):
+        recorded(HALF, Target.parse("cuda:sm_80"), "forward", "mma", repr(config).replace(", ", ","))
     other = repr(dataclasses.replace(config, chunk=5, stages=9))
     assert parse(other, family_of(config).configs) is not None
     with pytest.raises(ValueError, match="none of the 64 configs that mma would try first"):
