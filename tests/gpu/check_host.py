@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import na_compiler
 from na_compiler import na2d
-from na_compiler.ops.call import PLAIN
+from na_compiler.ops.plain import PLAIN
 from na_compiler.problem import Problem
 
 PROBLEM = Problem((8, 8), 2, 64, 3, dtype="float16")
