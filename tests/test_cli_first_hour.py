@@ -117,7 +117,7 @@ def test_tables_do_not_break_words(narrow, capsys, monkeypatch):
     """Of a terminal, as rich takes standard output for one here."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     cases = [
-        (["problem", *PROBLEM, "--dry-run"], ["layout=56x56", "key_block=1x1x10", "head_dim=32"]),
+        (["problem", *PROBLEM, "--target", "llvm:x86-64-v4", "--dry-run"], ["layout=56x56", "key_block=1x1x10", "head_dim=32"]),
         (["plan", *PROBLEM, "--target", "llvm:x86-64-v3"], ["computed"]),
     ]
     for arguments, whole in cases:
@@ -333,6 +333,7 @@ def test_pictures_label_tokens_and_rule_every_cell(monkeypatch, case, tmp_path):
     monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), original(self, *a, **k)))
     layout, kernel_size = case.split()
     command = ["draw", "--layout", layout, "--kernel-size", kernel_size, "--heads", "1", "--head-dim", "32"]
+    command += ["--target", "llvm:x86-64-v4"]  # How large a tile is depends on it, and large pictures have no rules.
     assert cli.main([*command, "-o", str(tmp_path / "x.png")]) == 0
     for axes in drawn[0].axes:
         labels = [text.get_text() for text in (*axes.get_xticklabels(), *axes.get_yticklabels())]
