@@ -117,7 +117,10 @@ def test_tables_do_not_break_words(narrow, capsys, monkeypatch):
     """Of a terminal, as rich takes standard output for one here."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     cases = [
-        (["problem", *PROBLEM, "--target", "llvm:x86-64-v4", "--dry-run"], ["layout=56x56", "key_block=1x1x10", "head_dim=32"]),
+        (
+            ["problem", *PROBLEM, "--target", "llvm:x86-64-v4", "--dry-run"],
+            ["layout=56x56", "key_block=1x1x10", "head_dim=32"],
+        ),
         (["plan", *PROBLEM, "--target", "llvm:x86-64-v3"], ["computed"]),
     ]
     for arguments, whole in cases:
