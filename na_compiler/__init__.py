@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from na_compiler import after_torch
+from na_compiler.place import Place
 from na_compiler.problem import Problem
 
 if TYPE_CHECKING:  # What `__getattr__` finds; type checkers do not call it.
@@ -27,6 +28,7 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "Place",
     "Problem",
     "compile",
     "compiling",

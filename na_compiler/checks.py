@@ -49,8 +49,15 @@ class TensorLike(Protocol):
         """Where it is; one is equal to another."""
 
 
-def check_required(tensors: Mapping[str, Any]) -> None:
+def check_required(tensors: Mapping[str, Any], *, lie_apart: bool = False) -> None:
     """Check that query, key and value, by name, fit each other: shapes, dtypes, devices.
+
+    Parameters
+    ----------
+    tensors
+        The three, by name.
+    lie_apart
+        Whether key and value have a layout of their own, as with a `na_compiler.place.Place`.
 
     Raises
     ------
@@ -64,25 +71,38 @@ def check_required(tensors: Mapping[str, Any]) -> None:
             "query must have 4, 5 or 6 dimensions, [batch, *layout, heads, head_dim] with 1, 2 or 3 axes of layout, "
             f"got shape {tuple(query.shape)}"
         )
-    tokens = tuple(query.shape[: rank + 1])
+    first = "query"
     owners: dict[str, tuple[str, int]] = {}
     for operand in operands.inputs():
         if operand.option is None:
-            _check_size(operand, tensors[operand.name], tokens, owners)
+            tensor = tensors[operand.name]
+            if lie_apart and operand.is_of_keys and first == "query":
+                first = operand.name  # The first of those whose layout is that of the keys.
+                _check_rank(operand, tensor, query)
+            tokens = tuple(tensors[first].shape[: rank + 1])
+            _check_size(operand, tensor, first, tokens, owners)
     for operand in operands.inputs():
         if operand.option is None:
             _check_kind(operand, tensors[operand.name], query)
 
 
+def _check_rank(operand: Operand, tensor: TensorLike, query: TensorLike) -> None:
+    shape, expected = tuple(tensor.shape), tuple(query.shape)
+    if len(shape) != len(expected) or shape[0] != expected[0]:
+        raise ValueError(
+            f"{operand.name} must have query's batch, {expected[0]}, and {len(expected)} dimensions; got shape {shape}"
+        )
+
+
 def _check_size(
-    operand: Operand, tensor: TensorLike, tokens: tuple[int, ...], owners: dict[str, tuple[str, int]]
+    operand: Operand, tensor: TensorLike, first: str, tokens: tuple[int, ...], owners: dict[str, tuple[str, int]]
 ) -> None:
     """Check a tensor of batch and layout against those before it, which own the sizes."""
     name, shape = operand.name, tuple(tensor.shape)
     rest = operand.shape[2:]
     if len(shape) != len(tokens) + len(rest) or shape[: len(tokens)] != tokens:
         raise ValueError(
-            f"{name} must have query's batch and layout, {tokens}, as its first dimensions, and "
+            f"{name} must have {first}'s batch and layout, {tokens}, as its first dimensions, and "
             f"{('no', 'one', 'two')[len(rest)]} more; got shape {shape}"
         )
     sizes = dict(zip(rest, shape[len(tokens) :], strict=True))
@@ -140,8 +160,12 @@ def check_together(names: Sequence[str], given: Mapping[str, Any]) -> bool:
     return not missing
 
 
-def check_operands(problem: Problem, given: Mapping[str, Any], query: TensorLike) -> None:
+def check_operands(
+    problem: Problem, given: Mapping[str, Any], query: TensorLike, key: TensorLike | None = None
+) -> None:
     """Check operands beside query, key and value, by name, against the problem that these pose.
+
+    With ``key``, what has the layout of the keys has this tensor's, see `na_compiler.place.Place`.
 
     Raises
     ------
@@ -160,6 +184,8 @@ def check_operands(problem: Problem, given: Mapping[str, Any], query: TensorLike
         argument = arguments[operand.name]
         _learn(argument, value, known)
         expected = argument.sizes(known)
+        if key is not None and operand.is_of_keys:
+            expected = (expected[0], *key.shape[1:-2], *expected[1 + problem.rank :])
         if tuple(value.shape) != expected:
             terms = ", ".join(operand.shape)
             raise ValueError(f"{operand.name} must have shape [{terms}], here {expected}, got {tuple(value.shape)}")

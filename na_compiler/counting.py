@@ -9,9 +9,27 @@ from __future__ import annotations
 
 import math
 
-from na_compiler.window import CUT, SHIFT, WRAP, border_kind, keys_before, query_bounds, window_end, window_start
+from na_compiler.window import (
+    CUT,
+    SHIFT,
+    WRAP,
+    border_kind,
+    group_length,
+    group_range,
+    keys_before,
+    query_bounds,
+    window_end,
+    window_start,
+)
 
-__all__ = ["group_lengths", "most_queries", "visible_pairs", "widest_inverse", "widest_union"]
+__all__ = [
+    "group_lengths",
+    "keys_needed",
+    "most_queries",
+    "visible_pairs",
+    "widest_inverse",
+    "widest_union",
+]
 
 
 def group_lengths(layout: int, dilation: int) -> dict[int, int]:
@@ -24,6 +42,43 @@ def group_lengths(layout: int, dilation: int) -> dict[int, int]:
     """
     length, longer = divmod(layout, dilation)
     return {length + 1: longer, length: dilation - longer} if longer else {length: dilation}
+
+
+def keys_needed(
+    layout: int,
+    first: int,
+    count: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    is_causal: bool = False,
+    border: str = SHIFT,
+) -> tuple[int, int]:
+    """Return ``(first, end)`` of the tokens of an axis that a range of its queries sees: the smallest range with all.
+
+    Parameters
+    ----------
+    layout
+        Tokens of the whole axis.
+    first, count
+        The queries; at least one.
+    kernel_size, stride, dilation, is_causal, border
+        Of the axis. Where windows wrap the range is one modulo ``layout``, and may begin before 0.
+
+    Examples
+    --------
+    >>> keys_needed(512, 128, 128, 25), keys_needed(512, 128, 1, 3, dilation=8)
+    ((116, 268), (120, 137))
+    """
+    # Windows begin and end in order, so the first and the last query of each dilation group decide.
+    lows, highs = [], []
+    for token in range(first, first + min(dilation, count)):
+        group = token % dilation
+        index, end = group_range(first, count, dilation, group)
+        rule = (group_length(layout, dilation, group), kernel_size, stride, is_causal, border)
+        lows.append(window_start(index, *rule) * dilation + group)
+        highs.append((window_end(end - 1, *rule) - 1) * dilation + group + 1)
+    return min(lows), max(highs)
 
 
 def visible_pairs(length: int, kernel_size: int, stride: int = 1, is_causal: bool = False, border: str = SHIFT) -> int:

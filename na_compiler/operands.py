@@ -106,6 +106,9 @@ class Operand:
     gradient_is_optional
         Of an output, whether its gradient may be left out: kernels read one of no batch entries as 0. Nothing has to
         be allocated and filled then, which takes longer than a small kernel.
+    is_of_keys
+        Of an input, whether its layout is that of the keys: another one than that of the queries where tensors hold a
+        part of a larger layout, see `na_compiler.place`.
     """
 
     name: str
@@ -119,6 +122,7 @@ class Operand:
     differentiable: bool = False
     gradient_strides: str = COMPACT
     gradient_is_optional: bool = False
+    is_of_keys: bool = False
 
     @property
     def is_batched(self) -> bool:
@@ -161,10 +165,11 @@ TABLE: tuple[Operand, ...] = (
     ),
     Operand(
         "key", INPUT, "", (*_TOKENS, "heads_kv", "head_dim"), SAME, FREE, differentiable=True, gradient_strides=FREE,
+        is_of_keys=True,
     ),
     Operand(
         "value", INPUT, "", (*_TOKENS, "heads_kv", "head_dim_v"), SAME, FREE, differentiable=True,
-        gradient_strides=FREE,
+        gradient_strides=FREE, is_of_keys=True,
     ),
     Operand(
         "additional_keys", INPUT, "seen by every query beside its window", (*_MORE, "heads_kv", "head_dim"), SAME,
@@ -187,7 +192,10 @@ TABLE: tuple[Operand, ...] = (
         "added to the scaled scores; its place kernel_size - 1 is that of a query itself, and places count the tokens "
         "of a dilation group", ("heads", "offsets"), "float32", COMPACT, RELATIVE_POSITION_BIAS, differentiable=True,
     ),
-    Operand("key_mask", INPUT, "False hides a key of the layout from all queries", _TOKENS, "bool", COMPACT, KEY_MASK),
+    Operand(
+        "key_mask", INPUT, "False hides a key of the layout from all queries", _TOKENS, "bool", COMPACT, KEY_MASK,
+        is_of_keys=True,
+    ),
     Operand(
         "border", PARAMETER,
         "what windows do at the ends of axes: 'shift', 'cut', 'cut:LEFT' (LEFT keys before a query) or 'wrap', one for "

@@ -20,6 +20,7 @@ __all__ = [
     "flags_per_axis",
     "head_length",
     "ints_per_axis",
+    "is_int",
     "layout_of",
     "optional_operands",
     "positive",
@@ -52,7 +53,8 @@ def shown(value: object) -> str:
     return reprlib.repr(value)
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Return whether a value is an integer, of Python's or of NumPy's; a bool is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -122,17 +124,19 @@ def optional_operands(value: object) -> tuple[str, ...]:
 
 
 def layout_of(value: object) -> tuple[int, ...]:
-    """Return the tokens along each axis of a layout, given as an int or as 1 to 3 of them.
+    """Return the tokens along each axis of a layout, given as an int or as 1 to 3 of them; or as ``None`` on each axis.
 
     Raises
     ------
     ValueError
         If it is neither, or an axis has no token or more than 64 bits count.
     """
-    axes = (value,) if _is_int(value) else value
+    axes = (value,) if is_int(value) else value
     if not isinstance(axes, Sequence) or isinstance(axes, str) or not 1 <= len(axes) <= MAX_RANK:
         raise ValueError(f"layout must have 1, 2 or 3 axes, got {shown(value)}; e.g. (56, 56)")
-    if not all(map(_is_int, axes)) or min(axes) < 1:
+    if all(extent is None for extent in axes):
+        return tuple(axes)
+    if not all(map(is_int, axes)) or min(axes) < 1:
         raise ValueError(f"layout must have at least one token on each axis, got {shown(tuple(axes))}; e.g. (56, 56)")
     if max(axes) > _LARGEST:
         raise ValueError(
@@ -150,9 +154,9 @@ def ints_per_axis(name: str, value: object, rank: int) -> tuple[int, ...]:
         If it is neither, or less than 1.
     """
     example = (3,) * rank if name == "kernel_size" else (1,) * rank
-    if _is_int(value):
+    if is_int(value):
         axes: tuple[Any, ...] = (value,) * rank
-    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == rank and all(map(_is_int, value)):
+    elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == rank and all(map(is_int, value)):
         axes = tuple(value)
     else:
         raise ValueError(f"{name} must be an int or {rank} ints (one per axis of the layout), got {shown(value)}; "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from na_compiler import checks, operands
-from na_compiler.borders import borders_per_axis, canonical_rule, check_rule, without_clamp
+from na_compiler.borders import CLAMP, borders_per_axis, canonical_rule, check_rule, without_clamp
 from na_compiler.checks import MAX_RANK, TensorLike
 from na_compiler.counting import group_lengths, visible_pairs
 from na_compiler.parameters import (
@@ -28,6 +28,9 @@ from na_compiler.parameters import (
     shown,
 )
 from na_compiler.window import CUT, SHIFT, border_kind
+
+if TYPE_CHECKING:
+    from na_compiler.place import Place
 
 __all__ = [
     "DTYPES",
@@ -53,7 +56,8 @@ class Problem:
     Parameters
     ----------
     layout
-        Tokens along each of the 1, 2 or 3 axes.
+        Tokens along each of the 1, 2 or 3 axes. Or ``None`` along each: it is *open*, and a kernel learns when it is
+        called which part of which layout its tensors hold.
     heads
         Query heads.
     head_dim
@@ -116,7 +120,7 @@ class Problem:
         # Fields are what `__post_init__` makes of the arguments.
         def __init__(
             self,
-            layout: int | Sequence[int],
+            layout: int | Sequence[int] | Sequence[None],
             heads: int,
             head_dim: int,
             kernel_size: int | Sequence[int],
@@ -159,11 +163,18 @@ class Problem:
         }
         for name, value in canonical.items():
             object.__setattr__(self, name, value)
-        if set(self.border) != {SHIFT}:
+        if self.is_open:
+            self._check_open()
+        elif set(self.border) != {SHIFT}:
             self._make_rule_canonical()
         else:
             check_windows(layout, self.kernel_size, self.dilation)
             check_strides(self.kernel_size, self.stride)
+
+    def _check_open(self) -> None:
+        if CLAMP in self.border:
+            raise ValueError("border must not be 'clamp' with an open layout: how long a window is depends on the axis")
+        check_strides(self.kernel_size, self.stride)
 
     def _make_rule_canonical(self) -> None:
         axes = list(zip(self.kernel_size, self.stride, self.is_causal, self.border, strict=True))
@@ -182,6 +193,15 @@ class Problem:
             object.__setattr__(self, name, values)
 
     @property
+    def is_open(self) -> bool:
+        """Whether the layout is open: known only when a kernel is called."""
+        return self.layout[0] is None
+
+    def opened(self) -> Problem:
+        """Return the problem with an open layout."""
+        return self if self.is_open else self.replace(layout=(None,) * self.rank)
+
+    @property
     def rank(self) -> int:
         """Number of axes of the layout: 1, 2 or 3."""
         return len(self.layout)
@@ -193,7 +213,15 @@ class Problem:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one batch entry."""
+        """Tokens of one batch entry.
+
+        Raises
+        ------
+        ValueError
+            If the layout is open.
+        """
+        if self.is_open:
+            raise ValueError(f"{self} has no number of tokens; problem.replace(layout=...) has")
         return math.prod(self.layout)
 
     @property
@@ -211,7 +239,15 @@ class Problem:
         return any(border != SHIFT for border in self.border)
 
     def pairs(self) -> int:
-        """Return how many (query, key) pairs one head of one batch entry attends over, additional keys not counted."""
+        """Return how many (query, key) pairs one head of one batch entry attends over, additional keys not counted.
+
+        Raises
+        ------
+        ValueError
+            If the layout is open.
+        """
+        if self.is_open:
+            raise ValueError(f"{self} has no number of pairs; problem.replace(layout=...) has")
         return math.prod(
             _axis_pairs(*axis)
             for axis in zip(
@@ -258,6 +294,7 @@ class Problem:
         *,
         dtype: object = None,
         border: str | Sequence[str] = SHIFT,
+        place: Place | None = None,
         **others: object,
     ) -> Problem:
         """Make the problem that tensors pose, checking that they fit each other.
@@ -270,6 +307,8 @@ class Problem:
             As for the class.
         dtype
             In place of the tensors' own, for those that only the reference takes.
+        place
+            Where in a larger layout the tensors lie: the problem is that of the whole. Default: they hold all of it.
         **others
             Further operands of `na_compiler.operands`, by name.
 
@@ -280,12 +319,14 @@ class Problem:
         TypeError
             For an operand that there is not.
         """
-        checks.check_required({"query": query, "key": key, "value": value})
+        checks.check_required({"query": query, "key": key, "value": value}, lie_apart=place is not None)
         given = {"additional_keys": additional_keys, "additional_values": additional_values, **others}
         found = checks.given_options(given)
         *_, heads, head_dim = query.shape
+        if place is not None:
+            place.check_queries(query.shape[1:-2])
         problem = cls(
-            layout=tuple(query.shape[1:-2]),
+            layout=tuple(query.shape[1:-2]) if place is None else place.layout,
             heads=heads,
             head_dim=head_dim,
             kernel_size=kernel_size,
@@ -299,7 +340,9 @@ class Problem:
             operands=tuple(option for option in found if option != operands.ADDITIONAL_KV),
             border=border,
         )
-        checks.check_operands(problem, given, query)
+        if place is not None:
+            place.check(problem, query.shape[1:-2], key.shape[1:-2])
+        checks.check_operands(problem, given, query, None if place is None else key)
         return problem
 
     def replace(self, **changes: Any) -> Problem:  # noqa: ANN401 - each as its field is
@@ -334,7 +377,8 @@ class Problem:
         return cls(**data)
 
     def __str__(self) -> str:
-        words = [f"na{self.rank}d layout={_times(self.layout)} heads={self.heads}"]
+        layout = "any" if self.is_open else _times(self.layout)
+        words = [f"na{self.rank}d layout={layout} heads={self.heads}"]
         if self.heads_kv != self.heads:
             words.append(f"heads_kv={self.heads_kv}")
         words.append(f"head_dim={self.head_dim}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,16 +18,50 @@ from torch.utils.checkpoint import checkpoint
 
 from na_compiler.borders import CLAMP, borders_per_axis, clamped, middle_of_bias
 from na_compiler.parameters import ints_per_axis
+from na_compiler.place import Place
 from na_compiler.problem import Problem
 from na_compiler.window import SHIFT, WRAP, group_length, window_bounds, window_start
 
-__all__ = ["neighborhood_attention", "neighborhood_mask", "relative_places"]
+__all__ = ["Held", "neighborhood_attention", "neighborhood_mask", "relative_places"]
 
 # Scores computed at once, which bounds the memory.
 _SCORES = 2**25
 
 
-def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None) -> torch.Tensor:
+@dataclass(frozen=True)
+class Held:
+    """Which queries and keys tensors hold of a layout.
+
+    Parameters
+    ----------
+    queries, keys
+        How many along each axis.
+    first_query, first_key
+        The first ones.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    first_query: tuple[int, ...]
+    first_key: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, layout: tuple[int, ...]) -> Held:
+        """All of a layout."""
+        return cls(layout, layout, (0,) * len(layout), (0,) * len(layout))
+
+    def positions(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Return the positions in the layout, along each axis, of queries counted over those that are held."""
+        places = torch.unravel_index(tokens, self.queries)
+        return [place + first for place, first in zip(places, self.first_query, strict=True)]
+
+    def key_positions(self, problem: Problem, device: torch.device) -> list[torch.Tensor]:
+        """Return the positions in the layout, along each axis, of the keys that are held, modulo it."""
+        ranges = zip(self.first_key, self.keys, problem.layout, strict=True)
+        return [torch.arange(first, first + count, device=device) % layout for first, count, layout in ranges]
+
+
+def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None, held: Held | None = None) -> torch.Tensor:
     """Return which keys each query sees.
 
     Parameters
@@ -34,12 +69,15 @@ def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None) -> t
     problem
         Its layout, kernel_size, stride, dilation, is_causal and border are looked at.
     tokens
-        Numbers of queries, counted over the layout in row-major order; default all. Decides the device.
+        Numbers of queries, counted over the layout in row-major order, or over the queries that are held; default all.
+        Decides the device.
+    held
+        Which queries and keys there are of a larger layout, that of the problem. Default: all.
 
     Returns
     -------
     Tensor
-        bool, ``[queries, tokens of the layout]``.
+        bool, ``[queries, keys]``; the keys are all of the layout, or those that are held.
 
     Examples
     --------
@@ -50,12 +88,13 @@ def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None) -> t
             [0, 0, 1, 1, 1],
             [0, 0, 1, 1, 1]], dtype=torch.int32)
     """
+    held = Held.whole(problem.layout) if held is None else held
     if tokens is None:
-        tokens = torch.arange(problem.tokens)
+        tokens = torch.arange(math.prod(held.queries))
     mask = torch.ones(len(tokens), 1, dtype=torch.bool, device=tokens.device)
-    places = torch.unravel_index(tokens, problem.layout)
     axes = zip(
-        places,
+        held.positions(tokens),
+        held.key_positions(problem, tokens.device),
         problem.layout,
         problem.kernel_size,
         problem.stride,
@@ -64,8 +103,7 @@ def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None) -> t
         problem.border,
         strict=True,
     )
-    for place, layout, kernel_size, stride, dilation, is_causal, border in axes:
-        key = torch.arange(layout, device=tokens.device)
+    for place, key, layout, kernel_size, stride, dilation, is_causal, border in axes:
         group = place % dilation
         length = group_length(layout, dilation, group)
         start, end = window_bounds(
@@ -80,20 +118,20 @@ def neighborhood_mask(problem: Problem, tokens: torch.Tensor | None = None) -> t
     return mask
 
 
-def relative_places(problem: Problem, tokens: torch.Tensor) -> torch.Tensor:
+def relative_places(problem: Problem, tokens: torch.Tensor, held: Held | None = None) -> torch.Tensor:
     """Return where in a flattened table of biases the one of each query and key is.
 
     Parameters
     ----------
     problem
         Its layout, kernel_size, dilation and, where windows wrap, stride are looked at.
-    tokens
-        Numbers of queries, as for `neighborhood_mask`.
+    tokens, held
+        As for `neighborhood_mask`.
 
     Returns
     -------
     Tensor
-        int64, ``[queries, tokens of the layout]``. Along an axis the place is ``key - query + kernel_size - 1``, with
+        int64, ``[queries, keys]``. Along an axis the place is ``key - query + kernel_size - 1``, with
         the positions that the two have in their dilation groups, where windows wrap those before the modulo. Of keys
         that no window could have, any.
 
@@ -103,11 +141,18 @@ def relative_places(problem: Problem, tokens: torch.Tensor) -> torch.Tensor:
     tensor([0, 1, 2, 3, 4])
     """
     found = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
-    places = torch.unravel_index(tokens, problem.layout)
-    for place, layout, kernel_size, stride, dilation, border in zip(
-        places, problem.layout, problem.kernel_size, problem.stride, problem.dilation, problem.border, strict=True
+    held = Held.whole(problem.layout) if held is None else held
+    for place, token, layout, kernel_size, stride, dilation, border in zip(
+        held.positions(tokens),
+        held.key_positions(problem, tokens.device),
+        problem.layout,
+        problem.kernel_size,
+        problem.stride,
+        problem.dilation,
+        problem.border,
+        strict=True,
     ):
-        key, query = torch.arange(layout, device=tokens.device) // dilation, (place // dilation)[:, None]
+        key, query = token // dilation, (place // dilation)[:, None]
         if border == WRAP:
             start = window_start(query, layout // dilation, kernel_size, stride, border=border)
             key = start + (key - start) % (layout // dilation)
@@ -132,6 +177,7 @@ def neighborhood_attention(
     relative_position_bias: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     border: str | Sequence[str] = SHIFT,
+    place: Place | None = None,
     tokens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute neighborhood attention as it is defined.
@@ -142,8 +188,12 @@ def neighborhood_attention(
         As for `na_compiler.na2d`, with a layout of 1, 2 or 3 axes and any floating dtype; float64 for an oracle.
     relative_position_bias, key_mask, border
         As for `na_compiler.na2d`; the bias in any floating dtype.
+    place
+        Where in a larger layout the tensors lie: the result is that part of what the whole would give. Default: they
+        hold all of it.
     tokens
-        Numbers of the queries to compute, counted over the layout in row-major order; default all.
+        Numbers of the queries to compute, counted over the layout, or over the queries of the place, in row-major
+        order; default all.
 
     Returns
     -------
@@ -161,7 +211,7 @@ def neighborhood_attention(
     """
     if relative_position_bias is not None and CLAMP in borders_per_axis(border, query.dim() - 3):
         given = _per_axis(query, kernel_size, stride, dilation, border)
-        kernel_size, stride, border = clamped(query.shape[1:-2], *given)
+        kernel_size, stride, border = clamped(query.shape[1:-2] if place is None else place.layout, *given)
         relative_position_bias = relative_position_bias[middle_of_bias(given[0], kernel_size)]
     problem = Problem.of_tensors(
         query,
@@ -177,26 +227,30 @@ def neighborhood_attention(
         relative_position_bias=None if relative_position_bias is None else relative_position_bias.detach().float(),
         key_mask=key_mask,
         border=border,
+        place=place,
     )
+    held = Held.whole(problem.layout)
+    if place is not None:
+        held = Held(tuple(query.shape[1:-2]), tuple(key.shape[1:-2]), place.queries, place.keys)
     scale = problem.head_dim**-0.5 if scale is None else scale
-    rows = torch.arange(problem.tokens, device=query.device) if tokens is None else tokens
+    rows = torch.arange(math.prod(held.queries), device=query.device) if tokens is None else tokens
     queries = query.flatten(1, -3)[:, rows].transpose(1, 2) * scale
     keys, values = key.flatten(1, -3), value.flatten(1, -3)
     if additional_keys is not None and additional_values is not None:
         keys, values = torch.cat([keys, additional_keys], 1), torch.cat([values, additional_values], 1)
     keys, values = (t.transpose(1, 2).repeat_interleave(problem.group_size, 1) for t in (keys, values))
-    additional = keys.shape[2] - problem.tokens
+    additional = keys.shape[2] - math.prod(held.keys)
 
     def attend(
         queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = neighborhood_mask(problem, rows)
+        mask = neighborhood_mask(problem, rows, held)
         if key_mask is not None:
             mask = mask & key_mask.flatten(1)[:, None, None]
         mask = torch.nn.functional.pad(mask, (0, additional), value=True)
         scores = _apply(_Scores, queries, keys, mask)
         if relative_position_bias is not None:
-            bias = relative_position_bias.flatten(1)[:, relative_places(problem, rows)]
+            bias = relative_position_bias.flatten(1)[:, relative_places(problem, rows, held)]
             scores = scores + torch.where(mask, torch.nn.functional.pad(bias, (0, additional)), 0.0)
         highest = scores.detach().amax(-1, keepdim=True)
         weights = torch.where(mask, (scores - highest).exp(), 0.0)
@@ -213,7 +267,7 @@ def neighborhood_attention(
     output = torch.cat([part for part, _ in parts], 2).transpose(1, 2)
     lse = torch.cat([part for _, part in parts], 2).transpose(1, 2)
     if tokens is None:
-        output, lse = output.unflatten(1, problem.layout), lse.unflatten(1, problem.layout)
+        output, lse = output.unflatten(1, held.queries), lse.unflatten(1, held.queries)
     return output, lse
 
 

@@ -16,6 +16,10 @@ What windows do at the ends of an axis is its *border*:
     The same, with ``LEFT`` keys before the query and the rest after it.
 ``"wrap"``
     The axis is a circle: positions beyond an end are those from the other one on.
+
+Tensors may hold a part of an axis (`na_compiler.place.Place`): the queries ``[first, first + count)`` of it, and the
+keys of another such range, which holds all that these queries see. The rule knows nothing of that: positions, lengths
+and ends are those of the whole axis, and `group_range` says which tokens of a dilation group a range has.
 """
 
 from __future__ import annotations
@@ -24,8 +28,8 @@ import builtins
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["BORDERS", "border_kind", "group_length", "keys_before", "query_bounds", "window_bounds", "window_end",
-           "window_start"]  # fmt: skip
+__all__ = ["BORDERS", "border_kind", "group_length", "group_range", "keys_before", "query_bounds", "window_bounds",
+           "window_end", "window_start"]  # fmt: skip
 
 SHIFT, CUT, WRAP = BORDERS = ("shift", "cut", "wrap")
 
@@ -51,6 +55,24 @@ def group_length(layout: int, dilation: int, group: Index = 0) -> Index:
     [3, 3, 2, 2]
     """
     return (layout - group + dilation - 1) // dilation
+
+
+def group_range(first: Index, count: Index, dilation: int, group: Index = 0) -> tuple[Index, Index]:
+    """Return ``(first, end)`` of one dilation group's tokens that lie in a range of the axis, counted in the group.
+
+    Parameters
+    ----------
+    first, count
+        The range, in tokens of the axis. It may hold no token of the group.
+    dilation, group
+        As in `group_length`.
+
+    Examples
+    --------
+    >>> [group_range(5, 3, 4, group) for group in range(4)]
+    [(2, 2), (1, 2), (1, 2), (1, 2)]
+    """
+    return group_length(first, dilation, group), group_length(first + count, dilation, group)
 
 
 def border_kind(border: str) -> str:

@@ -202,7 +202,10 @@ def _asked(problem: Problem, target: Target, direction: str) -> Iterator[tuple[F
             unknown = sorted(set(problem.operands) - family.operands)
             borders = sorted(set(map(border_kind, problem.border)) - family.borders)
             unknown += [f"border={border!r}" for border in borders]
-            if unknown:
+            refused = family.refusal_of_open(problem, direction) if problem.is_open else None
+            if refused is not None:
+                yield family, refused
+            elif unknown:
                 yield family, f"{family.name} has no kernels with {', '.join(unknown)}."
             else:
                 yield family, family.refusal(problem, target, direction)

@@ -108,6 +108,13 @@ class Family(ABC):
             ``"forward"``, ``"backward"`` or ``"tangent"``.
         """
 
+    def refusal_of_open(self, problem: Problem, direction: str) -> str | None:  # noqa: ARG002
+        """Return in a sentence why the family does not take a problem whose layout is open; ``None`` if it does.
+
+        It is asked before all else of such a problem, and nothing more where it refuses.
+        """
+        return f"{self.name} has no kernels for an open layout."
+
     @abstractmethod
     def choose(self, problem: Problem, target: Target, direction: str) -> Config:
         """Return the config to compile a problem with that the family takes; parameters are those of `refusal`."""

@@ -18,6 +18,7 @@ LAYERS = """
     checks
     parameters
     problem
+    place
     reference tensorir
     devices
     target
