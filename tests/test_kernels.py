@@ -341,6 +341,7 @@ def test_tensors_that_a_gpu_cannot_read_are_refused(direction):
     if direction == "backward":
         arguments += [token, token, token[..., 0]]  # Output, which has to be contiguous anyway; its gradient; lse.
         names["grad_output"] = 6
+    arguments += [token] * (len(info.arguments) - len(arguments))  # Gradients, which may have strides, and the scale.
     kernel.function(*arguments)
     assert len(reached) == 1
     bad = {

@@ -60,7 +60,9 @@ _BODIES = list(itertools.product([*SMALL, *PROBLEMS], ["generic", "blocked"]))
 @pytest.mark.parametrize(("problem", "body"), some(_BODIES, 3, "onnx bodies of borders"), ids=str)
 def test_bodies(problem, body, seed):
     """In ONNX Runtime without our library, in onnx's evaluator, and with everything put in the nodes' place."""
-    model = one_node(problem, body=body, dynamic_layout=body == "generic")
+    # Strides divide groups that wrap, which they do not in every layout.
+    is_dynamic = body == "generic" and "wrap" not in problem.border
+    model = one_node(problem, body=body, dynamic_layout=is_dynamic)
     onnx.checker.check_model(model, full_check=True)
     example = Forward(problem, batch=2)
     example.check(*run(session(model), example.feeds))

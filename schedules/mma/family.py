@@ -16,7 +16,7 @@ from na_compiler.schedules.mma.visit import visit, visit_listed
 from na_compiler.schedules.shared.config import Config
 from na_compiler.schedules.shared.visit import Visit
 from na_compiler.target import CudaTarget, Target
-from na_compiler.window import BORDERS
+from na_compiler.window import BORDERS, SHIFT
 
 __all__ = ["FAMILY"]
 
@@ -54,6 +54,8 @@ class _Mma(Family):
         """Return the boxes that take least time with products that round float32 to TF32; ``None`` if it has none."""
         if problem.dtype != "float32" or direction != "forward" or planner.unsuited_rounded(problem):
             return None
+        if any(border != SHIFT for border in problem.border):
+            return None  # Such kernels were not tried with rounded products.
         assert isinstance(target, CudaTarget)
         found = planner.candidates(problem, target.shared_memory, 1)
         return found[0].config if found else None
