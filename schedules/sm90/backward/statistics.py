@@ -74,7 +74,9 @@ def launch_statistics(
     with when(both(lane == 0, number < count)):
         exponent = exponent_of(flat(arguments["lse"])[offset])
         grad_lse = flat(arguments["grad_lse"])[offset]
-        delta = total - T.if_then_else(row.batch < arguments.given, grad_lse, T.float32(0))
+        # In a register: within the choice below, what is read for a row that does not exist would be read where it is
+        # not, since TVM drops the bound of a place from what is chosen only where there is one.
+        delta = register(total - T.if_then_else(row.batch < arguments.given, grad_lse, T.float32(0)), "float32")
         statistics = flat(arguments["statistics"])
         for plane, value in enumerate((exponent, delta)):
             kept = value if row.exists is None else T.Select(row.exists, value, T.float32(0))
