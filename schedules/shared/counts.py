@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,17 +60,30 @@ def tiles_met(
         Of shape ``[3, streams]``: tiles that parts visit; of these, those that every token of a warp needs as a whole,
         on the average of the warps; tiles that blocks load.
     """
-    layout, kernel_size, stride, dilation, is_causal = axis
-    rule = functools.partial(
-        window_bounds if of_queries else functools.partial(query_bounds, choose=np.where),
-        kernel_size=kernel_size, stride=stride, is_causal=is_causal, minimum=np.minimum, maximum=np.maximum,
-    )  # fmt: skip
-    total: _Numbers = np.zeros((3, len(streams)))
-    for length, groups in group_lengths(layout, dilation).items():
-        bounds = functools.partial(rule, length=length)
-        numbers, weights = _tiles(length, own[0] * own[2], kernel_size, stride, align)
-        total += groups * _count(bounds, length, own, streams, numbers, weights, skips=skips, align=align)
+    found = [_met(axis, own, stream, skips, of_queries, align) for stream in streams]
+    total: _Numbers = np.stack(found, axis=1)
     total.flags.writeable = False
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def _met(
+    axis: tuple[int, int, int, int, bool],
+    own: tuple[int, int, int],
+    stream: int,
+    skips: bool,
+    of_queries: bool,
+    align: int,
+) -> _Numbers:
+    """Count as `tiles_met` does, for one extent: planners ask for the same ones in many sets."""
+    box, warp_box, parts = own
+    total: _Numbers = np.zeros(3)
+    for groups, weights, (low, high), (start, end), (until, since) in _needs(axis, own, skips, of_queries, align):
+        from_tile, to_tile = (start - low) // stream, -(-(end - low) // stream)
+        visited = np.broadcast_to(to_tile - from_tile, (parts, len(low))).sum(axis=0) @ weights
+        whole = np.maximum(until // stream - np.maximum(-(-since // stream), from_tile), 0)
+        loaded = -(-(high - low) // stream) @ weights
+        total += groups * np.array([visited, whole.sum(axis=(0, 1)) @ weights * (warp_box / box), loaded])
     return total
 
 
@@ -105,34 +117,37 @@ def _spread(first: int, count: int) -> tuple[_Numbers, _Numbers]:
     return first + edges[:-1] + places.astype(int), widths
 
 
-def _count(
-    bounds: Any,
-    length: int,
-    own: tuple[int, int, int],
-    streams: Sequence[int],
-    numbers: _Numbers,
-    weights: _Numbers,
-    *,
-    skips: bool,
-    align: int,
-) -> _Numbers:
-    box, warp_box, parts = own
-    first = numbers * (box * parts)
-    low = bounds(first)[0] // align * align
-    high = bounds(np.minimum(first + box * parts, length) - 1)[1]
-    begin = np.minimum(first + box * np.arange(parts)[:, None], length - 1)
-    last = np.minimum(begin + box, length) - 1
-    start, end = (bounds(begin)[0], bounds(last)[1]) if skips else (low, high)
-    # Of each warp: the end of what its first token needs, and the begin of what its last does.
-    its_first = np.minimum(begin + np.arange(0, box, warp_box)[:, None, None], length - 1)
-    its_last = np.minimum(its_first + warp_box, length) - 1
-    until, since = bounds(its_first)[1] - low, bounds(its_last)[0] - low
+@functools.lru_cache(maxsize=256)
+def _needs(
+    axis: tuple[int, int, int, int, bool], own: tuple[int, int, int], skips: bool, of_queries: bool, align: int
+) -> list[tuple[int, _Numbers, tuple[_Numbers, _Numbers], tuple[_Numbers, _Numbers], tuple[_Numbers, _Numbers]]]:
+    """Return what tiles need, whatever the extent of those that stream by; for each length of a dilation group.
 
-    found = np.empty((3, len(streams)))
-    for number, stream in enumerate(streams):
-        from_tile, to_tile = (start - low) // stream, -(-(end - low) // stream)
-        whole = np.maximum(until // stream - np.maximum(-(-since // stream), from_tile), 0)
-        found[0, number] = np.broadcast_to(to_tile - from_tile, begin.shape).sum(axis=0) @ weights
-        found[1, number] = whole.sum(axis=(0, 1)) @ weights * (warp_box / box)
-        found[2, number] = -(-(high - low) // stream) @ weights
+    Returns
+    -------
+    list
+        How many groups there are, for how many tiles each stands, and pairs: begin and end of what tiles need, and of
+        what parts visit; and of each warp, counted from the first, the end of what its first token needs and the begin
+        of what its last does.
+    """
+    layout, kernel_size, stride, dilation, is_causal = axis
+    rule = functools.partial(
+        window_bounds if of_queries else functools.partial(query_bounds, choose=np.where),
+        kernel_size=kernel_size, stride=stride, is_causal=is_causal, minimum=np.minimum, maximum=np.maximum,
+    )  # fmt: skip
+    box, warp_box, parts = own
+    found = []
+    for length, groups in group_lengths(layout, dilation).items():
+        bounds = functools.partial(rule, length=length)
+        numbers, weights = _tiles(length, box * parts, kernel_size, stride, align)
+        first = numbers * (box * parts)
+        low = bounds(first)[0] // align * align
+        high = bounds(np.minimum(first + box * parts, length) - 1)[1]
+        begin = np.minimum(first + box * np.arange(parts)[:, None], length - 1)
+        last = np.minimum(begin + box, length) - 1
+        visited = (bounds(begin)[0], bounds(last)[1]) if skips else (low, high)
+        its_first = np.minimum(begin + np.arange(0, box, warp_box)[:, None, None], length - 1)
+        its_last = np.minimum(its_first + warp_box, length) - 1
+        of_warps = bounds(its_first)[1] - low, bounds(its_last)[0] - low
+        found.append((groups, weights, (low, high), visited, of_warps))
     return found
