@@ -1,4 +1,4 @@
-"""The backward on mma.sync with a bias by relative position and a key mask: emulated; plans."""
+"""The backward on mma.sync with a bias by relative position and a key mask: emulated; planted faults; plans."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import oracle
 import pytest
 import torch
-from cuda_emulator import ORDERS, Emulator
+from cuda_emulator import ORDERS, Emulator, EmulatorError
 from draws import some
 from oracle import check_backward, draw
 from test_mma_backward import _ARGUMENTS as ARGUMENTS
@@ -18,7 +18,7 @@ from test_mma_backward import _config as config_of
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
 from na_compiler.schedules.choose import choose
-from na_compiler.schedules.mma.backward import bias, planner
+from na_compiler.schedules.mma.backward import bias, lists, planner
 from na_compiler.schedules.mma.backward.config import MmaBackward
 from na_compiler.schedules.mma.backward.plan import SweepPlan
 from na_compiler.target import Target
@@ -96,6 +96,90 @@ def test_hidden_keys(monkeypatch, seed):
     assert grads[0][blind].eq(0).all()
     assert grads[1][~mask].eq(0).all()
     assert grads[2][~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("name", some(["relative_position_bias", "key"], 1, "not finite with a bias"))
+def test_numbers_that_are_not_finite(name, seed):
+    problem = Problem(40, 1, 16, 9, dtype="bfloat16", operands=BIAS + MASK)
+    spoiled = {name: random.choice([float("nan"), float("inf")])}
+    emulate(problem, config_of((16,), (2,)), orders=ORDERS[:1], spreads=True, spoiled=spoiled)
+
+
+# ---------------------------------------------------------------------------------------------- planted faults
+_SMALL = Problem((9, 13), 1, 16, (5, 3), dtype="bfloat16"), config_of((4, 4), (2, 1))
+
+
+def _finds(operands, case=_SMALL, **options):
+    with pytest.raises((EmulatorError, AssertionError)) as found:
+        emulate(case[0].replace(operands=operands), case[1], orders=ORDERS[:1], **options)
+    return str(found.value)
+
+
+def test_fault_free_is_right(seed):
+    emulate(_SMALL[0].replace(operands=BIAS + MASK), _SMALL[1])
+
+
+def test_finds_queries_beyond_the_end(monkeypatch, seed):
+    """Their gradients are not stored, but would be added to those of biases."""
+    init = lists.WindowLists.__init__
+
+    def everybody(self, block, rows, work):
+        with monkeypatch.context() as inner:
+            inner.setattr(type(work), "within", lambda *given: None)
+            init(self, block, rows, work)
+
+    monkeypatch.setattr(lists.WindowLists, "__init__", everybody)
+    assert "grad_relative_position_bias" in _finds(BIAS)
+
+
+@pytest.mark.parametrize("axis", some([0, 1], 1, "places"))
+def test_finds_a_wrong_place(axis, monkeypatch, seed):
+    right = lists.steps_of
+    monkeypatch.setattr(
+        lists, "steps_of", lambda problem: [step + (i == axis) for i, step in enumerate(right(problem))]
+    )
+    _finds(BIAS)
+
+
+def test_finds_a_table_that_lanes_share(monkeypatch, seed):
+    """Whoever reads a sum before another lane has written it loses that one's part."""
+    monkeypatch.setattr(bias.BiasSums, "_add", _apart)
+    init = bias.BiasSums.__init__
+
+    def shared(self, products):
+        init(self, products)
+        self._table = self._own
+
+    monkeypatch.setattr(bias.BiasSums, "__init__", shared)
+    assert "grad_relative_position_bias" in _finds(BIAS)
+
+
+def test_finds_sums_that_are_not_cleared(monkeypatch, seed):
+    monkeypatch.setattr(bias.BiasSums, "clear", lambda self: None)
+    _finds(BIAS)
+
+
+def test_finds_sums_read_before_all_warps_are_done(monkeypatch, seed):
+    store = bias.BiasSums.store
+
+    def at_once(self, item):
+        with monkeypatch.context() as inner:
+            inner.setattr(self.block, "sync", lambda: None)
+            store(self, item)
+
+    monkeypatch.setattr(bias.BiasSums, "store", at_once)
+    assert "grad_relative_position_bias" in _finds(BIAS)
+
+
+def test_finds_keys_that_are_shown(monkeypatch, seed):
+    monkeypatch.setattr(lists.WindowLists, "_fill_hidden", lambda self, low: None)
+    _finds(MASK)
+
+
+def test_finds_another_key_hidden(monkeypatch, seed):
+    at = lists.MaskBytes.at
+    monkeypatch.setattr(lists.MaskBytes, "at", lambda self, position: at(self, [position[0], position[1] ^ 1]))
+    _finds(MASK, (_SMALL[0].replace(layout=(9, 14)), _SMALL[1]))
 
 
 # ---------------------------------------------------------------------------------------------- plans

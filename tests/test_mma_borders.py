@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 from border_problems import BIAS, MASK
-from cuda_emulator import ORDERS
+from cuda_emulator import ORDERS, EmulatorError
 from draws import some
 from test_mma import emulate as emulate_forward
 from test_mma_backward import TARGET, emulate
@@ -17,6 +17,7 @@ from na_compiler.schedules.choose import choose
 from na_compiler.schedules.mma.backward import planner as backward_planner
 from na_compiler.schedules.mma.config import Mma
 from na_compiler.schedules.mma.planner import candidates
+from na_compiler.schedules.shared import key_mask, work
 
 BF16, FP16 = "bfloat16", "float16"
 # A problem, a warp's box, the warps, and the tile of a ring; all keys are kept as well, in both directions.
@@ -77,6 +78,31 @@ def test_planned_configs(name, seed):
     problem = CASES[name][0]
     emulate_forward(problem, candidates(problem, TARGET.shared_memory, 1)[0].config, orders=ORDERS[:1])
     emulate(problem, backward_planner.candidates(problem, TARGET.shared_memory, 1)[0].config, orders=ORDERS[1:])
+
+
+def test_finds_windows_that_are_not_cut(monkeypatch, seed):
+    """Taken for as long as the others they would reach beyond an end."""
+    monkeypatch.setattr(work.Work, "extent", lambda self, axis: self.plan.problem.kernel_size[axis])
+    with pytest.raises(AssertionError, match=r"relative error|not finite"):
+        emulate_forward(Problem(60, 1, 16, 9, dtype=BF16, border="cut"), Mma((16,), (2,), None), orders=ORDERS[:1])
+
+
+def test_finds_copies_that_do_not_go_around(monkeypatch, seed):
+    monkeypatch.setattr(work.Work, "wraps", False)
+    with pytest.raises((AssertionError, EmulatorError)):
+        emulate_forward(Problem(64, 1, 16, 9, dtype=BF16, border="wrap"), Mma((16,), (2,), None), orders=ORDERS[:1])
+
+
+def _straight(self, position):
+    """Return the byte at a position that is not taken modulo the axis."""
+    return key_mask.T.Cast("int32", self._flat[key_mask.index64(position[0] * self._steps[0])])
+
+
+def test_finds_a_key_mask_that_does_not_go_around(monkeypatch, seed):
+    monkeypatch.setattr(key_mask.MaskBytes, "at", _straight)
+    problem = Problem(64, 2, 16, 9, dtype=BF16, border="wrap", operands=(MASK,))
+    with pytest.raises((AssertionError, EmulatorError)):
+        emulate_forward(problem, Mma((16,), (2,), None), orders=ORDERS[:1])
 
 
 def test_is_chosen():
