@@ -13,6 +13,9 @@ from na_compiler.schedules.sm90.plan import ROWS
 __all__ = ["SweepProducer"]
 
 Expr = Any
+# Boxes of columns whose loads are written out. More are loaded by a loop of the device: the compiler computes ahead
+# what all of them need, and that is more than fits the registers of a thread that loads.
+_FEW = 2
 
 
 class SweepProducer:
@@ -76,7 +79,7 @@ class SweepProducer:
         barrier: str,
         stage: Expr,
     ) -> None:
-        for box in range(source.columns.boxes):
+        def load(box: Expr) -> None:
             for number in range(source.pieces):
                 offset = box * source.columns.box_bytes(rows) + number * source.piece_bytes
                 emit(
@@ -87,6 +90,17 @@ class SweepProducer:
                         self.block.barrier(barrier, stage),
                     )
                 )
+
+        boxes = source.columns.boxes
+        if boxes <= _FEW:
+            for box in range(boxes):
+                load(box)
+            return
+        box = local(1, "int32")
+        put(box, 0, 0)
+        with I.While(box[0] < boxes):
+            load(let(box[0]))
+            put(box, 0, box[0] + 1)
 
     def _statistics(self, stage: Expr, cursor: Any, work: Any) -> None:
         block = self.block
