@@ -20,7 +20,7 @@ TARGET = Target.parse("cuda:sm_90a")
 pytestmark = needs_nvcc
 
 _HEAD_DIMS = [(128, 128), (64, 64)]
-_MORE = [(32, 32), (16, 8), (80, 96), (72, 40), (64, 256), (192, 192), (256, 256), (128, 64)]
+_MORE = [(32, 32), (16, 8), (80, 96), (72, 40), (136, 136), (64, 256), (192, 192), (224, 224), (256, 256), (128, 64)]
 # A problem whose windows have everything: it keeps most in registers.
 _PROBLEM = Problem((64, 64), 2, 64, 9, 2, 2, (True, False), heads_kv=1, additional_kv=True, dtype="bfloat16")
 
