@@ -68,6 +68,7 @@ def usual_inverses(problem: Problem, box: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(min(largest, extent + kernel_size - 1) for largest, extent, kernel_size in extents)
 
 
+@functools.lru_cache(maxsize=4096)
 def _largest(
     largest: Callable[[int, int, int, bool, int, str], int], problem: Problem, box: tuple[int, ...]
 ) -> tuple[int, ...]:

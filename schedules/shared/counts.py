@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -60,30 +61,41 @@ def tiles_met(
         Of shape ``[3, streams]``: tiles that parts visit; of these, those that every token of a warp needs as a whole,
         on the average of the warps; tiles that blocks load.
     """
-    found = [_met(axis, own, stream, skips, of_queries, align) for stream in streams]
-    total: _Numbers = np.stack(found, axis=1)
+    known = _known((axis, own, skips, of_queries, align))
+    missing = [stream for stream in streams if stream not in known]
+    if missing:
+        counted = _met(axis, own, missing, skips, of_queries, align)
+        known.update(zip(missing, counted.T, strict=True))
+    total: _Numbers = np.stack([known[stream] for stream in streams], axis=1)
     total.flags.writeable = False
     return total
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
+def _known(_: Hashable) -> dict[int, _Numbers]:
+    """Return what has been counted of so given tiles, by the extents: planners ask for the same ones in many sets."""
+    return {}
+
+
 def _met(
     axis: tuple[int, int, int, int, bool],
     own: tuple[int, int, int],
-    stream: int,
+    streams: list[int],
     skips: bool,
     of_queries: bool,
     align: int,
 ) -> _Numbers:
-    """Count as `tiles_met` does, for one extent: planners ask for the same ones in many sets."""
+    """Count as `tiles_met` does: all extents at once, since what NumPy takes is the number of its calls."""
     box, warp_box, parts = own
-    total: _Numbers = np.zeros(3)
+    stream = np.array(streams)[:, None, None]
+    total: _Numbers = np.zeros((3, len(streams)))
     for groups, weights, (low, high), (start, end), (until, since) in _needs(axis, own, skips, of_queries, align):
         from_tile, to_tile = (start - low) // stream, -(-(end - low) // stream)
-        visited = np.broadcast_to(to_tile - from_tile, (parts, len(low))).sum(axis=0) @ weights
-        whole = np.maximum(until // stream - np.maximum(-(-since // stream), from_tile), 0)
-        loaded = -(-(high - low) // stream) @ weights
-        total += groups * np.array([visited, whole.sum(axis=(0, 1)) @ weights * (warp_box / box), loaded])
+        visited = np.broadcast_to(to_tile - from_tile, (len(streams), parts, len(low))).sum(axis=1) @ weights
+        of_warps = stream[:, None]
+        whole = np.maximum(until // of_warps - np.maximum(-(-since // of_warps), from_tile[:, None]), 0)
+        loaded = -(-(high - low) // stream[:, 0]) @ weights
+        total += groups * np.array([visited, whole.sum(axis=(1, 2)) @ weights * (warp_box / box), loaded])
     return total
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from na_compiler.problem import Problem
@@ -40,7 +39,8 @@ _BARRIER_BYTES = 8
 _BESIDE = 40
 
 
-def pieces_of(tile: Sequence[int], dilation: Sequence[int]) -> int | None:
+@functools.lru_cache(maxsize=4096)
+def pieces_of(tile: tuple[int, ...], dilation: tuple[int, ...]) -> int | None:
     """Return how many boxes of TMA a tile takes, cut along axis 0; ``None`` if it can be cut into none.
 
     A box spans at most 256 elements an axis, those that it steps over included, and begins where a swizzle's pattern
@@ -56,7 +56,8 @@ def pieces_of(tile: Sequence[int], dilation: Sequence[int]) -> int | None:
     return None
 
 
-def box_of_rows(box: Sequence[int], rows: int) -> tuple[int, ...] | None:
+@functools.lru_cache(maxsize=4096)
+def box_of_rows(box: tuple[int, ...], rows: int) -> tuple[int, ...] | None:
     """Return the box that a box's first rows are, and every as many more; ``None`` if they are none."""
     extents = [1] * len(box)
     for axis in reversed(range(len(box))):
@@ -85,6 +86,7 @@ class Columns:
     width: int
 
     @classmethod
+    @functools.cache
     def of(cls, extent: int) -> Columns:
         """Choose the widest boxes that waste no columns, or else the widest."""
         for width in (64, 32):
@@ -162,7 +164,7 @@ class Plan:
         """Whether warpgroups leave out tiles of keys that only others' windows need."""
         return not self.problem.additional_kv
 
-    @cached_property
+    @functools.cached_property
     def query_bytes(self) -> int:
         """Bytes of one warpgroup's queries, where its outputs are gathered later."""
         return max(self.columns.bytes(ROWS), self.columns_v.bytes(ROWS))

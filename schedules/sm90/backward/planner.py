@@ -194,6 +194,7 @@ def sweeps(problem: Problem, side: str, results: tuple[str, ...], count: int = 8
     return tuple(sorted(found, key=lambda candidate: candidate.cycles)[:count])
 
 
+@functools.lru_cache(maxsize=256)
 def _spaces(problem: Problem, side: str, results: tuple[str, ...]) -> list[_Space]:
     """Return what may be chosen: tiles that fit the layout, and where there are none of these, any."""
     lengths = [group_length(x, d) for x, d in zip(problem.layout, problem.dilation, strict=True)]
