@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import Dim
 
 from na_compiler import NeighborhoodAttention2D, Problem, cli, load_bundle
+from na_compiler.compiler.spec import KernelSpec
 from na_compiler.runtime import bundle as bundle_module
 
 PROBLEM = ["problem", "--layout", "9x10", "--heads", "2", "--head-dim", "8", "--kernel-size", "3"]
@@ -102,6 +103,26 @@ def test_compiles_an_onnx_model(tmp_path, capsys):
     run(capsys, path, "-o", tmp_path / "kernels", "--shape", "image=1x9x10x16")
     assert len(load_bundle(tmp_path / "kernels")) == 2
     assert "--shape" in run(capsys, path, "-o", tmp_path / "kernels", status=1)
+
+
+def test_products_round_where_that_is_asked_for(capsys):
+    """Forwards for GPUs alone: there are no other kernels that round, and float16 has products of its own."""
+    flags = ["--target", "cuda:sm_80", "--target", "llvm", "--training", "--dry-run"]
+    problem = [*PROBLEM, "--head-dim", "32"]
+    exact = json.loads(run(capsys, *problem, *flags, "--json"))["kernels"]
+    assert not any(row["tf32"] for row in exact)
+    rounds = json.loads(run(capsys, *problem, *flags, "--tf32", "--json"))["kernels"]
+    assert [row["tf32"] for row in rounds] == [True, False, False, False]
+    assert [(one["key"] != other["key"]) for one, other in zip(exact, rounds, strict=True)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert rounds[0]["key"] == KernelSpec.make(Problem((9, 10), 2, 32, 3), "cuda:sm_80", rounds=True).key
+    assert "forward in TF32, cuda:sm_80" in run(capsys, *problem, *flags, "--tf32")
+    halves = json.loads(run(capsys, *problem, *flags, "--tf32", "--dtype", "float16", "--json"))["kernels"]
+    assert not any(row["tf32"] for row in halves)
 
 
 def test_a_problem_by_flags(tmp_path, capsys):

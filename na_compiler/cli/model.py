@@ -103,6 +103,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--training", action="store_true", help="the backward as well")
     parser.add_argument("--tangents", action="store_true", help="forward mode (jvp) as well")
+    parser.add_argument(
+        "--tf32", action="store_true", help="let products of float32 forwards on a GPU round to TF32 (default: exact)"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile (default: one for each core)")
     parser.add_argument("--with-runtime", action="store_true", help="put TVM's runtime library there as well")
     parser.add_argument("--dry-run", action="store_true", help="show what would be compiled, and stop")
@@ -134,7 +137,7 @@ def _run_model(options: argparse.Namespace) -> None:
 
 def _compile_whole(options: argparse.Namespace, started: float) -> None:
     """Compile the whole model, to a library and not a bundle."""
-    for flag in ("shape", "training", "tangents", "dry_run", "jobs"):
+    for flag in ("shape", "training", "tangents", "tf32", "dry_run", "jobs"):
         if getattr(options, flag):
             raise ValueError(f"--{flag.replace('_', '-')} does not go with --whole")
     targets = options.target or ["llvm"]
@@ -195,7 +198,9 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _compile(options: argparse.Namespace, sites: Sites, title: str, started: float) -> None:
-    specs = sites.specs(options.target or ["llvm"], training=options.training, tangents=options.tangents)
+    specs = sites.specs(
+        options.target or ["llvm"], training=options.training, tangents=options.tangents, tf32=options.tf32
+    )
     data = rows(sites, specs)
     report: dict[str, Any] = {"kernels": data, "bundle": None}
     if options.dry_run:

@@ -34,6 +34,7 @@ def rows(sites: Sites, specs: Iterable[KernelSpec]) -> list[dict[str, Any]]:
                 "flops": flops,
                 "schedule": spec.config.family,
                 "config": _config(spec.config),
+                "tf32": spec.rounds,
                 "wasted": _wasted(spec),
                 "reason": spec.reason,
                 "key": spec.key,
@@ -58,7 +59,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["text"],
         used,
-        f"{row['direction']}, {row['target']}",
+        f"{row['direction']}{' in TF32' if row['tf32'] else ''}, {row['target']}",
         f"{row['schedule']}: {config}",
         f"{row['flops'] / 1e6:.1f}",
         "" if row["wasted"] is None else f"{100 * row['wasted']:.0f}%",

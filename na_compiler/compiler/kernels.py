@@ -84,8 +84,8 @@ def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm"
     problem, direction, machine
         Which kernel.
     rounds
-        Whether products of float32 may round to TF32. Kernels of bundles never do, and come first all the same: there
-        may be nothing else to compile with.
+        Whether products of float32 may round to TF32. Kernels of bundles do what they were compiled for, and come
+        first all the same: there may be nothing else to compile with.
     """
     machine = Target.parse(machine)
     for bundle in loaded_bundles():

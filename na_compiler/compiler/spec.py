@@ -61,8 +61,17 @@ class KernelSpec:
     tuned: tuple[str, str] | None = None
 
     @classmethod
-    def make(cls, problem: Problem, target: str | Target = "llvm", direction: str = "forward") -> KernelSpec:
+    def make(
+        cls, problem: Problem, target: str | Target = "llvm", direction: str = "forward", *, rounds: bool = False
+    ) -> KernelSpec:
         """Make a spec of a target's name, with what was recorded for it on this machine's device, if anything was.
+
+        Parameters
+        ----------
+        problem, target, direction
+            Which kernel.
+        rounds
+            Whether products of float32 may round to TF32, where there is a kernel that does; see `rounded`.
 
         Raises
         ------
@@ -71,6 +80,9 @@ class KernelSpec:
         """
         check_direction(direction)
         parsed = Target.parse(target)
+        found = cls.rounded(problem, parsed, direction) if rounds else None
+        if found is not None:
+            return found
         record = tuned.find(problem, parsed, direction)
         return cls(problem, direction, parsed, tuned=None if record is None else record.choice)
 
@@ -104,6 +116,12 @@ class KernelSpec:
     def is_tuned(self) -> bool:
         """Whether the config was found by tuning."""
         return self._found_by_tuning is not None
+
+    @functools.cached_property
+    def rounds(self) -> bool:
+        """Whether products of float32 round to TF32."""
+        found = self.forced and choose_rounded(self.problem, self.target, self.direction)
+        return found is not None and found == self.forced
 
     @property
     def config(self) -> Config:

@@ -83,7 +83,12 @@ class Sites(tuple[Site, ...]):
         return Sites(site for site in self if site.device == device)
 
     def specs(
-        self, targets: Iterable[str | Target] = ("llvm",), *, training: bool = False, tangents: bool = False
+        self,
+        targets: Iterable[str | Target] = ("llvm",),
+        *,
+        training: bool = False,
+        tangents: bool = False,
+        tf32: bool = False,
     ) -> list[KernelSpec]:
         """Return the distinct kernels that the sites need.
 
@@ -96,6 +101,9 @@ class Sites(tuple[Site, ...]):
         tangents
             Whether forwards are differentiated in forward mode, by kernels that compute output, lse and the tangents
             of both.
+        tf32
+            Whether products of float32 forwards on a GPU may round to TF32, whatever torch's switch says where they
+            run. Kernels that cannot stay exact, as all on a CPU do.
         """
         if not self:
             return []  # Before a target such as "cuda" is looked for.
@@ -107,7 +115,10 @@ class Sites(tuple[Site, ...]):
                 more = ("forward",) * (training or tangents)
                 more += ("backward",) * training + ("tangent",) * tangents
                 wanted |= dict.fromkeys((site.problem, direction) for direction in more)
-        return [KernelSpec.make(problem, target, direction) for target in parsed for problem, direction in wanted]
+        return [
+            KernelSpec.make(problem, target, direction, rounds=tf32)
+            for target in parsed for problem, direction in wanted
+        ]  # fmt: skip
 
     def __add__(self, other: Iterable[Site]) -> Sites:  # type: ignore[override]
         return Sites((*self, *other))
