@@ -17,7 +17,7 @@ from na_compiler.compat.natten.names import contents
 from na_compiler.compat.natten.split import av, qk
 from na_compiler.problem import Problem
 from na_compiler.reference import neighborhood_mask
-from na_compiler.window import window_start
+from na_compiler.window import group_length, window_bounds
 
 
 def expected(query, key, value, kernel_size, dilation, is_causal, scale, bias=None, additional=()):
@@ -83,16 +83,36 @@ def test_split_operators(seed, turn, dtype, monkeypatch):
         assert (one.double() - other.double()).norm().item() < limit * scale
 
 
-def test_columns_are_the_window_in_order(seed):
-    key = torch.eye(7).reshape(1, 1, 7, 7)
-    scores = qk(torch.ones(1, 1, 7, 7), key, 3, 2)[0, 0]
-    assert scores.shape == (7, 3)
-    position = torch.arange(7.0)
-    places = qk(torch.ones(1, 1, 7, 1), position.reshape(1, 1, 7, 1), 3, 2)[0, 0]
-    for token in range(7):
-        group, index = token % 2, token // 2
-        start = window_start(index, (7 - group + 1) // 2, 3)
-        assert places[token].tolist() == [group + 2 * (start + column) for column in range(3)]
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+def test_columns_are_the_window_in_order(dilation, is_causal, seed):
+    """Of layouts with all remainders of what a tile has: four queries here, and five where there are no more."""
+    for tokens in range(3 * dilation, 21):
+        position = torch.arange(1.0, tokens + 1)
+        places = qk(torch.ones(1, 1, tokens, 1), position.reshape(1, 1, tokens, 1), 3, dilation, is_causal)[0, 0] - 1
+        assert places.shape == (tokens, 3)
+        wanted = torch.full((tokens, 3), -torch.inf)
+        for token in range(tokens):
+            group, index = token % dilation, token // dilation
+            start, end = window_bounds(index, group_length(tokens, dilation, group), 3, is_causal=is_causal)
+            wanted[token, : end - start] = torch.arange(start, end) * dilation + group
+        assert torch.equal(places, wanted)
+        # Whatever weighs a column without a key, it has no part in sums.
+        weights = torch.rand(1, 1, tokens, 3)
+        sums = av(weights, position.reshape(1, 1, tokens, 1), 3, dilation, is_causal)[0, 0, :, 0]
+        torch.testing.assert_close(sums, (weights[0, 0] * (wanted + 1).clamp_min(0)).sum(-1))
+        heads = torch.ops.na_compiler.window_scores(
+            torch.ones(1, 1, tokens, 1), position.reshape(1, 1, tokens, 1), [3], [dilation], [is_causal]
+        )
+        assert torch.equal(heads[0, 0], (wanted + 1).clamp_min(0))
+
+
+def test_compiled_windows_larger_than_the_layout_are_refused(seed):
+    """Also where the layout is a symbol while torch compiles."""
+    compiled = torch.compile(lambda tensor: qk(tensor, tensor, 3, 2), backend="eager", fullgraph=True, dynamic=True)
+    with pytest.raises(ValueError, match=r"kernel_size=3 \* dilation=2"):
+        compiled(torch.randn(1, 1, 5, 4))
+    assert compiled(torch.randn(1, 1, 6, 4)).shape == (1, 1, 6, 3)
 
 
 def test_operators_are_good_citizens(seed):

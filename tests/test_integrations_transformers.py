@@ -154,6 +154,19 @@ def test_padding_is_a_key_mask(name, seed, calls):
     assert all(bool(each.grad.isfinite().all()) for each in model.parameters() if each.grad is not None)
 
 
+def test_a_mask_of_less_tokens_hides_the_rest(seed, calls, caplog):
+    """As transformers has it, also where such a mask hides nothing itself."""
+    model, ids, mask = theirs(make("Mistral")), tokens(), torch.ones(2, 80, dtype=torch.long)
+    with torch.no_grad(), caplog.at_level("INFO", "na_compiler"):
+        expected = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation(NAME)
+        assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+        assert not calls
+        assert "longer than the mask of their tokens" in caplog.text
+        model(ids, attention_mask=torch.ones(2, 120, dtype=torch.long))
+        assert len(calls) == 2
+
+
 def test_conversations_and_checkpointing(seed, calls):
     """More tokens after a cache are left to SDPA; and a mask goes through torch's checkpoints."""
     model, ids = theirs(make("Mistral")), tokens(140)

@@ -153,6 +153,43 @@ def test_what_does_more_than_attend_stays_as_it_was(kind, seed, caplog):
     assert targets(program) == before
 
 
+CAUSAL = [3, 3], [1, 1], [True, False]
+
+
+@pytest.mark.parametrize("by", [None, 0.0, -1.0])
+def test_columns_without_a_key_that_take_part_keep_it_as_it_was(by, seed, caplog):
+    """As nothing of NATTEN's leaves them, and whoever calls the operators themselves may."""
+
+    class Taking(nn.Module):
+        def forward(self, query, key, value):
+            scores = torch.ops.na_compiler.window_scores(query, key, *CAUSAL)
+            if by is not None:
+                scores = torch.ops.na_compiler.window_hide(scores, by, *CAUSAL)
+            return torch.ops.na_compiler.window_sums(scores.softmax(-1), value, *CAUSAL)
+
+    program = torch.export.export(Taking(), torch.randn(3, 1, 2, 7, 6, 16).unbind(), strict=False)
+    before = targets(program)
+    with caplog.at_level("INFO", "na_compiler"):
+        assert passes.canonicalise(program) == 0
+    assert "take part" in caplog.text
+    assert targets(program) == before
+
+
+def test_output_has_the_strides_of_sums_where_they_are_looked_at(seed):
+    class Looking(nn.Module):
+        def forward(self, query, key, value):
+            scores = OLD["natten2dqk"](query, key, 3, 1)
+            output = OLD["natten2dav"](scores.softmax(-1), value, 3, 1)
+            return output.view(-1, *output.shape[2:]), output
+
+    tensors = torch.randn(3, 2, 2, 7, 6, 16).unbind()
+    program = torch.export.export(Looking(), tensors, strict=False)
+    assert passes.canonicalise(program) == 1
+    for one, other in zip(program.module()(*tensors), Looking()(*tensors), strict=True):
+        close(one, other)
+        assert one.stride() == other.stride()
+
+
 def test_what_is_written_in_between_keeps_it_as_it_was(seed, caplog):
     def model(query, key, value):
         query = query + 0

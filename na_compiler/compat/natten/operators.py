@@ -13,7 +13,8 @@ operator                  what it returns                                       
 
 Each is linear in every tensor, so that gradients of any order are made of these. Heads come first, and the columns of a
 window are its keys in row-major order; a causal window has columns without a key, whose scores and weights are 0.
-Products are `na_compiler.compat.natten.tiles`', in float32 or wider. What is not finite shows in results of queries
+Products are `na_compiler.compat.natten.tiles`', in float32 or wider. Windows larger than the layout are refused when they
+run: before that, while torch compiles, sizes may be symbols. What is not finite shows in results of queries
 that are near those that see it as well. What a key gets from several tiles are sums that CUDA takes in any order,
 unless ``torch.use_deterministic_algorithms`` is on.
 """
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from na_compiler.compat.natten.tiles import Tiles, places, tiles, windows
+from na_compiler.parameters import check_windows
 
 __all__: list[str] = []
 
@@ -43,6 +45,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _tiles(like: Tensor, parameters: Parameters) -> Any:
+    check_windows(like.shape[2:-1], *parameters[:2])
     return tiles(like.shape[2:-1], *parameters, math.prod(like.shape[:2]), like.device)
 
 
@@ -110,6 +113,7 @@ def _scatter(weights: Tensor, rows: Tensor, *parameters: Any) -> Tensor:
 
 
 def _bias(bias: Tensor, layout: Sequence[int], *parameters: Any) -> Tensor:
+    check_windows(layout, *parameters[:2])
     found, rank = bias, len(layout)
     for axis, (extent, size, step, causal) in enumerate(zip(layout, *parameters, strict=True)):
         relative, _ = places(windows(extent, size, step, causal, bias.device), size)
@@ -127,6 +131,7 @@ def _interleaved(found: Tensor, rank: int) -> Tensor:
 def _bias_sums(gradient: Tensor, *parameters: Any) -> Tensor:
     """Sum by products with zeros and ones, one axis after the other: in one order, on every device."""
     layout, rank = gradient.shape[1:-1], gradient.dim() - 2
+    check_windows(layout, *parameters[:2])
     wide: Tensor = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).unflatten(-1, tuple(parameters[0]))
     tokens, columns, places_of = "xyz"[:rank], "abc"[:rank], "pqr"[:rank]
     for axis, (extent, size, step, causal) in enumerate(zip(layout, *parameters, strict=True)):
@@ -140,6 +145,7 @@ def _bias_sums(gradient: Tensor, *parameters: Any) -> Tensor:
 
 def _hide(scores: Tensor, by: float, *parameters: Any) -> Tensor:
     layout, rank = scores.shape[2:-1], scores.dim() - 3
+    check_windows(layout, *parameters[:2])
     is_seen = torch.ones((), dtype=torch.bool, device=scores.device)
     for axis, (extent, size, step, causal) in enumerate(zip(layout, *parameters, strict=True)):
         _, seen = places(windows(extent, size, step, causal, scores.device), size)

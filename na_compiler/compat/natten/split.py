@@ -167,7 +167,7 @@ def _parameters(
         raise ValueError(
             f"{name} must have 4, 5 or 6 dimensions, [batch, heads, *layout, head_dim], got shape {tuple(tensor.shape)}"
         )
-    if torch.compiler.is_compiling():  # Sizes may be symbols, and are looked at by the operators.
+    if torch.compiler.is_compiling():  # Sizes may be symbols; the operators look at them when they run.
         sizes = ints_per_axis("kernel_size", kernel_size, rank), ints_per_axis("dilation", dilation, rank)
         return [*sizes[0]], [*sizes[1]], [*flags_per_axis("is_causal", is_causal, rank)]
     _, heads, *layout, head_dim = tensor.shape

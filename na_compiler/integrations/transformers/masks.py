@@ -145,7 +145,10 @@ def _window(
 
 def _keys(queries: int, attention_mask: Tensor | None) -> Tensor | None:
     """Return which tokens are no padding, ``[batch, queries]``; ``None`` where all are."""
-    if attention_mask is None or bool(attention_mask[:, :queries].all()):
+    if attention_mask is None:
         return None
+    # Beyond its end a mask hides what there is, also where it hides nothing itself.
     need(attention_mask.shape[1] >= queries, "sequences that are longer than the mask of their tokens")
+    if bool(attention_mask[:, :queries].all()):
+        return None
     return attention_mask[:, :queries].bool()
