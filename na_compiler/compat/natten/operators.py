@@ -13,10 +13,10 @@ operator                  what it returns                                       
 
 Each is linear in every tensor, so that gradients of any order are made of these. Heads come first, and the columns of a
 window are its keys in row-major order; a causal window has columns without a key, whose scores and weights are 0.
-Products are `na_compiler.compat.natten.tiles`', in float32 or wider. Windows larger than the layout are refused when they
-run: before that, while torch compiles, sizes may be symbols. What is not finite shows in results of queries
-that are near those that see it as well. What a key gets from several tiles are sums that CUDA takes in any order,
-unless ``torch.use_deterministic_algorithms`` is on.
+Products are `na_compiler.compat.natten.tiles`', in float32 or wider. Windows larger than the layout are refused when an
+operator runs: while torch compiles, sizes may be symbols. What is not finite shows in results of queries that are near
+those that see it as well. What a key gets from several tiles are sums that CUDA takes in any order, unless
+``torch.use_deterministic_algorithms`` is on.
 """
 
 from __future__ import annotations
