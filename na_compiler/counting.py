@@ -26,9 +26,11 @@ __all__ = [
     "group_lengths",
     "keys_needed",
     "most_queries",
+    "most_queries_anywhere",
     "visible_pairs",
     "widest_inverse",
     "widest_union",
+    "widest_union_anywhere",
 ]
 
 
@@ -156,6 +158,39 @@ def most_queries(length: int, kernel_size: int, stride: int = 1, is_causal: bool
     keys = (kernel_size - 1, length - kernel_size)
     seen: list[tuple[int, int]] = [query_bounds(key, length, kernel_size, stride, is_causal) for key in keys]
     return max(end - first for first, end in seen)
+
+
+def most_queries_anywhere(kernel_size: int, is_causal: bool = False) -> int:
+    """Return how many queries see one key, at most, in a dilation group of any length where windows are shifted.
+
+    The key in the middle of a group of ``2 * kernel_size - 1`` tokens is in all of its windows; of causal windows a key
+    is only in later ones.
+
+    Examples
+    --------
+    >>> most_queries_anywhere(3), most_queries_anywhere(3, is_causal=True)
+    (5, 3)
+    """
+    return kernel_size if is_causal else 2 * kernel_size - 1
+
+
+def widest_union_anywhere(kernel_size: int, stride: int, is_causal: bool, queries: int) -> int:
+    """Return the most keys that consecutive queries see together, in a dilation group of any length.
+
+    Windows are shifted at the ends; the first of the queries may be any, as in a part of a layout.
+
+    Examples
+    --------
+    >>> [widest_union_anywhere(3, 1, False, queries) for queries in (1, 2, 4)]
+    [3, 4, 6]
+    """
+    # The first query may be the last of its stride group.
+    behind = stride - 1
+    if is_causal:
+        # A leader beyond the end of the group is its last token, and the windows end there: no more than one window.
+        return max(kernel_size, behind + queries + kernel_size - stride)
+    groups = -(-(behind + queries) // stride)
+    return (groups - 1) * stride + kernel_size
 
 
 def widest_union(length: int, kernel_size: int, stride: int, is_causal: bool, queries: int, border: str = SHIFT) -> int:

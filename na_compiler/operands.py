@@ -33,6 +33,8 @@ __all__ = [
     "OUTPUT",
     "PARAMETER",
     "PARAMETERS",
+    "PLACE",
+    "PLACE_NUMBER",
     "RELATIVE_POSITION_BIAS",
     "SAME",
     "SCALAR",
@@ -48,6 +50,7 @@ __all__ = [
     "later",
     "options",
     "outputs",
+    "place_names",
     "scalars",
     "together",
     "words",
@@ -65,6 +68,10 @@ SAME = "same"
 BATCH = "batch"
 # The batch of an operand that may have no entries, which stand for zeros: 0 then.
 GIVEN = "given"
+# The role of a number that says where in a larger layout tensors lie, which kernels for an open layout take.
+PLACE_NUMBER = "place"
+# For each axis: tokens of the whole, and the first query and the first key that there are.
+PLACE = ("length", "first_query", "first_key")
 # The option of the additional keys and values, for which `Problem` has a field of its own.
 ADDITIONAL_KV = "additional_kv"
 # The options of a table of biases by relative position, and of keys that are hidden from all queries.
@@ -107,8 +114,8 @@ class Operand:
         Of an output, whether its gradient may be left out: kernels read one of no batch entries as 0. Nothing has to
         be allocated and filled then, which takes longer than a small kernel.
     is_of_keys
-        Of an input, whether its layout is that of the keys: another one than that of the queries where tensors hold a
-        part of a larger layout, see `na_compiler.place`.
+        Whether its layout is that of the keys: another one than that of the queries where tensors hold a part of a
+        larger layout, see `na_compiler.place`.
     """
 
     name: str
@@ -146,13 +153,17 @@ class Operand:
             shape = tuple(GIVEN if term == BATCH and self.gradient_is_optional else term for term in self.shape)
             return Operand(name, INPUT, text, shape, self.dtype, self.gradient_strides, self.option)
         if self.is_batched:
-            return Operand(name, OUTPUT, text, self.shape, self.dtype, self.gradient_strides, self.option)
+            strides = self.gradient_strides
+            return Operand(name, OUTPUT, text, self.shape, self.dtype, strides, self.option, is_of_keys=self.is_of_keys)
         return Operand(name, OUTPUT, text, (BATCH, *self.shape), "float32", COMPACT, self.option)
 
     def tangent(self) -> Operand:
         """Return its tangent, as forward mode takes it of an input, or returns it of an output."""
         text = f"tangent of {self.name}"
-        return Operand(f"tangent_{self.name}", self.role, text, self.shape, self.dtype, self.strides, self.option)
+        name = f"tangent_{self.name}"
+        return Operand(
+            name, self.role, text, self.shape, self.dtype, self.strides, self.option, is_of_keys=self.is_of_keys
+        )
 
 
 _TOKENS = (BATCH, "layout")
@@ -256,9 +267,10 @@ class Argument:
     Parameters
     ----------
     name, role, dtype, strides
-        As of an `Operand`; the role may be `WORKSPACE` as well.
+        As of an `Operand`; the role may be `WORKSPACE` or `PLACE_NUMBER` as well.
     shape
-        Extents, of which `BATCH`, `GIVEN` and ``"additional"`` are known when it is called. Those of a workspace have
+        Extents, of which `BATCH`, `GIVEN` and ``"additional"`` are known when it is called, and where the layout is
+        open ``"queries0"``, ``"keys0"`` and so on, what the tensors hold along each axis. Those of a workspace have
         the number of additional keys rounded up, see `Workspace`.
     has_layout
         Whether it has the axes of the layout.
@@ -278,7 +290,7 @@ class Argument:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for a manifest."""
         data: dict[str, Any] = {"name": self.name, "role": self.role, "dtype": self.dtype}
-        if self.role != SCALAR:
+        if self.role not in {SCALAR, PLACE_NUMBER}:
             data |= {"shape": list(self.shape), "strides": self.strides}
         return data
 
@@ -289,7 +301,7 @@ def arguments(problem: Problem, direction: str, workspace: Workspace | None = No
     Parameters
     ----------
     problem
-        What it computes.
+        What it computes. Where its layout is open the numbers of a place follow the scalars, see `place_names`.
     direction
         ``"forward"``: inputs, scalars, outputs. ``"backward"``: inputs, each output followed by its gradient, scalars,
         the gradients of the inputs. ``"tangent"``: inputs, their tangents, scalars, outputs, their tangents.
@@ -315,15 +327,27 @@ def arguments(problem: Problem, direction: str, workspace: Workspace | None = No
             operand.name,
             operand.role,
             problem.dtype if operand.dtype == SAME else operand.dtype,
-            tuple(extent for name in operand.shape for extent in extents[name]),
+            tuple(extent for name in operand.shape for extent in extents[_term(name, operand)]),
             operand.strides,
             "layout" in operand.shape,
         )
         for operand in present
     ]
+    numbers = [Argument(name, PLACE_NUMBER, "int64") for name in place_names(problem)]
+    first = max(at for at, argument in enumerate(made) if argument.role == SCALAR) + 1
+    made[first:first] = numbers
     buffers = () if workspace is None else workspace.buffers
     made += [Argument(f"workspace{i}", WORKSPACE, "float32", (BATCH, *shape)) for i, shape in enumerate(buffers)]
     return tuple(made)
+
+
+def place_names(problem: Problem) -> tuple[str, ...]:
+    """Return the names of the numbers that say where in a larger layout tensors lie; none unless the layout is open."""
+    return tuple(f"{name}{axis}" for axis in range(problem.rank) for name in PLACE) if problem.is_open else ()
+
+
+def _term(name: str, operand: Operand) -> str:
+    return "keys" if name == "layout" and operand.is_of_keys else name
 
 
 def _forward() -> tuple[Operand, ...]:
@@ -372,10 +396,15 @@ def _extents(problem: Problem) -> dict[str, tuple[int | str, ...]]:
         BATCH: (BATCH,),
         GIVEN: (GIVEN,),
         ADDITIONAL: (ADDITIONAL,),
-        "layout": problem.layout,
+        "layout": _layout(problem, "queries"),
+        "keys": _layout(problem, "keys"),
         "heads": (problem.heads,),
         "heads_kv": (problem.heads_kv,),
         "head_dim": (problem.head_dim,),
         "head_dim_v": (problem.head_dim_v,),
         "offsets": tuple(2 * extent - 1 for extent in problem.kernel_size),
     }
+
+
+def _layout(problem: Problem, kind: str) -> tuple[int | str, ...]:
+    return tuple(f"{kind}{axis}" for axis in range(problem.rank)) if problem.is_open else problem.layout

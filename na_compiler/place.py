@@ -12,7 +12,7 @@ from na_compiler.parameters import is_int, shown
 from na_compiler.problem import Problem
 from na_compiler.window import WRAP
 
-__all__ = ["LONGEST_AXIS", "Place"]
+__all__ = ["LONGEST_AXIS", "Place", "numbers_of_call"]
 
 # Kernels count positions in 32 bits, and add windows to them.
 LONGEST_AXIS = 2**30
@@ -70,6 +70,31 @@ class Place:
         object.__setattr__(self, "layout", layout)
         for name in ("queries", "keys"):
             object.__setattr__(self, name, _firsts(name, getattr(self, name), layout))
+
+    def numbers(self) -> tuple[int, ...]:
+        """Return the layout, the first queries and the first keys as one row: what operators and kernels are told.
+
+        Examples
+        --------
+        >>> Place((64, 48), (32, 0), (29, 0)).numbers()
+        (64, 48, 32, 0, 29, 0)
+        """
+        return (*self.layout, *self.queries, *self.keys)
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[int]) -> Place:
+        """Make a place of what `numbers` returned.
+
+        Raises
+        ------
+        ValueError
+            If it is no place.
+        """
+        axes, rest = divmod(len(numbers), 3)
+        if rest or not axes:
+            raise ValueError(f"place must be three numbers for each axis of the layout, got {shown(list(numbers))}")
+        layout, queries, keys = (tuple(numbers[part * axes : (part + 1) * axes]) for part in range(3))
+        return cls(layout, queries, keys)
 
     def check_queries(self, queries: Sequence[int]) -> None:
         """Check that the queries that there are have the place's axes, and at least one token on each.
@@ -166,3 +191,35 @@ def _firsts(name: str, value: object, layout: tuple[int, ...]) -> tuple[int, ...
                 f"{shown(first)}"
             )
     return tuple(map(int, axes))
+
+
+def numbers_of_call(
+    problem: Problem, queries: Sequence[int], keys: Sequence[int], place: Place | None = None
+) -> tuple[int, ...]:
+    """Return what a kernel for an open layout is told of where its tensors lie, checked.
+
+    Parameters
+    ----------
+    problem
+        What the kernel computes.
+    queries, keys
+        Tokens along each axis that query, and that key and value hold.
+    place
+        Where they lie. Default: they hold all of a layout.
+
+    Returns
+    -------
+    tuple of int
+        For each axis the numbers of `na_compiler.operands.PLACE`.
+
+    Raises
+    ------
+    ValueError
+        If windows do not fit the layout, or the keys are not all that the queries see.
+    """
+    if place is None:
+        place = Place(tuple(queries))
+    place.check_queries(queries)
+    place.check(problem.replace(layout=place.layout), queries, keys)
+    axes = zip(place.layout, place.queries, place.keys, strict=True)
+    return tuple(number for axis in axes for number in axis)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ADDITIONAL", "Workspace"]
+__all__ = ["ADDITIONAL", "Workspace", "parts_of"]
 
 # Stands for the number of additional keys in a shape.
 ADDITIONAL = "additional"
+
+
+def parts_of(extent: str, size: int) -> str:
+    """Return what stands in a shape for how many parts of a size an extent has that is known when a kernel is called.
+
+    Examples
+    --------
+    >>> parts_of("queries0", 56)
+    'queries0/56'
+    """
+    return f"{extent}/{size}"
 
 
 @dataclass(frozen=True)
@@ -18,7 +30,8 @@ class Workspace:
     Parameters
     ----------
     buffers
-        A shape for each, without the batch, which is in front; an extent may be `ADDITIONAL`.
+        A shape for each, without the batch, which is in front; an extent may be `ADDITIONAL`, or what `parts_of`
+        returned.
     multiple
         The number of additional keys is rounded up to a multiple of it.
 
@@ -31,10 +44,19 @@ class Workspace:
     buffers: tuple[tuple[int | str, ...], ...] = ()
     multiple: int = 1
 
-    def shapes(self, batch: int, additional: int = 0) -> list[tuple[int, ...]]:
-        """Return the shapes to allocate, for a batch and a number of additional keys."""
+    def shapes(
+        self, batch: int, additional: int = 0, extents: Mapping[str, int] | None = None
+    ) -> list[tuple[int, ...]]:
+        """Return the shapes to allocate, for a batch, a number of additional keys, and other extents by their names."""
         padded = -(-additional // self.multiple) * self.multiple
-        return [(batch, *(padded if isinstance(e, str) else e for e in shape)) for shape in self.buffers]
+
+        def size(extent: int | str) -> int:
+            if isinstance(extent, int):
+                return extent
+            name, _, part = extent.partition("/")
+            return padded if name == ADDITIONAL else -(-(extents or {})[name] // int(part))
+
+        return [(batch, *map(size, shape)) for shape in self.buffers]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, fit for JSON."""

@@ -152,7 +152,8 @@ VALUES = [
     "a" * 65, "a" * 256, "\u00e9", [], {}, [[]], [1], [1, 1], [1, 1, 1], [1, 1, 1, 1], [True], [True, False], [5], [21],
     [3, 3], ["additional"], [["additional"]], [[2**52, 4]], [[2**52, 2]], [[1] * 33], [[1] * 32], [[0]], [[-4]],
     [[1.5]], [None], {"a": 1},
-    "runtime", "runtime-cuda", "X86",
+    "runtime", "runtime-cuda", "X86", "place", "queries0", "keys2", "keys3", "queries1/8", "queries1/08",
+    [["queries0/8"]],
 ]  # fmt: skip
 
 

@@ -250,7 +250,7 @@ def test_bundles_named_by_the_environment(bundle, tmp_path, monkeypatch, seed):
 def test_the_library_is_small_and_needs_no_header(tmp_path):
     library = build_library(tmp_path / "deployment")
     assert library == tmp_path / "deployment" / build.LIBRARY
-    assert library.stat().st_size < 150_000
+    assert library.stat().st_size < 165_000
     assert build_library() == build_library()
     sources = "".join(path.read_text() for path in native.sources(build.source_folder()))
     assert sources.count("OrtStatus* RegisterCustomOps(") == 1

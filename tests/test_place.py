@@ -97,14 +97,14 @@ def test_a_circle_may_be_held_from_anywhere():
 
 
 def test_open_problems_are_named_and_refused():
-    """A layout that is known only when a kernel is called: there are no such kernels yet."""
+    """A layout that is known only when a kernel is called, by families that have no such kernels."""
     problem = Problem((None, None), 2, 8, 5)
     assert problem.is_open
     assert problem == Problem((9, 9), 2, 8, 5).opened() == Problem.from_dict(problem.to_dict())
     assert str(problem).startswith("na2d layout=any heads=2")
     assert problem.replace(layout=(9, 9)) == Problem((9, 9), 2, 8, 5)
-    for target in ("llvm", "cuda:sm_80"):
-        with pytest.raises(NotImplementedError, match="has no kernels for an open layout"):
+    for target, family in (("cuda:sm_80", "mma"), ("cuda:sm_80", "simt"), ("cuda:sm_90a", "sm90")):
+        with pytest.raises(NotImplementedError, match=f"{family} has no kernels for an open layout"):
             choose(problem, Target.parse(target), "forward")
     for count in (lambda: problem.tokens, problem.pairs, problem.flops):
         with pytest.raises(ValueError, match=r"problem.replace\(layout=...\) has"):
@@ -128,6 +128,9 @@ def test_what_is_no_place():
     ):
         with pytest.raises(ValueError, match=message):
             Place(*arguments)
+    assert Place.of_numbers(Place((9, 8), 1, (2, 3)).numbers()) == Place((9, 8), (1, 1), (2, 3))
+    with pytest.raises(ValueError, match="three numbers for each axis"):
+        Place.of_numbers([1, 2])
 
 
 def test_tensors_that_do_not_fit_the_place():

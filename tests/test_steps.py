@@ -26,11 +26,13 @@ _PROBLEMS = (
     # A table of biases that is not spread over lanes.
     Problem((70, 75), 1, 8, (69, 70), operands=("relative_position_bias",)),
 )
+# For CPUs also those of an open layout.
+_OPEN = (Problem((None, None), 2, 8, 3),)
 _LISTS = {"_ROWS": simt._ROWS, "_LAST": simt._LAST, "_FIRST": simt._FIRST, "_EACH": simt._EACH}
 
 
 def _lower(target):
-    for problem in _PROBLEMS:
+    for problem in _PROBLEMS + (_OPEN if target.startswith("llvm") else ()):
         for direction in ("forward", "backward", "tangent"):
             if direction != "tangent" or not problem.operands:  # Which have no tangents.
                 lowered(KernelSpec.make(problem, target, direction))

@@ -89,7 +89,10 @@ struct Hash {
   }
 };
 
-// Only what was found is kept: at most an entry for each kernel of the bundles and device.
+// What was found. Kernels for an open layout serve any number of sizes: all is forgotten when there are too many, and
+// looked for again.
+constexpr size_t kMostFound = 4096;
+
 std::unordered_map<Key, Match, Hash>& table() {
   static auto made = new std::unordered_map<Key, Match, Hash>;
   return *made;
@@ -164,6 +167,10 @@ void run(const Match& match, const Call& call, const std::vector<Tensor>& output
   Arguments arguments(kernel.operands.size());
   size_t space = 0, output = 0;
   for (const Operand& operand : kernel.operands) {
+    if (operand.role == "place") {
+      arguments.add(operand.number);
+      continue;
+    }
     if (operand.role == "scalar") {
       const Given& one = call.of(operand.name);
       if (one.integer.has_value()) {
@@ -243,6 +250,7 @@ Match find_for(const Call& call, int rank, const std::vector<std::string>& optio
   Match match = look(problem_of(call, options), is_cuda, device);
   if (!is_cuda) use_torchs_pool(*match.function);
   std::unique_lock<std::shared_mutex> lock(table_mutex);
+  if (table().size() >= kMostFound) table().clear();
   table()[at] = match;
   return match;
 }

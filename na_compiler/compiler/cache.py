@@ -28,7 +28,7 @@ __all__ = ["Entry", "clear", "entries", "find", "make", "read_entry", "write_ent
 
 _LOG = logging.getLogger("na_compiler")
 _MANIFEST = "kernel.json"
-_FORMAT = 4
+_FORMAT = 5
 # A lock is held while one kernel compiles: seconds. This is for a machine that crawls.
 _LOCK_SECONDS = 600.0
 # Seconds. It is locked again by whoever compiles that kernel, whether there is a file or not.

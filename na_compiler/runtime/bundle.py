@@ -29,7 +29,7 @@ from na_compiler.target import Target
 __all__ = ["FORMAT", "MANIFEST", "Bundle", "BundleEntry", "load_bundle", "loaded_bundles", "read_bundle"]
 
 # Changed whenever what a manifest says does: docs/bundle-format.md.
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 
 _loaded: list[Bundle] = []

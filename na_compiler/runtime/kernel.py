@@ -7,6 +7,7 @@ from typing import Any
 
 from na_compiler import checks, operands
 from na_compiler.operands import DIRECTIONS, OUTPUT, WORKSPACE
+from na_compiler.place import Place, numbers_of_call
 from na_compiler.problem import Problem
 from na_compiler.runtime.arrays import Array, compact_if_empty, empty_like, zero_tangent
 from na_compiler.runtime.info import ABI, KernelInfo
@@ -78,10 +79,11 @@ class Kernel:
         if not self.info.workspace.buffers:
             return []
         additional = 0 if additional_keys is None else int(additional_keys.shape[1])
-        return self._spaces(query, {operands.BATCH: query.shape[0], ADDITIONAL: additional})
+        queries = {f"queries{axis}": extent for axis, extent in enumerate(query.shape[1:-2])}
+        return self._spaces(query, {operands.BATCH: query.shape[0], ADDITIONAL: additional, **queries})
 
     def _spaces(self, like: Array, known: Mapping[str, int]) -> list[Array]:
-        shapes = self.info.workspace.shapes(known[operands.BATCH], known[ADDITIONAL])
+        shapes = self.info.workspace.shapes(known[operands.BATCH], known[ADDITIONAL], known)
         return [empty_like(like, shape, "float32") for shape in shapes]
 
     def _call(self, query: Array, given: dict[str, Any]) -> tuple[Array, ...]:
@@ -96,6 +98,7 @@ class Kernel:
         """
         function, arguments = self.function, self.info.arguments
         known = checks.check_call(self.problem, arguments, given)
+        given |= self._place(known, given.pop("place", None))
         same = self.problem.dtype
         for name, default in {"scale": self.problem.head_dim**-0.5, **operands.defaults()}.items():
             if given.get(name) is None:
@@ -114,6 +117,16 @@ class Kernel:
         function(*placed, *map(compact_if_empty, self._spaces(query, known)))
         return tuple(results.values())
 
+    def _place(self, known: Mapping[str, int], place: Place | None) -> dict[str, int]:
+        """Return what a kernel for an open layout is told of where its tensors lie, by the names of its arguments."""
+        if not self.problem.is_open:
+            if place is not None:
+                raise ValueError(f"a kernel for {self.problem} takes no place; one for an open layout does")
+            return {}
+        queries, keys = ([known[f"{kind}{axis}"] for axis in range(self.problem.rank)] for kind in ("queries", "keys"))
+        numbers = numbers_of_call(self.problem, queries, keys, place)
+        return dict(zip(operands.place_names(self.problem), numbers, strict=True))
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.problem} {self.target}>"
 
@@ -125,7 +138,7 @@ def _named(
     additional_keys: Array | None,
     additional_values: Array | None,
     scale: float | None,
-    others: Mapping[str, Array | float],
+    others: Mapping[str, Array | float | Place],
 ) -> dict[str, Any]:
     """Return what every direction is given, by the names of operands."""
     additional = {"additional_keys": additional_keys, "additional_values": additional_values}
@@ -154,7 +167,7 @@ class ForwardKernel(Kernel):
         additional_keys: Array | None = None,
         additional_values: Array | None = None,
         scale: float | None = None,
-        **others: Array | float,
+        **others: Array | float | Place,
     ) -> tuple[Array, Array]:
         """Compute output and lse.
 
@@ -170,7 +183,7 @@ class ForwardKernel(Kernel):
         scale
             Of the scores; default ``head_dim ** -0.5``.
         **others
-            Further operands of the problem, by name.
+            Further operands of the problem, by name; and ``place``, a `na_compiler.Place`, if its layout is open.
 
         Returns
         -------
@@ -214,7 +227,7 @@ class BackwardKernel(Kernel):
         additional_keys: Array | None = None,
         additional_values: Array | None = None,
         scale: float | None = None,
-        **others: Array | float,
+        **others: Array | float | Place,
     ) -> tuple[Array, ...]:
         """Compute the gradients of query, key, value and, if the problem has them, the additional keys and values.
 
@@ -273,7 +286,7 @@ class TangentKernel(Kernel):
         tangent_additional_keys: Array | None = None,
         tangent_additional_values: Array | None = None,
         scale: float | None = None,
-        **others: Array | float,
+        **others: Array | float | Place,
     ) -> tuple[Array, Array, Array, Array]:
         """Compute output and lse, and how they change as the inputs move along their tangents.
 

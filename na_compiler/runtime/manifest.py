@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from na_compiler.checks import MAX_RANK
-from na_compiler.operands import BATCH, COMPACT, DIRECTIONS, FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
+from na_compiler.operands import BATCH, COMPACT, DIRECTIONS, FREE, GIVEN, INPUT, OUTPUT, PLACE_NUMBER, SCALAR, WORKSPACE
 from na_compiler.parameters import DTYPES, LONGEST_HEAD
 from na_compiler.workspace import ADDITIONAL
 
@@ -302,8 +302,13 @@ def _record(**fields: Check) -> Check:
 
 
 def _extent(value: object, place: str) -> None:
-    if value != ADDITIONAL:
+    # Of an open layout: how many parts of a size a number of queries has.
+    if value != ADDITIONAL and not _matches("queries[0-2]/[1-9][0-9]{0,14}", value):
         _int()(value, place)
+
+
+def _matches(pattern: str, value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def _buffer(value: object, place: str) -> None:
@@ -311,13 +316,13 @@ def _buffer(value: object, place: str) -> None:
     assert isinstance(value, list)
     elements = 1
     for extent in value:
-        elements *= 1 if extent == ADDITIONAL else extent
+        elements *= 1 if isinstance(extent, str) else extent
     if elements > _MAX_INTEGER:
         _refuse(place, f"of at most {_MAX_INTEGER} elements", value)
 
 
 def _operand(value: object, place: str) -> None:
-    is_scalar = isinstance(value, dict) and value.get("role") == SCALAR
+    is_scalar = isinstance(value, dict) and value.get("role") in (SCALAR, PLACE_NUMBER)
     (_NUMBER if is_scalar else _TENSOR)(value, place)
 
 
@@ -327,7 +332,8 @@ def _problem(value: object, place: str) -> None:
 
 
 def _size(value: object, place: str) -> None:
-    if value not in (BATCH, GIVEN, ADDITIONAL):
+    is_known = value in (BATCH, GIVEN, ADDITIONAL) or _matches("(queries|keys)[0-2]", value)
+    if not is_known and not _matches("queries[0-2]/[1-9][0-9]{0,14}", value):
         _int()(value, place)
 
 
@@ -343,7 +349,7 @@ def _null_or(check: Check) -> Check:
 _PROSE = _text('[^"]{0,4096}', "a text of at most 4096 letters")
 _ARGUMENT = {
     "name": _text("[0-9a-z_]{1,64}", "at most 64 letters, digits and _"),
-    "role": _one_of(INPUT, SCALAR, OUTPUT, WORKSPACE),
+    "role": _one_of(INPUT, SCALAR, PLACE_NUMBER, OUTPUT, WORKSPACE),
     "dtype": _text("[0-9a-z]{1,32}", "a dtype"),
 }
 _TENSOR = _record(**_ARGUMENT, shape=_list(_size, 0, 33), strides=_one_of(FREE, COMPACT))
@@ -351,7 +357,7 @@ _NUMBER = _record(**_ARGUMENT)
 _ALIGNMENTS = {1 << power for power in range(13)}
 _PER_AXIS = _list(_int(), 1, MAX_RANK)
 _FIELDS = {
-    "layout": _PER_AXIS,
+    "layout": _list(_null_or(_int()), 1, MAX_RANK),
     "heads": _int(),
     "head_dim": _int(1, LONGEST_HEAD),
     "kernel_size": _PER_AXIS,

@@ -71,11 +71,12 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
     -------
     PrimFunc
         ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] output,
-        grad_output, lse, grad_lse, scale, grad_query, grad_key, grad_value, [grad_additional_keys,
-        grad_additional_values,] [grad_relative_position_bias,] key_space, value_space, [additional_key_space,
-        additional_value_space,] [bias_parts])``. The first ones, ``grad_output`` and the first three gradients may have
-        any strides but the last one, which is 1; all others are contiguous. ``grad_lse`` may have no batch entries, and
-        is 0 then. Spaces and ``bias_parts`` are workspace, see `Frame.space`.
+        grad_output, lse, grad_lse, scale, [length, first_query and first_key of each axis,] grad_query, grad_key,
+        grad_value, [grad_additional_keys, grad_additional_values,] [grad_relative_position_bias,] key_space,
+        value_space, [additional_key_space, additional_value_space,] [bias_parts])``. The first ones, ``grad_output``
+        and the first three gradients may have any strides but the last one, which is 1; all others are contiguous.
+        ``grad_lse`` may have no batch entries, and is 0 then. Spaces and ``bias_parts`` are workspace, see
+        `Frame.space`.
     """
     f = Frame(plan)
     extra = plan.problem.additional_kv
@@ -83,6 +84,7 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))
+        f.begin(tensors)
         written = [name for name in parameters if name in {"grad_query", PARTS} or name.endswith("_space")]
         read = [name for name in parameters if name in _READ]
         # Heads innermost: those of one token lie side by side in memory, and the prefetchers bring them all.
@@ -126,8 +128,8 @@ def backward(plan: TilingPlan) -> tirx.PrimFunc:
 def _parameters(f: Frame) -> dict[str, Any]:
     """Return the parameters, see `backward`."""
     plan, extra = f.plan, f.problem.additional_kv
-    queries, values = f.tokens(f.heads, f.head_dim), f.tokens(f.heads_kv, f.head_dim_v)
-    keys, outputs = f.tokens(f.heads_kv, f.head_dim), f.tokens(f.heads, f.head_dim_v)
+    queries, values = f.tokens(f.heads, f.head_dim), f.key_tokens(f.heads_kv, f.head_dim_v)
+    keys, outputs = f.key_tokens(f.heads_kv, f.head_dim), f.tokens(f.heads, f.head_dim_v)
     more_keys, more_values = f.extra(f.heads_kv, f.head_dim), f.extra(f.heads_kv, f.head_dim_v)
     parameters: dict[str, Any] = {
         "query": f.strided("query", queries),
@@ -144,6 +146,7 @@ def _parameters(f: Frame) -> dict[str, Any]:
         "lse": f.tensor(f.tokens(f.heads), "float32"),
         "grad_lse": f.tensor((f.given, *f.tokens(f.heads)[1:]), "float32"),
         "scale": "float32",
+        **f.place(),
         "grad_query": f.strided("grad_query", queries),
         "grad_key": f.strided("grad_key", keys),
         "grad_value": f.strided("grad_value", values),
@@ -171,7 +174,8 @@ class _Task:
 
     def __init__(self, f: Frame, tensors: dict[str, Buffer], batch: Any, head: Any, strip: Any) -> None:
         self.f, self.tensors = f, tensors
-        self.batch, self.head, self.strip = batch, head, tuple(strip)
+        # As the parallel loop counts them, and what they are.
+        self.batch, self.head, self.iteration, self.strip = batch, head, tuple(strip), f.strip(strip)
         self.tiles = (f.group_size, *f.tiles)
         self.vector = f.plan.tiling.vector
         self.key_mask: Buffer | None = tensors.get(KEY_MASK)
@@ -179,7 +183,7 @@ class _Task:
         self.bias_gradient: PositionGradient | None = None
         if f.has_bias:
             self.bias = PositionBias(f, tensors[RELATIVE_POSITION_BIAS], head, self.strip)
-            self.bias_gradient = PositionGradient(f, tensors[PARTS], batch, head, self.strip)
+            self.bias_gradient = PositionGradient(f, tensors[PARTS], [batch, head, *self.iteration], self.strip)
 
     def whole(self, *names: str) -> list[tirx.BufferRegion]:
         """Return all of some tensors."""
@@ -197,8 +201,8 @@ class _Task:
         """Set the task's part of the workspace to zero."""
         for name, space in self.tensors.items():
             if name.endswith("_space"):
-                with update(f"clear_{name}", tuple(space.shape[2 + AXES :]), self.vector) as index:
-                    T.buffer_store(space, T.float32(0), [self.batch, self.head, *self.strip, *index])
+                with update(f"clear_{name}", tuple(space.shape[2 + len(self.iteration) :]), self.vector) as index:
+                    T.buffer_store(space, T.float32(0), [self.batch, self.head, *self.iteration, *index])
 
     def at_once(self) -> None:
         """All keys of the strip are staged at once, and a tile is finished when it has visited its own."""
@@ -255,8 +259,8 @@ class _Task:
         f = self.f
         at = keys.at(self.batch, self.strip, chunk, self.head)
         K, V = local((*keys.box, f.staged_dim)), local((*keys.box, f.staged_dim_v))
-        stage_keys(f"{keys.prefix}key", keys, chunk, self.tensors[key], at, K, f.head_dim)
-        stage_keys(f"{keys.prefix}value", keys, chunk, self.tensors[value], at, V, f.head_dim_v)
+        stage_keys(f"{keys.prefix}key", keys, self.strip, chunk, self.tensors[key], at, K, f.head_dim)
+        stage_keys(f"{keys.prefix}value", keys, self.strip, chunk, self.tensors[value], at, V, f.head_dim_v)
         if self.key_mask is None or isinstance(keys, Additional):
             return K, V
         return K, V, stage_mask(keys, self.batch, self.strip, chunk, self.key_mask)
@@ -352,7 +356,7 @@ class _Task:
                     T.buffer_store(partial, partial[u, d] + weight * vectors[lane, d], [u, d])
                 with update(f"{prefix}{name}_add", (count, width), self.vector) as (u, d):
                     position = [rows[0] + first[0], rows[1] + first[1], part * count + u + first[2]]
-                    at = [self.batch, self.head, *self.strip, *keys.space_at(position), d]
+                    at = [self.batch, self.head, *self.iteration, *keys.space_at(position), d]
                     T.buffer_store(space, space[at] + partial[u, d], at)
 
     def finish(self, gradient: Buffer, member: Any, tile: Place, *first: Any) -> None:
@@ -371,16 +375,18 @@ class _Task:
 def _gather(f: Frame, name: str, space: Buffer, gradient: Buffer, width: int, factor: float) -> None:
     """Add up what the strips left for each token, in order."""
     padded = int(space.shape[-1])
-    with block(f"gather_{name}", (f.batch, *(axis.extent for axis in f.axes), f.heads_kv)) as (batch, *token, head):
+    with block(f"gather_{name}", (f.batch, *(axis.key_extent for axis in f.axes), f.heads_kv)) as (batch, *token, head):
         T.reads(f.whole(space))
         T.writes(f.whole(gradient))
         total = local((padded,))
+        covering = [axis.covering(x) for axis, x in zip(f.axes, token, strict=True)]
         strips = tuple(axis.coverings for axis in f.axes)
         with reduction(f"{name}_total", (padded,), strips) as (d, *numbers):
             with T.init():
                 T.buffer_store(total, T.float32(0), [d])
-            places = [axis.covering(x, number) for axis, x, number in zip(f.axes, token, numbers, strict=True)]
-            at = [batch, head, *(strip for strip, _, _ in places), *(position for _, position, _ in places), d]
+            places = [of(number) for of, number in zip(covering, numbers, strict=True)]
+            strip = [iterator for iterators, _, _ in places for iterator in iterators]
+            at = [batch, head, *strip, *(position for _, position, _ in places), d]
             covered = tirx.all(*(covers for _, _, covers in places))
             T.buffer_store(total, total[d] + T.if_then_else(covered, space[at], T.float32(0)), [d])
         with block(f"{name}_grad", (width,)) as (d,):

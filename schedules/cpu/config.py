@@ -8,7 +8,8 @@ from na_compiler.operands import RELATIVE_POSITION_BIAS
 from na_compiler.problem import Problem
 from na_compiler.schedules.cpu.plan import Tiling, TilingPlan
 from na_compiler.schedules.shared.config import Config
-from na_compiler.workspace import ADDITIONAL, Workspace
+from na_compiler.tensorir.axes import AXES
+from na_compiler.workspace import ADDITIONAL, Workspace, parts_of
 
 __all__ = ["QueriesInLanes"]
 
@@ -43,7 +44,7 @@ class QueriesInLanes(Config):
         if direction != "backward":
             return Workspace()
         plan = self.plan(problem)
-        tasks = (problem.heads_kv, *(axis.strips * axis.dilation for axis in plan))
+        tasks = (problem.heads_kv, *(extent for i in range(AXES) for extent in _strips(plan, i)))
         box = tuple(axis.chunk * axis.chunks for axis in plan)
         widths = (plan.head_dim, plan.head_dim_v)
         buffers: list[tuple[int | str, ...]] = [(*tasks, *box, width) for width in widths]
@@ -56,3 +57,12 @@ class QueriesInLanes(Config):
     def visited_pairs(self, problem: Problem) -> int:
         """Return how many pairs of query and key one head of one batch entry computes, at most."""
         return self.plan(problem).visited_pairs()
+
+
+def _strips(plan: TilingPlan, number: int) -> tuple[int | str, ...]:
+    """Return the iterations of the parallel loop along an axis; of an open one, dilation groups and strips of each."""
+    axis = plan.axes[number]
+    if not axis.is_open:
+        return (axis.strips * axis.dilation,)
+    strips = parts_of(f"queries{number - (AXES - plan.problem.rank)}", axis.dilation * axis.strip)
+    return (strips,) if axis.dilation == 1 else (axis.dilation, strips)

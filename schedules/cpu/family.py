@@ -37,6 +37,10 @@ class _Cpu(Family):
         """Say no but to tangents of further operands: it takes all problems, on every CPU."""
         return without_tangents(problem, direction)
 
+    def refusal_of_open(self, problem: Problem, direction: str) -> str | None:  # noqa: ARG002
+        """Say no to borders."""
+        return "Open kernels for CPUs take border='shift' only." if problem.has_borders else None
+
     def choose(self, problem: Problem, target: Target, direction: str) -> QueriesInLanes:
         """Return the tiling that takes least cycles."""
         return planner.choose(problem, _machine(target), direction)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -34,6 +34,7 @@ from na_compiler.schedules.cpu.steps import (
     stage_mask,
     stage_queries,
     to_lanes,
+    trimmed,
     weighted_rows,
 )
 from na_compiler.tensorir.arithmetic import LN2, LOG2_E, LOWEST, exp2, log2_sum
@@ -52,20 +53,21 @@ def forward(plan: TilingPlan) -> tirx.PrimFunc:
     -------
     PrimFunc
         ``main(query, key, value, [additional_keys, additional_values,] [relative_position_bias,] [key_mask,] scale,
-        output, lse)``. Query, key, value and the additional tensors may have any strides but the last one, which is 1;
-        the others are contiguous.
+        [length, first_query and first_key of each axis,] output, lse)``. Query, key, value and the additional tensors
+        may have any strides but the last one, which is 1; the others are contiguous.
     """
     return describe(plan, Task)
 
 
 def describe(plan: TilingPlan, kind: type[Task]) -> tirx.PrimFunc:
     """Describe a function whose parallel loop runs tasks of a kind."""
-    f = Frame(plan)
+    f = Frame(plan, trims=True)
     read, written = kind.inputs(f), kind.outputs(f)
-    parameters = {**read, "scale": "float32", **written}
+    parameters = {**read, "scale": "float32", **f.place(), **written}
 
     def body(*arguments: Any) -> None:
         tensors = dict(zip(parameters, arguments, strict=True))
+        f.begin(tensors)
         # Heads innermost: those of one token lie side by side in memory, and the prefetchers bring them all.
         with block("task", (f.batch, *f.strips, f.heads_kv)) as (batch, *strip, head):
             T.reads(*(f.whole(tensors[name]) for name in read))
@@ -136,7 +138,7 @@ class Task:
 
     def __init__(self, f: Frame, tensors: dict[str, Buffer], batch: Any, head: Any, strip: Any) -> None:
         self.f, self.tensors, self.scale = f, tensors, tensors["scale"]
-        self.batch, self.head, self.strip = batch, head, tuple(strip)
+        self.batch, self.head, self.strip = batch, head, f.strip(strip)
         self.tiles = (f.group_size, *f.tiles)
         self.key_mask: Buffer | None = tensors.get(KEY_MASK)
         table = tensors.get(RELATIVE_POSITION_BIAS)
@@ -228,7 +230,7 @@ class Task:
         staged = []
         for name, tensor, width in self.rows(keys):
             staged.append(local((*keys.box, round_up(width, f.plan.tiling.vector))))
-            stage_keys(f"{keys.prefix}{name}", keys, chunk, tensor, at, staged[-1], width)
+            stage_keys(f"{keys.prefix}{name}", keys, self.strip, chunk, tensor, at, staged[-1], width)
         if self.key_mask is not None and isinstance(keys, Window):
             staged.append(stage_mask(keys, self.batch, self.strip, chunk, self.key_mask))
         return tuple(staged)
@@ -240,7 +242,7 @@ class Task:
         with T.sblock(f"{visit.keys.prefix}attend"):
             T.reads(*map(f.whole, (*queries, *visit.staged)), *(kept.regions if kept else ()))
             T.writes(*sums.regions, *([f.whole(visit.factor)] if kept else ()))
-            self.gather(visit, sums)
+            self.gather(replace(visit, keys=visit.keys.of_tile(self.strip, visit.tile)), sums)
 
     def gather(self, visit: Visit, sums: Sums) -> tuple[Visible, Buffer, Buffer]:
         """Emit the steps of `attend`; returns what hides keys, the queries by lanes, and the weights."""
@@ -272,7 +274,10 @@ class Task:
         """Weigh scores by the power of two of their distance to the highest, and sum the weights."""
         lanes, keys, kept = self.f.lanes, visit.keys, visit.kept
         highest = local((lanes,)) if kept else sums.highest
-        with reduction(f"{keys.prefix}highest", (lanes,), keys.visited) as (lane, *u):
+        with (
+            trimmed(keys, "highest", [scores], [highest]),
+            reduction(f"{keys.prefix}highest", (lanes,), keys.loops) as (lane, *u),
+        ):
             with T.init():
                 T.buffer_store(highest, T.min_value("float32"), [lane])
             T.buffer_store(highest, T.max(highest[lane], scores[[*u, lane]]), [lane])
@@ -281,9 +286,15 @@ class Task:
                 T.buffer_store(sums.highest, T.max(highest[lane], kept.highest[[*visit.place, lane]]), [lane])
             with block(f"{keys.prefix}factor", (lanes,)) as (lane,):
                 T.buffer_store(visit.factor, exp2(kept.highest[[*visit.place, lane]] - sums.highest[lane]), [lane])
-        with block(f"{keys.prefix}weight", (*keys.visited, lanes)) as (*u, lane):
+        with (
+            trimmed(keys, "weight", [scores, sums.highest], [P]),
+            block(f"{keys.prefix}weight", (*keys.loops, lanes)) as (*u, lane),
+        ):
             T.buffer_store(P, exp2(scores[[*u, lane]] - sums.highest[lane]), [*u, lane])
-        with reduction(f"{keys.prefix}total", (lanes,), keys.visited) as (lane, *u):
+        with (
+            trimmed(keys, "total", [P], [sums.total]),
+            reduction(f"{keys.prefix}total", (lanes,), keys.loops) as (lane, *u),
+        ):
             with T.init():
                 T.buffer_store(sums.total, T.float32(0), [lane])
             T.buffer_store(sums.total, sums.total[lane] + P[[*u, lane]], [lane])

@@ -16,6 +16,9 @@ chunk
 
 A box has the same extents everywhere, so that loops have constant bounds: those of the largest union of windows.
 Keys in a box but outside a query's window are masked.
+
+Of a problem with an open layout the boxes are large enough for a layout of any size, and for any part of one. A config
+is chosen for a layout of usual size then, the *nominal* one.
 """
 
 from __future__ import annotations
@@ -25,15 +28,28 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from na_compiler.counting import widest_union
+from na_compiler.counting import most_queries_anywhere, widest_union, widest_union_anywhere
 from na_compiler.problem import Problem
 from na_compiler.tensorir.axes import AXES, Extents, round_up
 from na_compiler.window import SHIFT, WRAP, group_length
 
-__all__ = ["AxisTiling", "Tiling", "TilingPlan"]
+__all__ = ["AxisTiling", "Tiling", "TilingPlan", "nominal"]
 
 # Bytes of biases by relative position that a task may spread over the lanes of a tile: what a second-level cache holds.
 _SPREAD_BYTES = 512 * 1024
+# Tokens of a dilation group along each axis of the layout that configs of open problems are chosen for, by rank; and
+# how many windows at least. In 2-D 48 was measured to serve images up to 200 x 200; the others are usual sizes.
+_NOMINAL = {1: 4096, 2: 48, 3: 16}
+_NOMINAL_WINDOWS = 3
+
+
+def nominal(problem: Problem) -> Problem:
+    """Return a problem with a layout: its own, or the one that its config is chosen for where it is open."""
+    if not problem.is_open:
+        return problem
+    least = _NOMINAL[problem.rank]
+    sizes = zip(problem.kernel_size, problem.dilation, strict=True)
+    return problem.replace(layout=[max(least, _NOMINAL_WINDOWS * kernel) * dilation for kernel, dilation in sizes])
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,10 @@ class Tiling:
 
 @dataclass(frozen=True)
 class AxisTiling:
-    """One axis of a `TilingPlan`; extents are in queries or keys of one dilation group."""
+    """One axis of a `TilingPlan`; extents are in queries or keys of one dilation group.
+
+    Of an open axis, which has any number of tokens, ``layout`` and what counts strips are those of a nominal one.
+    """
 
     layout: int
     kernel_size: int
@@ -86,6 +105,7 @@ class AxisTiling:
     tiles: int
     chunk_limit: int | None
     key_block: int
+    is_open: bool = False
     longest: int = field(init=False)
     shortest: int = field(init=False)
     strips: int = field(init=False)
@@ -124,9 +144,14 @@ class AxisTiling:
         return {self.longest, self.shortest}
 
     @property
+    def rule(self) -> tuple[int, int, bool, str]:
+        """The window rule's parameters, in the order in which `na_compiler.window` takes them."""
+        return self.kernel_size, self.stride, self.is_causal, self.border
+
+    @property
     def is_ragged(self) -> bool:
         """Whether a tile may reach beyond the end of its dilation group."""
-        return self.longest != self.shortest or self.longest % self.tile != 0
+        return self.is_open or self.longest != self.shortest or self.longest % self.tile != 0
 
     @property
     def visited(self) -> int:
@@ -156,11 +181,19 @@ class AxisTiling:
     def with_tiles(self, tiles: int) -> AxisTiling:
         """Return the axis with another number of tiles in a strip."""
         rule = (self.kernel_size, self.stride, self.dilation, self.is_causal, self.border)
-        return _axis_tiling(self.layout, *rule, self.tile, self.patch, tiles, self.chunk_limit, self.key_block)
+        cut = (self.tile, self.patch, tiles, self.chunk_limit, self.key_block)
+        return _axis_tiling(self.layout, *rule, *cut, self.is_open)
 
     def _union(self, queries: int) -> int:
         rule = (self.kernel_size, self.stride, self.is_causal)
+        if self.is_open:
+            return widest_union_anywhere(*rule, queries)
         return max(widest_union(length, *rule, min(queries, length), self.border) for length in self.lengths)
+
+    @property
+    def key_strips(self) -> int:
+        """Strips that the queries of one key may lie in, in a dilation group of any length."""
+        return -(-(most_queries_anywhere(self.kernel_size, self.is_causal) - 1) // self.strip) + 1
 
     @property
     def turns(self) -> int:
@@ -191,7 +224,7 @@ class TilingPlan:
     def make(cls, problem: Problem, tiling: Tiling) -> TilingPlan:
         """Derive the extents."""
         missing = AXES - problem.rank
-        layout = (1,) * missing + problem.layout
+        layout = (1,) * missing + nominal(problem).layout
         kernel_size = (1,) * missing + problem.kernel_size
         stride = (1,) * missing + problem.stride
         dilation = (1,) * missing + problem.dilation
@@ -210,6 +243,7 @@ class TilingPlan:
                 tiling.strip[axis],
                 tiling.chunk[axis] if tiling.chunk else None,
                 tiling.key_block[axis],
+                problem.is_open and axis >= missing,
             )
             for axis in range(AXES)
         ]
@@ -249,6 +283,16 @@ class TilingPlan:
         """
         spread = self.problem.group_size * self.size("spread") * self.size("tile")
         return not self.is_chunked and 4 * spread <= _SPREAD_BYTES
+
+    @property
+    def trimmed(self) -> int | None:
+        """Which axis is visited only as far as queries see, in loops whose extents are known when they run.
+
+        The outermost open one, where keys are staged at once: there boxes for any layout cost most. Never the last,
+        whose keys come in blocks; nor two, since two loops of unknown extent cost more than they save.
+        """
+        axes = [i for i, axis in enumerate(self.axes[:-1]) if axis.is_open and axis.visited > 1]
+        return axes[0] if axes and not self.is_chunked else None
 
     @property
     def fetches_ahead(self) -> bool:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from na_compiler.problem import Problem
 from na_compiler.schedules.cpu.config import QueriesInLanes
-from na_compiler.schedules.cpu.plan import Tiling, TilingPlan
+from na_compiler.schedules.cpu.plan import Tiling, TilingPlan, nominal
 from na_compiler.schedules.shared.candidate import Candidate as Base
 from na_compiler.tensorir.axes import AXES, Extents, round_up
 
@@ -163,13 +163,13 @@ def candidates(problem: Problem, machine: Machine, direction: str, count: int = 
 
 def _measure(problem: Problem, machine: Machine, config: QueriesInLanes, direction: str) -> Candidate:
     plan = config.plan(problem)
-    waste = plan.visited_pairs() / problem.pairs()
+    waste = plan.visited_pairs() / nominal(problem).pairs()
     terms = _terms(problem, machine, config, direction)
     return Candidate(config, sum(terms.values()), waste, plan.tasks, terms)
 
 
 def _configs(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:
-    extents = (1,) * (AXES - problem.rank) + problem.layout
+    extents = (1,) * (AXES - problem.rank) + nominal(problem).layout
     tiles = [tile for lanes in machine.lanes for tile in _factorizations(lanes)]
 
     def wasted(tile: Extents) -> int:
@@ -274,7 +274,7 @@ def _workspace(problem: Problem, plan: TilingPlan, strips: _Numbers, held: _Numb
     """Return the workspace of a backward over query, key and value in float32, for strips that hold so many keys."""
     space = problem.heads_kv * strips * plan.size("dilation") * held * (plan.head_dim + plan.head_dim_v)
     inputs = problem.heads * problem.head_dim + problem.heads_kv * (problem.head_dim + problem.head_dim_v)
-    return space / (problem.tokens * inputs)
+    return space / (nominal(problem).tokens * inputs)
 
 
 def _counts(queries: int, tile: int) -> list[int]:

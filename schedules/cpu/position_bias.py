@@ -19,7 +19,6 @@ from tvm.tirx.script import builder as T
 from na_compiler.schedules.cpu.frame import Frame, Place, Window
 from na_compiler.schedules.cpu.steps import Buffer
 from na_compiler.tensorir.arithmetic import LOG2_E
-from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import block, local, reduction, update
 
 __all__ = ["PARTS", "Places", "PositionBias", "PositionGradient", "gather_bias", "parts_shape"]
@@ -72,10 +71,9 @@ class PositionBias:
 class PositionGradient:
     """What a task adds up of the gradient of the table."""
 
-    def __init__(self, f: Frame, parts: Buffer, batch: Any, head: Any, strip: Place) -> None:
-        """Emit zeros; of a table that is not spread, in the task's part of the workspace."""
-        self.f, self.parts, self.strip = f, parts, strip
-        self.at = [batch, head, *strip]
+    def __init__(self, f: Frame, parts: Buffer, at: list[Any], strip: Place) -> None:
+        """Emit zeros; of a table that is not spread, in the task's part of the workspace, which is ``at`` a place."""
+        self.f, self.parts, self.strip, self.at = f, parts, strip, at
         self.spread: Buffer | None = None
         vector = f.plan.tiling.vector
         if f.plan.spreads_bias:
@@ -83,7 +81,7 @@ class PositionGradient:
             with update("clear_spread", tuple(map(int, self.spread.shape)), vector) as index:
                 T.buffer_store(self.spread, T.float32(0), list(index))
         else:
-            with update(f"clear_{PARTS}", tuple(map(int, parts.shape[2 + AXES :])), vector) as index:
+            with update(f"clear_{PARTS}", tuple(map(int, parts.shape[len(at) :])), vector) as index:
                 T.buffer_store(parts, T.float32(0), [*self.at, *index])
 
     def add(self, keys: Window, member: Any, places: Places, slope: Buffer) -> None:
@@ -103,7 +101,7 @@ class PositionGradient:
         if self.spread is None:
             return
         f, spread = self.f, self.spread
-        extents = tuple(map(int, self.parts.shape[2 + AXES :]))
+        extents = tuple(map(int, self.parts.shape[len(self.at) :]))
         total = local(extents)
         with reduction("bias_lanes", extents, (f.lanes,)) as (member, *places, lane):
             with T.init():
@@ -157,7 +155,7 @@ def parts_shape(f: Frame) -> tuple[Any, ...]:
 
 def gather_bias(f: Frame, parts: Buffer, gradient: Buffer) -> None:
     """Add up what the tasks of a batch entry left, in order."""
-    extents = tuple(map(int, parts.shape[2 + AXES :]))
+    extents = tuple(map(int, parts.shape[2 + len(f.strips) :]))
     with block("gather_bias", (f.batch, f.heads_kv, *extents[:-1])) as (batch, head, member, *outer):
         T.reads(f.whole(parts))
         T.writes(f.whole(gradient))

@@ -20,6 +20,7 @@ from na_compiler.schedules.cpu.forward import forward
 from na_compiler.schedules.cpu.plan import TilingPlan
 from na_compiler.schedules.cpu.tangent import tangent
 from na_compiler.schedules.cpu.transpose import transpose_intrin
+from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import steps
 
 __all__ = ["schedule"]
@@ -45,6 +46,8 @@ _AS_WRITTEN = {
     "clear_value_space",
     "count_add",
     "count_start",
+    "covering",
+    "covering_box",
     "grad_padding",
     "key_mask",
     "key_padding",
@@ -56,9 +59,11 @@ _AS_WRITTEN = {
     "merge_weighted",
     "output_padding",
     "query_padding",
+    "rows",
     "spread_add",
     "start",
     "start_",
+    "strip_numbers",
     "tangent_key_padding",
     "tangent_query_padding",
     "tangent_value_padding",
@@ -137,8 +142,10 @@ def _backward(made: _Steps, plan: TilingPlan) -> None:
     if problem.has(RELATIVE_POSITION_BIAS):
         made.gather_bias()
     if problem.additional_kv:
-        made.gather("additional_key", problem.head_dim)
-        made.gather("additional_value", problem.head_dim_v)
+        # As the parallel loop has them: an open axis has its dilation groups beside their strips.
+        loops = sum(2 if axis.is_open and axis.dilation > 1 else 1 for axis in plan)
+        made.gather("additional_key", problem.head_dim, loops)
+        made.gather("additional_value", problem.head_dim_v, loops)
 
 
 _DIRECTIONS = {"forward": (forward, _forward), "backward": (backward, _backward), "tangent": (tangent, _tangent)}
@@ -273,11 +280,16 @@ class _Steps:
                 schedule.unroll(loop)
             schedule.vectorize(lane)
 
+    def extent(self, loop: Any) -> int:
+        """Return a loop's extent, or 1 where it is known only when the kernel runs: by that it can be divided."""
+        extent = self.schedule.get(loop).extent
+        return int(extent.value) if isinstance(extent, tirx.IntImm) else 1
+
     def over_keys(self, name: str) -> None:
         """Reduce over the keys of a tile, lane by lane."""
         self.claim(name)
         _, *u = self.loops(name, 4)
-        extent = math.prod(self.schedule.get(loop).extent.value for loop in u)
+        extent = math.prod(map(self.extent, u))
         self._reduce(name, self.schedule.fuse(*u), extent)
 
     def over_depth(self, name: str, depth: int) -> None:
@@ -309,7 +321,7 @@ class _Steps:
         self.claim(name)
         *u, lane = self.loops(name, 4)
         self.schedule.vectorize(lane)
-        extent = math.prod(self.schedule.get(loop).extent.value for loop in u)
+        extent = math.prod(map(self.extent, u))
         _, inner = self.schedule.split(self.schedule.fuse(*u), [None, math.gcd(extent, _UNROLL)])
         self.schedule.unroll(inner)
 
@@ -362,13 +374,13 @@ class _Steps:
             self.schedule.unroll(loop)
         self.vectorize(d, width)
 
-    def gather(self, name: str, width: int) -> None:
-        """Add up the parts of the strips, in parallel over tokens."""
+    def gather(self, name: str, width: int, loops: int = AXES) -> None:
+        """Add up the parts of the strips, which so many loops run over, in parallel over tokens."""
         self.claim(f"{name}_total", f"{name}_grad")
         schedule = self.schedule
         schedule.parallel(schedule.fuse(*schedule.get_loops(schedule.get_sblock(f"gather_{name}"))))
         block = schedule.get_sblock(f"{name}_total")
-        d, *strips = self.loops(f"{name}_total", 4)
+        d, *strips = self.loops(f"{name}_total", 1 + loops)
         d_outer, d_inner = schedule.split(d, [None, self.vector])
         schedule.reorder(*strips, d_outer, d_inner)
         schedule.vectorize(d_inner)

@@ -8,14 +8,16 @@ three axes.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from na_compiler.schedules.cpu.frame import Additional, Frame, Place, Window
+from na_compiler.schedules.cpu.strips import Strip
 from na_compiler.tensorir.arithmetic import HIDDEN
 from na_compiler.tensorir.axes import AXES
 from na_compiler.tensorir.blocks import block, local, reduction
@@ -31,6 +33,7 @@ __all__ = [
     "stage_mask",
     "stage_queries",
     "to_lanes",
+    "trimmed",
     "weighted_rows",
 ]
 
@@ -42,19 +45,60 @@ Buffer = Any
 Keys = Window | Additional
 
 
+@contextlib.contextmanager
+def trimmed(keys: Keys, name: str, reads: list[Buffer], writes: list[Buffer]) -> Iterator[None]:
+    """Open a block around loops over keys of which not all extents are known, where that is so.
+
+    What is around cannot see which regions such loops read and write: it is told that they may be all.
+    """
+    if not keys.is_trimmed:
+        yield
+        return
+    with _around(f"{keys.prefix}{name}_step", reads, writes):
+        yield
+
+
+@contextlib.contextmanager
+def _around(name: str, reads: list[Buffer], writes: list[Buffer]) -> Iterator[None]:
+    # In a loop of one: TVM's `rfactor` fails in a block that holds another one directly.
+    with block(name, (1,)):
+        T.reads(*map(Frame.whole, reads))
+        T.writes(*map(Frame.whole, writes))
+        yield
+
+
 def stage_keys(
-    name: str, keys: Keys, chunk: Place, source: Buffer, at: Callable[..., Any], staged: Buffer, width: int
+    name: str,
+    keys: Keys,
+    strip: Sequence[Strip],
+    chunk: Place,
+    source: Buffer,
+    at: Callable[..., Any],
+    staged: Buffer,
+    width: int,
 ) -> None:
-    """Copy a box of keys or values to float32, each padded with zeros to the staged width."""
-    *extents, padded = map(int, staged.shape)
-    with block(name, (*extents, width)) as (*position, d):
+    """Copy a box of keys or values to float32, each padded with zeros to the staged width.
+
+    Of a trimmed axis only the keys that the strip's queries see.
+    """
+    *_, padded = map(int, staged.shape)
+    extents = keys.staged(strip)
+    is_trimmed = not all(isinstance(extent, int) for extent in extents)
+
+    def around(step: str, reads: list[Buffer]) -> contextlib.AbstractContextManager[None]:
+        return _around(step, reads, [staged]) if is_trimmed else contextlib.nullcontext()
+
+    with around(f"{name}_step", [source]), block(name, (*extents, width)) as (*position, d):
         row = T.Cast("float32", source[at(position, d)])
         if isinstance(keys, Additional):
             # Not the last value again, which if it is infinite, and the weight 0, would make a NaN of every output.
             row = T.if_then_else(position[-1] < keys.left(chunk), row, T.float32(0))
         T.buffer_store(staged, row, [*position, d])
     if padded > width:
-        with block(f"{name}_padding", (*extents, padded - width)) as (*position, d):
+        with (
+            around(f"{name}_padding_step", []),
+            block(f"{name}_padding", (*extents, padded - width)) as (*position, d),
+        ):
             T.buffer_store(staged, T.float32(0), [*position, width + d])
 
 
@@ -208,7 +252,7 @@ def products(
     the pairs of ``staged`` and ``lanes`` as well; default of ``first`` 0.
     """
     at_once = f.plan.tiling.key_block
-    counts = [visited // block for visited, block in zip(keys.visited, at_once, strict=True)]
+    counts = [extent if size == 1 else extent // size for extent, size in zip(keys.loops, at_once, strict=True)]
     with block(f"{keys.prefix}{name}_block", tuple(counts)) as places:
         T.reads(*map(f.whole, (buffer for pair in pairs for buffer in pair)))
         T.writes(f.whole(target))
@@ -237,7 +281,10 @@ def weighted_rows(
     """
     width = int(O.shape[-1])
     offset = keys.offset(strip, tile)
-    with reduction(keys.prefix + name, (*f.patches, *f.patch, width), keys.patch_visited) as indices:
+    with (
+        trimmed(keys, name, [buffer for pair in pairs for buffer in pair], [O]),
+        reduction(keys.prefix + name, (*f.patches, *f.patch, width), keys.patch_loops) as indices,
+    ):
         patch, query, d, r = indices[:3], indices[3:6], indices[6], indices[7:]
         u = _sum(keys.patch_offset(strip, tile, patch), r)
         with T.init():

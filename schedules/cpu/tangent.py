@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 from na_compiler.schedules.cpu.forward import Sums, Task, Visit, describe
 from na_compiler.schedules.cpu.frame import Frame, Place
 from na_compiler.schedules.cpu.plan import TilingPlan
-from na_compiler.schedules.cpu.steps import Buffer, Keys, Visible, products, weighted_rows
+from na_compiler.schedules.cpu.steps import Buffer, Keys, Visible, products, trimmed, weighted_rows
 from na_compiler.schedules.shared.tangents import mean_so_far, natural_mean, with_tangents
 from na_compiler.tensorir.arithmetic import LN2
 from na_compiler.tensorir.blocks import block, local, reduction, update
@@ -87,7 +87,10 @@ class _Task(Task):
         offset = keys.offset(self.strip, visit.tile)
         products("tangent_score", f, keys, [(K, dQ), (dK, Q)], offset, f.head_dim, slopes, hide)
         self.center(visit, P, slopes, sums)
-        with block(f"{keys.prefix}tangent_weight", (*keys.visited, f.lanes)) as (*u, lane):
+        with (
+            trimmed(keys, "tangent_weight", [P, slopes, sums.mean], [dP]),
+            block(f"{keys.prefix}tangent_weight", (*keys.loops, f.lanes)) as (*u, lane),
+        ):
             at = [*u, lane]
             T.buffer_store(dP, P[at] * (slopes[at] - sums.mean[lane]), at)
         pairs = [(dP, V), (P, dV)]
@@ -98,7 +101,10 @@ class _Task(Task):
         """Find the mean of ``S'``, over these keys and those before."""
         f, keys, kept = self.f, visit.keys, visit.kept
         weighed = local((f.lanes,))
-        with reduction(f"{keys.prefix}tangent_total", (f.lanes,), keys.visited) as (lane, *u):
+        with (
+            trimmed(keys, "tangent_total", [P, slopes], [weighed]),
+            reduction(f"{keys.prefix}tangent_total", (f.lanes,), keys.loops) as (lane, *u),
+        ):
             with T.init():
                 T.buffer_store(weighed, T.float32(0), [lane])
             T.buffer_store(weighed, weighed[lane] + P[[*u, lane]] * slopes[[*u, lane]], [lane])

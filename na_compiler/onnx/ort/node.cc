@@ -12,6 +12,9 @@
 namespace na {
 namespace {
 
+// Sizes that a node remembers the kernel for.
+constexpr size_t kMostFound = 4096;
+
 std::string text(const Shape& shape) {
   std::string result;
   for (int64_t size : shape) result += (result.empty() ? "" : ", ") + (size < 0 ? "?" : std::to_string(size));
@@ -104,14 +107,14 @@ Node::Number Node::read_number(const OrtKernelInfo* info, const TableOperand& op
 void Node::compute(OrtKernelContext* context) {
   Inputs inputs = read_inputs(context);
   Problem problem = pose(inputs);
-  const Found& found = find(inputs, problem);
+  std::shared_ptr<const Found> found = find(inputs, problem);
   int64_t batch = inputs[0].shape[0];
   std::vector<Tensor> outputs;
   for (const TableOperand* output : output_operands()) {
     outputs.push_back(make_output(context, outputs.size(), problem.shape_of(*output, batch, 0),
                                   element_of(*output, inputs[0].element)));
   }
-  if (batch > 0) run(context, found, inputs, outputs);
+  if (batch > 0) run(context, *found, inputs, outputs);
 }
 
 // Finds the kernel when the session is made, if the model fixes the shapes: better an error then than later.
@@ -248,9 +251,9 @@ bool Node::Found::is_for(const Inputs& inputs, const Problem& problem) const {
 }
 
 // The kernel for some inputs: the last one that was found, if it is for the same.
-const Node::Found& Node::find(const Inputs& inputs, const Problem& problem) {
-  const Found* last = last_.load(std::memory_order_acquire);
-  if (last != nullptr && last->is_for(inputs, problem)) return *last;
+std::shared_ptr<const Node::Found> Node::find(const Inputs& inputs, const Problem& problem) {
+  std::shared_ptr<const Found> last = std::atomic_load_explicit(&last_, std::memory_order_acquire);
+  if (last != nullptr && last->is_for(inputs, problem)) return last;
   const Shape &query = inputs[0].shape, &key = inputs[1].shape, &value = inputs[2].shape;
   // The shapes are checked: of key and value, these sizes are not query's.
   Shape at = query;
@@ -265,9 +268,10 @@ const Node::Found& Node::find(const Inputs& inputs, const Problem& problem) {
     Match match = na::find(op_.bundles, problem, op_.is_cuda, device,
                            ", or make the session without the operator library: then the model's own function runs");
     Found made{query, key, value, inputs[0].element, problem.additional_kv, problem.operands, match};
-    found = found_.emplace(std::move(at), std::move(made)).first;
+    if (found_.size() >= kMostFound) found_.clear();
+    found = found_.emplace(std::move(at), std::make_shared<const Found>(std::move(made))).first;
   }
-  last_.store(&found->second, std::memory_order_release);
+  std::atomic_store_explicit(&last_, found->second, std::memory_order_release);
   return found->second;
 }
 
@@ -324,13 +328,14 @@ void Node::run(OrtKernelContext* context, const Found& found, Inputs& inputs, st
     if (operand.role == "workspace") {
       tensors.push_back(&spaces.at(space++));
     } else {
-      tensors.push_back(operand.role == "scalar" ? nullptr : tensor_of(operand));
+      tensors.push_back(operand.role == "scalar" || operand.role == "place" ? nullptr : tensor_of(operand));
     }
   }
   call(context, found, tensors);
 }
 
 void Node::add_number(Arguments& arguments, const Operand& operand, const Found& found) const {
+  if (operand.role == "place") return arguments.add(operand.number);
   for (const Number& number : numbers_) {
     if (number.operand->name != operand.name) continue;
     if (number.operand->is_integer()) return arguments.add(number.integer);

@@ -83,7 +83,7 @@ class Node {
   Tensor make_output(OrtKernelContext* context, size_t index, const Shape& shape, int element) const;
   Problem pose(const Inputs& inputs) const;
   void take_options(const Inputs& inputs, Problem& problem) const;
-  const Found& find(const Inputs& inputs, const Problem& problem);
+  std::shared_ptr<const Found> find(const Inputs& inputs, const Problem& problem);
   const OrtMemoryInfo* memory_of(const Tensor& tensor) const;
   int device_of(const Tensor& tensor) const;
   void run(OrtKernelContext* context, const Found& found, Inputs& inputs, std::vector<Tensor>& outputs);
@@ -96,11 +96,11 @@ class Node {
   Problem attributes_;
   std::string border_;
   std::vector<Number> numbers_;
-  // What was found, by what it was found for. Nothing is found twice, so that there are at most as many as the bundles
-  // have kernels; nothing is removed, so that threads may read the last one without a lock.
-  std::atomic<const Found*> last_{nullptr};
+  // What was found, by what it was found for; all is forgotten when there is too much, since kernels for an open layout
+  // serve any number of sizes. Whoever uses one holds it. The last one is read and written as a whole.
+  std::shared_ptr<const Found> last_;
   std::mutex mutex_;
-  std::map<Shape, Found> found_;
+  std::map<Shape, std::shared_ptr<const Found>> found_;
 };
 
 }  // namespace na

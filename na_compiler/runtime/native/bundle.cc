@@ -137,7 +137,13 @@ Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bo
   std::string why;
   for (const Bundle* bundle : bundles) {
     if (const Kernel* kernel = bundle->find(problem, is_cuda, capability, why)) {
-      return {kernel, &bundle->function(*kernel)};
+      return {std::shared_ptr<const Kernel>(std::shared_ptr<const Kernel>(), kernel), &bundle->function(*kernel)};
+    }
+  }
+  std::string likewise;
+  for (const Bundle* bundle : bundles) {
+    if (const Kernel* kernel = bundle->find(problem.opened(), is_cuda, capability, likewise)) {
+      return {std::make_shared<const Kernel>(kernel->closed(problem)), &bundle->function(*kernel)};
     }
   }
   std::string place = "this CPU";

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -38,13 +39,14 @@ class Bundle {
   mutable std::map<const Kernel*, Function> functions_;
 };
 
-// A kernel, ready to be called.
+// A kernel, ready to be called: a bundle's, or what its kernel for an open layout is for a problem.
 struct Match {
-  const Kernel* kernel;
+  std::shared_ptr<const Kernel> kernel;
   const Function* function;
 };
 
-// The kernel for a problem of the first bundle that has one. Throws Error if none has, with some advice.
+// The kernel for a problem of the first bundle that has one; or else one for an open layout. Throws Error if there is
+// none, with some advice.
 Match find(const std::vector<const Bundle*>& bundles, const Problem& problem, bool is_cuda, int device,
            const char* advice);
 

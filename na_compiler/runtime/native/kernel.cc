@@ -29,7 +29,7 @@ bool Problem::operator==(const Problem& other) const {
 }
 
 std::string Problem::text() const {
-  std::string text = sentence({"na", layout.size(), "d layout=", join(layout), " heads=", heads});
+  std::string text = sentence({"na", layout.size(), "d layout=", is_open() ? "any" : join(layout), " heads=", heads});
   if (heads_kv != heads) text += sentence({" heads_kv=", heads_kv});
   text += sentence({" head_dim=", head_dim});
   if (head_dim_v != head_dim) text += sentence({" head_dim_v=", head_dim_v});
@@ -44,6 +44,12 @@ std::string Problem::text() const {
   if (additional_kv) text += " additional_kv";
   for (const std::string& option : operands) text += sentence({" ", option});
   return sentence({text, " ", dtype});
+}
+
+Problem Problem::opened() const {
+  Problem open = *this;
+  open.layout.assign(layout.size(), 0);
+  return open;
 }
 
 bool Problem::has(const std::string& option) const {
@@ -88,11 +94,30 @@ void Problem::check() const {
     if (step < 1 || step > kernel) {
       throw Error({"stride must be at least 1 and at most kernel_size=", kernel, on_axis(axis), ", got ", step});
     }
-    check_border(axis);
+    if (!is_open()) check_border(axis);
   }
   if (heads_kv < 1 || heads % heads_kv != 0) {
     throw Error({"query's heads must be a multiple of key's, got ", heads, " and ", heads_kv});
   }
+}
+
+Kernel Kernel::closed(const Problem& whole) const {
+  Kernel made = *this;
+  made.problem = whole;
+  for (size_t axis = 0; axis < whole.layout.size(); ++axis) {
+    if (whole.layout[axis] < kLongestAxis) continue;
+    throw Error({"a kernel for any layout takes fewer than ", kLongestAxis, " tokens on each axis, got ",
+                 whole.layout[axis], " on axis ", axis});
+  }
+  size_t numbers = 0;
+  for (Operand& operand : made.operands) {
+    for (int64_t& extent : operand.shape) {
+      if (extent <= kHeld) extent = whole.layout[static_cast<size_t>(kHeld - extent)];
+    }
+    // Three an axis: the length of the whole, and the first query and the first key, which are 0.
+    if (operand.role == "place" && numbers++ % 3 == 0) operand.number = whole.layout[(numbers - 1) / 3];
+  }
+  return made;
 }
 
 std::vector<int64_t> Kernel::shape_of(const Buffer& buffer, int64_t batch, int64_t additional) const {

@@ -12,6 +12,7 @@ namespace na {
 
 // What a kernel computes: na_compiler.Problem.
 struct Problem {
+  // Of an open layout, which a kernel learns when it is called, 0 along each axis.
   std::vector<int64_t> layout, kernel_size, stride, dilation, is_causal;
   int64_t heads = 0, heads_kv = 0, head_dim = 0, head_dim_v = 0;
   bool additional_kv = false;
@@ -31,6 +32,9 @@ struct Problem {
   std::vector<int64_t> shape_of(const TableOperand& operand, int64_t batch, int64_t additional) const;
 
   bool operator==(const Problem& other) const;
+  bool is_open() const { return !layout.empty() && layout[0] == 0; }
+  // The same with an open layout.
+  Problem opened() const;
   // As Problem's str in Python.
   std::string text() const;
   // Throws Error if attributes do not fit the layout, as Problem does.
@@ -41,12 +45,21 @@ struct Problem {
 // An extent of a buffer that a kernel needs beside its inputs and outputs; -1 is the number of additional keys.
 using Buffer = std::vector<int64_t>;
 
-// What a kernel is called with at one place: na_compiler.operands.Argument. Of a shape's extents, which a scalar has none
+// Extents of an open layout: what the tensors hold along the first axis, and the second and third below it; how many parts
+// of some size that is, which only workspaces have.
+constexpr int64_t kHeld = -10, kParts = -20;
+
+// Kernels count positions in 32 bits, and add windows to them: na_compiler.place.LONGEST_AXIS.
+constexpr int64_t kLongestAxis = int64_t{1} << 30;
+
+// What a kernel is called with at one place: na_compiler.operands.Argument. Of a shape's extents, which numbers have none
 // of, -1 is the number of additional keys, -2 the batch, and -3 that too, or 0 where nothing is given.
 struct Operand {
   std::string name, role, dtype;
   std::vector<int64_t> shape;
   bool is_free = false;
+  // Of one whose role is "place": where in a larger layout the tensors lie. Known once there is a layout.
+  int64_t number = 0;
 };
 
 // A file that a manifest names.
@@ -70,6 +83,9 @@ struct Kernel {
   bool adjacent_heads = false;
 
   bool is_cuda() const { return target.rfind("cuda", 0) == 0; }
+  // Of a kernel for an open layout, what it is for a problem of which tensors hold all. Throws Error for an axis that is
+  // too long.
+  Kernel closed(const Problem& whole) const;
   // The shape of a buffer of its workspace. Throws Error if it has more elements than can be counted.
   std::vector<int64_t> shape_of(const Buffer& buffer, int64_t batch, int64_t additional) const;
   // That a tensor is what it takes for an operand. Throws Error, which names the operand, what it must be and what it is.

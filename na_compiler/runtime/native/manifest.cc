@@ -12,7 +12,7 @@
 
 // The manifest's format that this reads: na_compiler.runtime.bundle.FORMAT, when this was built.
 #ifndef NA_BUNDLE_FORMAT
-#define NA_BUNDLE_FORMAT 5
+#define NA_BUNDLE_FORMAT 6
 #endif
 // How kernels are called: na_compiler.runtime.kernel.ABI.
 #ifndef NA_KERNEL_ABI
@@ -80,6 +80,25 @@ class Said {
     }
     return *number;
   }
+
+  // One of some words with the number of an axis behind it, which is returned; -1 if it is none.
+  int64_t axis_of(std::initializer_list<const char*> words) const {
+    auto said = json_.as<std::string>();
+    if (said == nullptr || said->empty() || said->back() < '0' || said->back() > '2') return -1;
+    std::string word = said->substr(0, said->size() - 1);
+    bool is_known = std::any_of(words.begin(), words.end(), [&](const char* one) { return word == one; });
+    return is_known ? said->back() - '0' : -1;
+  }
+
+  // Whether it is a number of queries, as `axis_of` reads it, divided by a size.
+  bool is_parts() const {
+    auto said = json_.as<std::string>();
+    if (said == nullptr || said->size() < 10 || said->size() > 24 || said->rfind("queries", 0) != 0) return false;
+    bool is_size = said->find_first_not_of("0123456789", 9) == std::string::npos && (*said)[9] != '0';
+    return (*said)[7] >= '0' && (*said)[7] <= '2' && (*said)[8] == '/' && is_size;
+  }
+
+  bool is_null() const { return json_.as<std::monostate>() != nullptr; }
 
   int64_t power_of_two(int64_t high) const {
     auto number = json_.as<int64_t>();
@@ -155,6 +174,15 @@ std::vector<int64_t> read_per_axis(const Said& said) {
   return said.list(1, kMaxRank, [](const Said& each) { return each.integer(); });
 }
 
+// A layout: integers, or null on each axis where it is open, which is 0 here.
+std::vector<int64_t> read_layout(const Said& said) {
+  auto each = [](const Said& extent) { return extent.is_null() ? 0 : extent.integer(); };
+  std::vector<int64_t> layout = said.list(1, kMaxRank, each);
+  auto open = static_cast<size_t>(std::count(layout.begin(), layout.end(), 0));
+  if (open != 0 && open != layout.size()) said.refuse("known on each axis, or on none");
+  return layout;
+}
+
 // A problem's options beside the additional keys: names of the table, in its order.
 void read_options(const Said& said, Problem& problem) {
   std::vector<std::string> known = options(), found;
@@ -194,7 +222,7 @@ Problem read_problem(const Said& said) {
   if (has_border) names.push_back("border");
   said.has_exactly(names);
   Problem problem;
-  problem.layout = read_per_axis(said["layout"]);
+  problem.layout = read_layout(said["layout"]);
   problem.heads = said["heads"].integer();
   problem.head_dim = said["head_dim"].integer(1, kLongestHead);
   problem.kernel_size = read_per_axis(said["kernel_size"]);
@@ -209,6 +237,7 @@ Problem read_problem(const Said& said) {
   for (const auto* values : {&problem.kernel_size, &problem.stride, &problem.dilation, &problem.is_causal}) {
     if (values->size() != problem.layout.size()) throw Error({said.place(), " has another number of values than axes"});
   }
+  if (has_border && problem.is_open()) said["border"].refuse("left out where the layout is open");
   if (has_border) read_border(said["border"], problem);
   problem.check();
   return problem;
@@ -232,7 +261,9 @@ File read_file_of(const Said& said) {
 }
 
 Buffer read_buffer(const Said& said) {
-  Buffer buffer = said.list(1, 32, [](const Said& each) { return each.is("additional") ? -1 : each.integer(); });
+  Buffer buffer = said.list(1, 32, [](const Said& each) {
+    return each.is("additional") ? -1 : each.is_parts() ? kParts : each.integer();
+  });
   int64_t elements = 1;
   for (int64_t extent : buffer) {
     if (extent > kMaxInteger / elements) said.refuse(sentence({"of at most ", kMaxInteger, " elements"}));
@@ -242,7 +273,7 @@ Buffer read_buffer(const Said& said) {
 }
 
 Operand read_operand(const Said& said) {
-  bool is_scalar = said.has("role", "scalar");
+  bool is_scalar = said.has("role", "scalar") || said.has("role", "place");
   if (is_scalar) {
     said.has_exactly({"name", "role", "dtype"});
   } else {
@@ -250,10 +281,13 @@ Operand read_operand(const Said& said) {
   }
   Operand operand;
   operand.name = said["name"].name("a0_", 64, "at most 64 letters, digits and _");
-  operand.role = said["role"].one_of({"input", "scalar", "output", "workspace"});
+  operand.role = said["role"].one_of({"input", "scalar", "place", "output", "workspace"});
   operand.dtype = said["dtype"].name("a0", 32, "a dtype");
   if (is_scalar) return operand;
   operand.shape = said["shape"].list(0, 33, [](const Said& each) {
+    int64_t axis = each.axis_of({"queries", "keys"});
+    if (axis >= 0) return kHeld - axis;
+    if (each.is_parts()) return kParts;
     return each.is("additional") ? -1 : each.is("batch") ? -2 : each.is("given") ? -3 : each.integer();
   });
   operand.is_free = said["strides"].one_of({"free", "compact"}) == "free";
@@ -263,13 +297,36 @@ Operand read_operand(const Said& said) {
 // That a kernel takes what it is given here, in that order.
 void check_operands(const Kernel& kernel) {
   std::vector<std::string> given, takes;
+  bool has_place = !kernel.problem.is_open();
   for (const TableOperand* operand : forward_operands()) {
+    if (operand->role == "output" && !has_place) {
+      has_place = true;
+      for (size_t axis = 0; axis < kernel.problem.layout.size(); ++axis) {
+        for (const char* name : {"length", "first_query", "first_key"}) given.push_back(sentence({name, axis}));
+      }
+    }
     if (kernel.problem.has(operand->option)) given.push_back(operand->name);
   }
   for (size_t i = 0; i < kernel.workspace.size(); ++i) given.push_back(sentence({"workspace", i}));
   for (const Operand& operand : kernel.operands) takes.push_back(operand.name);
   if (takes != given) {
     throw Error({"its kernel for ", kernel.problem.text(), " takes other operands than those of this version"});
+  }
+}
+
+// That extents which a call knows are of axes that an open layout has, and that C++ knows what they are.
+void check_extents(const Kernel& kernel) {
+  int64_t beyond = kHeld - (kernel.problem.is_open() ? static_cast<int64_t>(kernel.problem.layout.size()) : 0);
+  for (const Operand& operand : kernel.operands) {
+    for (int64_t extent : operand.shape) {
+      if (extent > beyond) continue;
+      throw Error({"its kernel for ", kernel.problem.text(), " takes ", operand.name, " of a layout that it has not"});
+    }
+  }
+  for (const Buffer& buffer : kernel.workspace) {
+    if (std::count(buffer.begin(), buffer.end(), kParts) != 0) {
+      throw Error({"its kernel for ", kernel.problem.text(), " has a workspace that C++ cannot make"});
+    }
   }
 }
 
@@ -288,7 +345,10 @@ Kernel read_kernel(const Said& said) {
   kernel.workspace = workspace["buffers"].list(0, 64, read_buffer);
   kernel.multiple = workspace["multiple"].integer(1, 1 << 20);
   kernel.operands = said["operands"].list(0, 128, read_operand);
-  if (kernel.is_forward) check_operands(kernel);
+  if (kernel.is_forward) {
+    check_operands(kernel);
+    check_extents(kernel);
+  }
   kernel.alignment = said["alignment"].power_of_two(4096);
   kernel.adjacent_heads = said["adjacent_heads"].flag();
   return kernel;
