@@ -14,6 +14,7 @@ from na_compiler.borders import CLAMP, borders_per_axis, clamped, joined, middle
 from na_compiler.ops.call import call
 from na_compiler.ops.operators import refuse_unless_dense
 from na_compiler.ops.torchscript import refuse_scripting
+from na_compiler.place import Place
 from na_compiler.traced import canonical, canonical_parameters, checked_scale, default_scale, is_array, is_unknown
 from na_compiler.window import SHIFT
 
@@ -77,6 +78,10 @@ _PARAMETERS = """
         same with ``LEFT`` keys before a query and the rest after it. ``"wrap"``: the axis is a circle; the dilation
         divides it, and the stride the dilation groups. ``"clamp"``: a window that is longer than the axis is made as
         long, and shifted.
+    place
+        A `na_compiler.Place`: the tensors hold a part of a larger layout, key and value another one than query, that
+        has all keys which its queries see. The result is that part of what the whole would give. On the CPU, and with
+        ``border="shift"``. Default: they hold all of it.
     return_lse
         Whether to return lse as well. It has a gradient.
     **tuning
@@ -118,6 +123,7 @@ def _attention(
     relative_position_bias: Tensor | None,
     key_mask: Tensor | None,
     border: str | Sequence[str],
+    place: Place | None,
     return_lse: bool,
     tuning: dict[str, object],
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -131,9 +137,9 @@ def _attention(
     if border not in _SHIFTS:
         borders = borders_per_axis(border, rank)
         if CLAMP in borders:
-            kernel_size, stride, borders = _clamped(rank, query, kernel_size, stride, dilation, borders, tuning)
+            kernel_size, stride, borders = _clamped(rank, query, place, kernel_size, stride, dilation, borders, tuning)
         tuning["border"] = joined(borders)
-    later = _others(rank, tuning) if tuning else ()
+    later = () if not tuning and place is None else _others(rank, tuning, place)
     is_usual = type(query) is type(key) is type(value) is Tensor
     if not is_usual or query.is_nested or key.is_nested or value.is_nested:
         _check_tensors(rank, query=query, key=key, value=value)
@@ -166,6 +172,7 @@ _SHIFTS: tuple[object, ...] = (SHIFT, *((SHIFT,) * rank for rank in (1, 2, 3)))
 def _clamped(
     rank: int,
     query: Tensor,
+    place: Place | None,
     kernel_size: Ints,
     stride: Ints | None,
     dilation: Ints | None,
@@ -174,7 +181,8 @@ def _clamped(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
     """Return kernel_size, stride and border with windows that fit; cuts the middle out of a table of biases."""
     given, strides, gaps, _ = canonical_parameters(rank, kernel_size, stride, dilation, is_causal=False)
-    fitting, strides, borders = clamped(query.shape[1 : rank + 1], given, strides, gaps, borders)
+    layout = query.shape[1 : rank + 1] if place is None else place.layout
+    fitting, strides, borders = clamped(layout, given, strides, gaps, borders)
     bias = tuning.get("relative_position_bias")
     if isinstance(bias, Tensor) and fitting != given:
         expected = tuple(2 * size - 1 for size in given)
@@ -191,8 +199,8 @@ def _clamped(
 _OTHERS = tuple(operand for operand in operands.later() if not operand.name.startswith("additional_"))
 
 
-def _others(rank: int, given: dict[str, object]) -> tuple[object, ...]:
-    """Take further operands from keyword arguments, in the operator's order; the rest is for tuning."""
+def _others(rank: int, given: dict[str, object], place: Place | None) -> tuple[object, ...]:
+    """Take further operands from keyword arguments, in the operator's order, and a place; the rest is for tuning."""
     values = tuple(given.pop(operand.name, operand.default) for operand in _OTHERS)
     for operand, value in zip(_OTHERS, values, strict=True):
         if value is not None and operand.role == operands.SCALAR:
@@ -201,7 +209,11 @@ def _others(rank: int, given: dict[str, object]) -> tuple[object, ...]:
             _check_tensors(rank, **{operand.name: value})
     if given:
         _ignore(rank, given)
-    return values
+    if place is None:
+        return values
+    if not isinstance(place, Place):
+        raise TypeError(f"place must be a na_compiler.Place, got {type(place).__name__}")
+    return (*values, place.numbers())
 
 
 def _check_tensors(rank: int, **tensors: object) -> None:
@@ -245,6 +257,7 @@ class _Attend(Protocol):
         relative_position_bias: Tensor | None = None,
         key_mask: Tensor | None = None,
         border: str | Sequence[str] = SHIFT,
+        place: Place | None = None,
         return_lse: Literal[False] = False,
         **tuning: object,
     ) -> Tensor: ...
@@ -265,6 +278,7 @@ class _Attend(Protocol):
         relative_position_bias: Tensor | None = None,
         key_mask: Tensor | None = None,
         border: str | Sequence[str] = SHIFT,
+        place: Place | None = None,
         return_lse: Literal[True],
         **tuning: object,
     ) -> tuple[Tensor, Tensor]: ...
@@ -285,6 +299,7 @@ class _Attend(Protocol):
         relative_position_bias: Tensor | None = None,
         key_mask: Tensor | None = None,
         border: str | Sequence[str] = SHIFT,
+        place: Place | None = None,
         return_lse: bool,
         **tuning: object,
     ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -322,12 +337,13 @@ def _function(rank: int) -> _Attend:
         relative_position_bias: Tensor | None = None,
         key_mask: Tensor | None = None,
         border: str | Sequence[str] = SHIFT,
+        place: Place | None = None,
         return_lse: bool = False,
         **tuning: object,
     ) -> Any:  # noqa: ANN401 - which of the two, the overloads say
         return _attention(
             rank, query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
-            additional_values, relative_position_bias, key_mask, border, return_lse, tuning,
+            additional_values, relative_position_bias, key_mask, border, place, return_lse, tuning,
         )  # fmt: skip
 
     refuse_scripting(  # Layers have a form that can be scripted.

@@ -20,13 +20,26 @@ from torch import Tensor
 from na_compiler import checks
 from na_compiler.devices import CUDA
 from na_compiler.operands import FREE, GIVEN, INPUT, OUTPUT, SCALAR, WORKSPACE
+from na_compiler.ops.places import with_place
 from na_compiler.ops.projection import side_by_side
-from na_compiler.ops.schema import BACKWARD, FORWARD, TANGENT, Signature, problem_of
+from na_compiler.ops.schema import (
+    BACKWARD,
+    FORWARD,
+    PART,
+    PART_BACKWARD,
+    TANGENT,
+    Signature,
+    place_of,
+    problem_of,
+)  # fmt: skip
 from na_compiler.ops.tf32 import is_tf32_allowed
 from na_compiler.runtime.kernel import Kernel, MisplacedError, compact_if_empty, strides_wanted
 from na_compiler.target import target_of
 
-__all__ = ["Launch", "backward", "check_rank", "find", "forget", "forward", "on_cuda", "reading", "tangent"]
+__all__ = [
+    "Launch", "backward", "check_rank", "find", "forget", "forward", "on_cuda", "part", "part_backward", "reading",
+    "tangent",
+]  # fmt: skip
 
 _LOG = logging.getLogger("na_compiler")
 _KERNELS = 4096
@@ -117,6 +130,16 @@ def backward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     return _run(BACKWARD, rank, arguments)
 
 
+def part(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute output and lse of a part of a layout; arguments are those of the operators."""
+    return _run(PART, rank, arguments)
+
+
+def part_backward(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the gradients of the inputs of `part`; empty ones where there is no input."""
+    return _run(PART_BACKWARD, rank, arguments)
+
+
 def tangent(rank: int, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute output and lse, and the tangents of both; arguments are those of the operators."""
     return _run(TANGENT, rank, arguments)
@@ -185,10 +208,10 @@ def _look(signature: Signature, rank: int, arguments: tuple[Any, ...], is_one: b
     query = given["query"]
     check_rank(rank, query)
     problem = problem_of(given)
-    rounds = _may_round(signature, arguments)
-    kernel: Kernel = find_kernel(problem, signature.direction, target_of(query.device), rounds=rounds)
+    wanted, rounds = problem if place_of(given) is None else problem.opened(), _may_round(signature, arguments)
+    kernel: Kernel = find_kernel(wanted, signature.direction, target_of(query.device), rounds=rounds)
     taken = kernel.info.arguments
-    known = checks.check_call(problem, taken, given)
+    known = checks.check_call(kernel.problem, taken, given)
     absent = [argument for argument in taken if GIVEN in argument.shape and given[argument.name] is None]
     names = [*signature.names, *(argument.name for argument in absent)]
     read = [argument for argument in taken if argument.role in {INPUT, SCALAR}]
@@ -197,15 +220,16 @@ def _look(signature: Signature, rank: int, arguments: tuple[Any, ...], is_one: b
     written = [argument for argument in taken if argument.role == OUTPUT]
     made = [_way(argument.sizes(known), argument.dtype) for argument in written]
     if any(argument.role == WORKSPACE for argument in taken):
-        spaces = kernel.info.workspace.shapes(known["batch"], known["additional"])
+        spaces = kernel.info.workspace.shapes(known["batch"], known["additional"], known)
         made += [_way(shape, "float32") for shape in spaces]
     whole = _whole(kernel, written, made) if is_one else None
     outputs = [argument.name for argument in written]
     # From the end: where one name is twice, it is what stands for nothing.
     places = {name: place for place, name in enumerate(names)}
+    pick: Callable[[tuple[Any, ...]], tuple[Any, ...]] = operator.itemgetter(*(places[one.name] for one in read))
     return _Found(
         kernel,
-        operator.itemgetter(*(places[argument.name] for argument in read)),
+        with_place(pick, kernel.problem, signature, known) if kernel.problem.is_open else pick,
         signature.defaults,
         tuple(_way(argument.sizes(known), argument.dtype) for argument in absent),
         len(tensors),

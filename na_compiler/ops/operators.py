@@ -9,6 +9,7 @@ batching, FLOPs) is registered here, for whatever operands there are.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 from na_compiler.operands import SAME, Operand, differentiable, outputs
 from na_compiler.ops.batching import batched
 from na_compiler.ops.kernels import backward, check_rank, forward, tangent
-from na_compiler.ops.schema import BACKWARD, FORWARD, TANGENT, Signature, flags, problem_of
+from na_compiler.ops.schema import BACKWARD, FORWARD, PLACE, TANGENT, Signature, flags, place_of, problem_of
 from na_compiler.ops.tangents import (
     SECOND,
     Refusing,
@@ -38,9 +39,16 @@ from na_compiler.problem import Problem
 
 __all__ = [
     "OPERATORS",
+    "Rules",
+    "backward_fake",
     "cast",
+    "define",
     "differentiate",
+    "differentiate_operator",
     "flops",
+    "forward_fake",
+    "implement",
+    "implement_autocast",
     "refuse_unless_dense",
     "save_for_backward",
 ]
@@ -89,12 +97,14 @@ def refuse_unless_dense(rank: int, tensor: Tensor) -> None:
 # ---- Shapes --------------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(rank: int, signature: Signature, *arguments: Any) -> tuple[Tensor, ...]:
+def forward_fake(rank: int, signature: Signature, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return results of the shapes that a forward's have, or a tangent's."""
     given = signature.by_name(arguments)
     query, value = given["query"], given["value"]
     check_rank(rank, query)
     sizes = [size for name in ("query", "key", "value") for size in given[name].shape]
     sizes += [size for name in ("kernel_size", "stride", "dilation") for size in given[name]]
+    sizes += given.get(PLACE, ())
     if all(isinstance(size, int) for size in sizes):  # A problem cannot be made of symbols.
         problem_of(given)
     terms = {"batch": query.shape[:1], "layout": query.shape[1:-2], "heads": query.shape[-2:-1]}
@@ -108,8 +118,9 @@ def _forward_fake(rank: int, signature: Signature, *arguments: Any) -> tuple[Ten
     )
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    given = BACKWARD.by_name(arguments)
+def backward_fake(signature: Signature, *arguments: Any) -> tuple[Tensor, ...]:
+    """Return results of the shapes that a backward's have."""
+    given = signature.by_name(arguments)
     query = given["query"]
 
     def gradient(operand: Operand) -> Tensor:
@@ -171,7 +182,7 @@ def differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Tenso
     return tuple(gradients)
 
 
-def _differentiate(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+def differentiate_operator(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     """Return the gradients of an operator's arguments, by its backward operator."""
     gradients = differentiate(operator, ctx, *grads)
     return (*gradients, *[None] * (FORWARD.parameters + len(ctx.rest) - len(gradients)))
@@ -190,7 +201,7 @@ class _Differentiable(torch.autograd.function._SingleLevelFunction):
         modes: Any,
         keyset: Any,
         operator: Any,
-        rules: _Rules,
+        rules: Rules,
         guard: Tensor | None,
         *arguments: Any,
     ) -> Any:
@@ -214,7 +225,7 @@ class _Differentiable(torch.autograd.function._SingleLevelFunction):
 
 
 @dataclass(frozen=True)
-class _Rules:
+class Rules:
     """How an operator is differentiated.
 
     Parameters
@@ -239,7 +250,7 @@ class _Rules:
     message: str = ""
 
 
-def _autograd(operator: Any, rules: _Rules, keyset: Any, *arguments: Any) -> Any:
+def _autograd(operator: Any, rules: Rules, keyset: Any, *arguments: Any) -> Any:
     """Call an operator, and note how it is differentiated; torch would drop tangents in silence."""
     arguments, tangents = split_tangents(arguments)
     if tangents:
@@ -287,9 +298,10 @@ def flops(signature: Signature, *arguments: Any, **named: Any) -> int:
     given = signature.by_name(arguments)
     given |= {name: value for name, value in named.items() if name in given}
     query, key, value = (given[name] for name in ("query", "key", "value"))
-    additional = given["additional_keys"]
+    additional, place = given["additional_keys"], place_of(given)
+    layout = tuple(query[1:-2])
     problem = Problem(
-        layout=tuple(query[1:-2]),
+        layout=layout if place is None else place.layout,
         heads=query[-2],
         head_dim=query[-1],
         kernel_size=given["kernel_size"],
@@ -300,48 +312,67 @@ def flops(signature: Signature, *arguments: Any, **named: Any) -> int:
         head_dim_v=value[-1],
         border=given["border"],
     )
-    return problem.flops(query[0], 0 if additional is None else additional[1], signature.direction)
+    whole = problem.flops(query[0], 0 if additional is None else additional[1], signature.direction)
+    # Of a part as many as its queries have on average: windows at the ends of an axis may be shorter.
+    return whole if place is None else whole * math.prod(layout) // problem.tokens
+
+
+def define(rank: int, name: str, signature: Signature) -> Any:
+    """Define an operator; returns it."""
+    # Inductor must hand the strides over as they are: it would copy views of a fused projection otherwise.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    _library.define(f"na{rank}d{name}{signature.text()}", tags=tags)
+    return getattr(torch.ops.na_compiler, f"na{rank}d{name}").default
+
+
+def implement(
+    rank: int, operator: Any, signature: Signature, compute: Callable[..., Any], fake: Callable[..., Any], rules: Rules
+) -> None:
+    """Tell torch what an operator computes, its shapes, its derivatives, and what it is under transforms."""
+    name = operator.name().partition("::")[2]
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, functools.partial(compute, rank), device)
+    _library.impl(name, functools.partial(_unsupported, rank), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"na_compiler::{name}", fake, lib=_library)
+    _library.impl(name, functools.partial(_autograd, operator, rules), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"na_compiler::{name}", functools.partial(batched, operator, signature), lib=_library)
+    register_flop_formula(operator.overloadpacket)(functools.partial(flops, signature))
+
+
+def implement_autocast(operator: Any) -> None:
+    """Tell torch what autocast does with an operator."""
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        name = operator.name().partition("::")[2]
+        _library.impl(name, functools.partial(_autocast, operator, device), key, with_keyset=True)
 
 
 def _register(rank: int) -> Any:
     """Define an operator, its backward and its tangent, and tell torch about them; returns the operator."""
-    signatures = {f"na{rank}d": FORWARD, f"na{rank}d_backward": BACKWARD, f"na{rank}d_tangent": TANGENT}
-    for name, signature in signatures.items():
-        # Inductor must hand the strides over as they are: it would copy views of a fused projection otherwise.
-        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-        _library.define(name + signature.text(), tags=tags)
-    operators = [getattr(torch.ops.na_compiler, name).default for name in signatures]
+    signatures = {"": FORWARD, "_backward": BACKWARD, "_tangent": TANGENT}
+    operators = [define(rank, name, signature) for name, signature in signatures.items()]
     _, gradient, moved = operators
     # What computes each, its shapes, and its derivatives.
     computed = (forward, backward, tangent)
-    plain, with_tangents = (functools.partial(_forward_fake, rank, signature) for signature in (FORWARD, TANGENT))
-    fakes: tuple[Callable[..., Any], ...] = (plain, _backward_fake, with_tangents)
+    plain, with_tangents = (functools.partial(forward_fake, rank, signature) for signature in (FORWARD, TANGENT))
+    fakes: tuple[Callable[..., Any], ...] = (plain, functools.partial(backward_fake, BACKWARD), with_tangents)
     rules = (
-        _Rules(save_for_backward, functools.partial(_differentiate, gradient), functools.partial(move, moved)),
-        _Rules(
+        Rules(
+            save_for_backward, functools.partial(differentiate_operator, gradient), functools.partial(move, moved)
+        ),
+        Rules(
             functools.partial(save_tensors, BACKWARD), functools.partial(differentiate_gradients, moved),
             functools.partial(move_gradients, gradient), *SECOND["backward"],
         ),
-        _Rules(
+        Rules(
             functools.partial(save_tensors, TANGENT), functools.partial(differentiate_tangents, gradient),
             refuse_second_tangents, *SECOND["tangent"],
         ),
     )  # fmt: skip
-    for (name, signature), operator, compute, fake, rule in zip(
-        signatures.items(), operators, computed, fakes, rules, strict=True
+    for operator, signature, compute, fake, rule in zip(
+        operators, signatures.values(), computed, fakes, rules, strict=True
     ):
-        implementation = functools.partial(compute, rank)
-        for device in ("CPU", "CUDA"):
-            _library.impl(name, implementation, device)
-        _library.impl(name, functools.partial(_unsupported, rank), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"na_compiler::{name}", fake, lib=_library)
-        autograd = functools.partial(_autograd, operator, rule)
-        _library.impl(name, autograd, "Autograd", with_keyset=True)
-        batch = functools.partial(batched, operator, signature)
-        torch.library.register_vmap(f"na_compiler::{name}", batch, lib=_library)
-        register_flop_formula(operator.overloadpacket)(functools.partial(flops, signature))
-    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(f"na{rank}d", functools.partial(_autocast, operators[0], device), key, with_keyset=True)
+        implement(rank, operator, signature, compute, fake, rule)
+    implement_autocast(operators[0])
     return operators[0]
 
 

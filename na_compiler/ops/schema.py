@@ -15,13 +15,31 @@ from typing import Any
 
 from na_compiler import operands
 from na_compiler.operands import PARAMETER, PARAMETERS, SCALAR, Operand
+from na_compiler.place import Place
 from na_compiler.problem import Problem
 
-__all__ = ["BACKWARD", "BOUND", "FORWARD", "TANGENT", "Signature", "flags", "problem_of"]
+__all__ = [
+    "BACKWARD",
+    "BOUND",
+    "FORWARD",
+    "PART",
+    "PART_BACKWARD",
+    "PLACE",
+    "TANGENT",
+    "Signature",
+    "flags",
+    "place_of",
+    "problem_of",
+]
 
 # As torch writes the types of parameters: a kernel size may come from a size that is a symbol while torch traces; and
 # flags are ints, since torch.jit.trace, and all that is made with it, cannot record a list of bools.
 _PARAMETERS = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation, int[] is_causal"
+# What operators of a part of a layout are given last: `na_compiler.place.Place.numbers`.
+PLACE = "place"
+# What there is beside operands and parameters, as torch writes it. A place comes behind what may be left out, so torch
+# wants a default; one that is left out is refused.
+_NAMED = {"kernel": "str kernel", PLACE: f"SymInt[] {PLACE}=[]"}
 _NUMBERS = {"float32": "float", "int64": "int", "str": "str"}
 
 
@@ -92,7 +110,7 @@ class Signature:
 
 def _declared(operand: Operand | str) -> str:
     if isinstance(operand, str):
-        return f"str {operand}"
+        return _NAMED[operand]
     kind = _NUMBERS[operand.dtype] if operand.role in {SCALAR, PARAMETER} else "Tensor"
     if operand.option is not None:
         return f"{kind}? {operand.name}=None"
@@ -116,6 +134,10 @@ BACKWARD = Signature(
     "backward",
     (*(output.gradient() for output in _OUTPUTS), *_INPUTS, *_OUTPUTS, *_REST),
     tuple(operand.gradient() for operand in operands.differentiable()),
+)
+# Of the operators whose tensors hold a part of a layout.
+PART, PART_BACKWARD = (
+    Signature(whole.direction, (*whole.operands, PLACE), whole.results) for whole in (FORWARD, BACKWARD)
 )
 _MOVING = [(operand, operand.tangent()) for operand in operands.differentiable()]
 TANGENT = Signature(
@@ -148,9 +170,17 @@ def flags(is_causal: Iterable[Any]) -> tuple[bool, ...]:
     return tuple(map(bool, given))
 
 
+def place_of(given: dict[str, Any]) -> Place | None:
+    """Return the place that an operator's arguments name; ``None`` where they are those of the whole."""
+    return Place.of_numbers(given[PLACE] or ()) if PLACE in given else None
+
+
 def problem_of(given: dict[str, Any]) -> Problem:
-    """Return the problem that an operator's arguments pose, by name; raises as `Problem.of_tensors`."""
+    """Return the problem that an operator's arguments pose, by name; raises as `Problem.of_tensors`.
+
+    Where tensors hold a part of a layout it is that of the whole.
+    """
     parameters = {name: given[name] for name in PARAMETERS[:-1]}
     named = ("query", "key", "value", *(operand.name for operand in operands.later()))
     tensors = {name: given[name] for name in named}
-    return Problem.of_tensors(**tensors, **parameters, is_causal=flags(given["is_causal"]))
+    return Problem.of_tensors(**tensors, **parameters, is_causal=flags(given["is_causal"]), place=place_of(given))
