@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # What `__getattr__` finds; type checkers do not call it.
     from na_compiler.modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
     from na_compiler.ops.torchscript import fvcore_handles
     from na_compiler.runtime.bundle import load_bundle
-    from na_compiler.runtime.jit import MissingKernelError, compiling
+    from na_compiler.runtime.jit import MissingKernelError, compiling, specialize
     from na_compiler.tuning import tune
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "na2d",
     "na3d",
     "save_bundle",
+    "specialize",
     "tune",
 ]
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ _LAZY = {
     "na2d": "na_compiler.functional",
     "na3d": "na_compiler.functional",
     "save_bundle": "na_compiler.compiler.bundle",
+    "specialize": "na_compiler.runtime.jit",
     "tune": "na_compiler.tuning",
 }
 

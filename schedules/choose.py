@@ -25,6 +25,7 @@ __all__ = [
     "estimates",
     "family_of",
     "recorded",
+    "takes",
 ]
 
 # The families, by the names of their folders, in the order in which they are asked. Of two for one kind of machine, the
@@ -167,6 +168,11 @@ def recorded(problem: Problem, target: Target, direction: str, family: str, text
                 raise ValueError(f"{text} is none of the {MOST_CONTENDERS} configs that {family} would try first")
             return config
     raise ValueError(f"no family for {target} is called {family!r}")
+
+
+def takes(problem: Problem, target: Target, direction: str) -> bool:
+    """Return whether any family takes a problem; parameters are those of `choose`."""
+    return any(reason is None for _, reason in _asked(problem, target, direction))
 
 
 def family_of(config: Config) -> Family:

@@ -13,6 +13,8 @@ _CACHE = tempfile.TemporaryDirectory(prefix="na_compiler-test-cache-")
 os.environ.setdefault("NA_COMPILER_CACHE", _CACHE.name)
 # What was tuned on this machine plays no part.
 os.environ["NA_COMPILER_TUNED"] = "0"
+# Nor what other tests met before: each layout has a kernel of its own.
+os.environ["NA_COMPILER_SPECIALIZE"] = "always"
 _SEED = int(os.environ.setdefault("NA_COMPILER_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 
 

@@ -21,7 +21,7 @@ from onnx import helper  # noqa: E402
 
 import na_compiler.onnx  # noqa: E402
 from na_compiler import Problem, na2d  # noqa: E402
-from na_compiler.compiler import kernels  # noqa: E402
+from na_compiler.compiler import serving  # noqa: E402
 from na_compiler.passes.bind_torch import unbind  # noqa: E402
 from na_compiler.reference import neighborhood_attention, neighborhood_mask  # noqa: E402
 from na_compiler.runtime.kernel import KernelInfo, make_kernel  # noqa: E402
@@ -72,7 +72,7 @@ def find_kernel(problem, direction, machine, *, rounds=False):
     return make_kernel(info, function)
 
 
-kernels.find_kernel = find_kernel
+serving.find_kernel = find_kernel
 torch.manual_seed(0)
 query, key, value = (torch.randn(3, 6, 9, 2, 8) for _ in range(3))
 gain, bias, mask = torch.randn(2), torch.randn(2, 5, 5), torch.ones(3, 6, 9, dtype=torch.bool)

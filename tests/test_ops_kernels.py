@@ -13,7 +13,7 @@ from oracle import check_backward, check_forward, copies, draw
 
 import na_compiler.bound
 from na_compiler import na1d, na2d, na3d
-from na_compiler.compiler import kernels
+from na_compiler.compiler import serving
 from na_compiler.problem import Problem
 from na_compiler.reference import neighborhood_attention
 from na_compiler.runtime.kernel import make_kernel
@@ -87,13 +87,13 @@ def test_gradients_of_any_strides(seed):
 @pytest.fixture
 def particular_kernels(monkeypatch):
     """Kernels that, as those of a GPU, do not read every tensor where it is."""
-    find = kernels.find_kernel
+    find = serving.find_kernel
 
     def found(*arguments, **named):
         kernel = find(*arguments, **named)
         return make_kernel(dataclasses.replace(kernel.info, alignment=16, adjacent_heads=True), kernel.function)
 
-    monkeypatch.setattr(kernels, "find_kernel", found)
+    monkeypatch.setattr(serving, "find_kernel", found)
     monkeypatch.setattr(na_compiler.ops.kernels, "_kernels", {})
     monkeypatch.setattr(na_compiler.ops.kernels, "_said", set())
 

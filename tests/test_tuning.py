@@ -13,7 +13,7 @@ from oracle import check_forward, draw
 
 import na_compiler
 from na_compiler import KernelSpec, Problem, cli
-from na_compiler.compiler import cache, kernels, tuned
+from na_compiler.compiler import cache, kernels, serving, tuned
 from na_compiler.compiler.tuned import Record
 from na_compiler.devices import cuda
 from na_compiler.schedules import choose as choose_module
@@ -137,17 +137,25 @@ def test_tuning_on_this_cpu(file, capsys):
     assert "the planner's choice" in capsys.readouterr().out
 
 
-def test_calls_of_this_process_go_by_it(file, monkeypatch):
+@pytest.mark.parametrize("when", ["always", "never"])
+def test_calls_of_this_process_go_by_it(file, monkeypatch, when):
+    """Also where an open kernel has served the layout before."""
     from na_compiler.ops import kernels as operators
 
+    monkeypatch.setattr(serving, "_served", {})
+    monkeypatch.setattr(serving, "is_loaded", lambda spec: False)
+    monkeypatch.setattr(serving, "cached_entry", lambda spec: kernels.cached_entry(spec) if spec.tuned else None)
+    monkeypatch.setenv("NA_COMPILER_SPECIALIZE", when)
+    operators.forget()
     query = torch.randn(1, 8, 9, 2, 16)
     na_compiler.na2d(query, query, query, 3)
     wanted = record()
     monkeypatch.setattr(measure, "seconds_of", lambda specs, *_: (_times(specs, wanted.config), {}))
     na_compiler.tune(PROBLEM)
     looked = []
-    found = kernels.compile
-    monkeypatch.setattr(kernels, "compile", lambda *a: looked.append(found(*a)) or looked[-1])
+    found = kernels.compile_spec
+    monkeypatch.setattr(serving, "compile_spec", lambda spec: looked.append(found(spec)) or looked[-1])
+    kernels.make_entry(KernelSpec.make(PROBLEM))  # As timing it does.
     na_compiler.na2d(query, query, query, 3)
     assert len(looked) == 1
     assert kernels._kernels[KernelSpec.make(PROBLEM)] is looked[0]
@@ -268,6 +276,8 @@ def test_errors_name_what_is_wrong(file, capsys, monkeypatch):
     for said, arguments in refused.items():
         with pytest.raises(ValueError, match=said):
             na_compiler.tune(PROBLEM, **arguments)
+    with pytest.raises(ValueError, match=r"problem must have a layout to be timed, got na2d layout=any"):
+        na_compiler.tune(PROBLEM.opened())
     monkeypatch.setattr(measure, "seconds_of", lambda specs, *_: ({}, {specs[0]: "no room"}))
     with pytest.raises(RuntimeError, match="none of 8 candidates for na2d"):
         na_compiler.tune(PROBLEM)

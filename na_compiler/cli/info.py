@@ -23,8 +23,8 @@ _PACKAGES = (
     "onnxruntime-gpu", "matplotlib", "natten",
 )  # fmt: skip
 _VARIABLES = ("NA_COMPILER_CACHE", "NA_COMPILER_CACHE_BYTES", "NA_COMPILER_BUNDLE", "NA_COMPILER_JIT",
-              "NA_COMPILER_TUNED", "NA_COMPILER_TVM_LIB", "CC", "CXX", "CUDA_HOME", "OMP_NUM_THREADS",
-              "TVM_NUM_THREADS")  # fmt: skip
+              "NA_COMPILER_SPECIALIZE", "NA_COMPILER_TUNED", "NA_COMPILER_TVM_LIB", "CC", "CXX", "CUDA_HOME",
+              "OMP_NUM_THREADS", "TVM_NUM_THREADS")  # fmt: skip
 
 
 def add_parser(commands: Commands) -> None:

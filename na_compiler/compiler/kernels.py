@@ -24,7 +24,7 @@ from na_compiler.runtime.kernel import Kernel, make_kernel
 from na_compiler.runtime.library import load_function
 from na_compiler.target import Target
 
-__all__ = ["compile", "compile_spec", "find_kernel"]
+__all__ = ["cached_entry", "compile", "compile_spec", "is_loaded", "kernel_by_key", "make_entry"]
 
 _LOG = logging.getLogger("na_compiler")
 _kernels: dict[KernelSpec, Kernel] = {}
@@ -41,7 +41,8 @@ def compile(problem: Problem, target: str | Target = "llvm", direction: str = "f
     Parameters
     ----------
     problem
-        What to compute.
+        What to compute. With an open layout, ``Problem((None, None), ...)``: the kernel takes every layout, and a part
+        of one, see `na_compiler.Place`.
     target
         ``"llvm"`` for this machine's CPU, or an instruction set: ``"llvm:x86-64"``, ``"llvm:x86-64-v2"``,
         ``"llvm:x86-64-v3"`` (AVX2), ``"llvm:x86-64-v4"`` (AVX-512), ``"llvm:aarch64"``. ``"cuda"`` for the GPU present,
@@ -76,26 +77,9 @@ def compile(problem: Problem, target: str | Target = "llvm", direction: str = "f
     return compile_spec(KernelSpec.make(problem, target, direction))
 
 
-def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm", *, rounds: bool = False) -> Kernel:
-    """Return a kernel for a device of this machine: from a loaded bundle, the cache, or compiled now.
-
-    Parameters
-    ----------
-    problem, direction, machine
-        Which kernel.
-    rounds
-        Whether products of float32 may round to TF32. Kernels of bundles do what they were compiled for, and come
-        first all the same: there may be nothing else to compile with.
-    """
-    machine = Target.parse(machine)
-    for bundle in loaded_bundles():
-        kernel = bundle.find(problem, direction, machine)
-        if kernel is not None:
-            return kernel
-    spec = KernelSpec.rounded(problem, machine, direction) if rounds else None
-    if spec is not None and (is_compiling_allowed() or cached_entry(spec) is not None):
-        return compile_spec(spec)
-    return compile(problem, machine, direction)
+def is_loaded(spec: KernelSpec) -> bool:
+    """Return whether this process has the kernel of a spec."""
+    return spec in _kernels
 
 
 def compile_spec(spec: KernelSpec) -> Kernel:

@@ -202,7 +202,7 @@ def _kind(argument: Any) -> Any:
 
 
 def _look(signature: Signature, rank: int, arguments: tuple[Any, ...], is_one: bool) -> _Found:
-    from na_compiler.compiler.kernels import find_kernel  # noqa: PLC0415
+    from na_compiler.compiler.serving import find_kernel  # noqa: PLC0415
 
     given = signature.by_name(arguments)
     query = given["query"]
@@ -229,7 +229,7 @@ def _look(signature: Signature, rank: int, arguments: tuple[Any, ...], is_one: b
     pick: Callable[[tuple[Any, ...]], tuple[Any, ...]] = operator.itemgetter(*(places[one.name] for one in read))
     return _Found(
         kernel,
-        with_place(pick, kernel.problem, signature, known) if kernel.problem.is_open else pick,
+        with_place(pick, kernel, signature, known) if kernel.problem.is_open else pick,
         signature.defaults,
         tuple(_way(argument.sizes(known), argument.dtype) for argument in absent),
         len(tensors),

@@ -8,7 +8,7 @@ from typing import Any
 
 from na_compiler.ops.schema import PLACE, Signature
 from na_compiler.place import Place, numbers_of_call
-from na_compiler.problem import Problem
+from na_compiler.runtime.kernel import Kernel
 
 __all__ = ["Pick", "with_place"]
 
@@ -18,15 +18,15 @@ Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 _PLACES = 256
 
 
-def with_place(pick: Pick, problem: Problem, signature: Signature, known: Mapping[str, int]) -> Pick:
+def with_place(pick: Pick, kernel: Kernel, signature: Signature, known: Mapping[str, int]) -> Pick:
     """Return what picks the numbers of a place as well.
 
     Parameters
     ----------
     pick
         Picks the rest.
-    problem
-        Of the kernel, whose layout is open.
+    kernel
+        Whose layout is open.
     signature
         Of the operator. One that is given no place has tensors that hold all of a layout.
     known
@@ -37,10 +37,10 @@ def with_place(pick: Pick, problem: Problem, signature: Signature, known: Mappin
     ValueError
         If windows do not fit the layout; and what is returned, if the keys are not all that the queries see.
     """
+    problem = kernel.problem
     queries, keys = ([known[f"{kind}{axis}"] for axis in range(problem.rank)] for kind in ("queries", "keys"))
     if PLACE not in signature.names:
-        whole = numbers_of_call(problem, queries, keys)
-        return lambda arguments: pick(arguments) + whole
+        return _with_whole(pick, kernel, queries, numbers_of_call(problem, queries, keys))
     at = signature.names.index(PLACE)
 
     # Places of one tile after another come again and again, and checking one takes longer than a small kernel.
@@ -49,3 +49,19 @@ def with_place(pick: Pick, problem: Problem, signature: Signature, known: Mappin
         return numbers_of_call(problem, queries, keys, Place.of_numbers(place))
 
     return lambda arguments: pick(arguments) + numbers(tuple(arguments[at]))
+
+
+def _with_whole(pick: Pick, kernel: Kernel, layout: list[int], numbers: tuple[int, ...]) -> Pick:
+    """Return the same where tensors hold all of a layout; it tells how often that is met."""
+    from na_compiler.compiler.serving import OFTEN, met_often  # noqa: PLC0415 - it brings the compiler
+
+    calls = 0
+
+    def picking(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal calls
+        calls += 1
+        if calls == OFTEN:
+            met_often(kernel.problem.replace(layout=layout), kernel.info.direction, kernel.target)
+        return pick(arguments) + numbers
+
+    return picking

@@ -11,7 +11,18 @@ from contextvars import ContextVar
 from na_compiler.borders import joined
 from na_compiler.problem import Problem
 
-__all__ = ["MissingKernelError", "command_for", "compiling", "is_compiling_allowed"]
+__all__ = [
+    "ALWAYS",
+    "BACKGROUND",
+    "FEW",
+    "NEVER",
+    "MissingKernelError",
+    "command_for",
+    "compiling",
+    "is_compiling_allowed",
+    "specialization",
+    "specialize",
+]
 
 
 class _Block:
@@ -33,6 +44,69 @@ os.register_at_fork(
     )
 )
 _VALUES = {"0": False, "false": False, "off": False, "1": True, "true": True, "on": True, "": True}
+
+
+# When layouts that are met get kernels of their own.
+ALWAYS, FEW, BACKGROUND, NEVER = _WHEN = ("always", "few", "background", "never")
+_said: str | None = None
+
+
+def specialize(when: str | None) -> str:
+    """Say when a layout that has no kernel gets one of its own; until then an open kernel serves it, of every layout.
+
+    Parameters
+    ----------
+    when
+        ``"few"``, the default: as soon as it is met, which waits for a compiler, if it is among the first four layouts
+        of its problem that the process meets; all others are served by one kernel, compiled once. ``"always"``: as soon
+        as it is met, each. ``"never"``: one kernel serves all layouts; those that have kernels of their own, in a
+        bundle or the cache, keep them. ``"background"``: likewise, and a layout that is called often gets a kernel of
+        its own, compiled beside the program, for later processes: what serves a layout does not change within one.
+        ``None``: what ``NA_COMPILER_SPECIALIZE`` says.
+
+    Returns
+    -------
+    str
+        What it was before.
+
+    Raises
+    ------
+    ValueError
+        If it is another word.
+
+    Notes
+    -----
+    Problems that have no open kernels (borders but ``"shift"``, GPUs) get kernels of their own in any case. Where
+    compiling is switched off, an open kernel that is there serves all layouts, whatever is said here.
+
+    Examples
+    --------
+    >>> before = specialize("never")
+    >>> specialize(None)
+    'never'
+    """
+    global _said  # noqa: PLW0603 - of the whole process
+    before = specialization()
+    if when is not None and when not in _WHEN:
+        raise ValueError(f"when must be one of {', '.join(map(repr, _WHEN))}, or None, got {when!r}")
+    _said = when
+    return before
+
+
+def specialization() -> str:
+    """Return when layouts get kernels of their own: as `specialize` says, or else ``NA_COMPILER_SPECIALIZE``.
+
+    Raises
+    ------
+    ValueError
+        If the variable is none of the words.
+    """
+    if _said is not None:
+        return _said
+    named = os.environ.get("NA_COMPILER_SPECIALIZE", "") or FEW
+    if named not in _WHEN:
+        raise ValueError(f"NA_COMPILER_SPECIALIZE must be one of {', '.join(_WHEN)}, got {named!r}")
+    return named
 
 
 class MissingKernelError(RuntimeError):
@@ -106,7 +180,8 @@ def command_for(problem: Problem, direction: str, target: str, bundle: str = "BU
     def times(values: tuple[int, ...]) -> str:
         return "x".join(map(str, values))
 
-    words = ["na-compile problem", f"--layout {times(problem.layout)}", f"--heads {problem.heads}"]
+    layout = "x".join(["any"] * problem.rank) if problem.is_open else times(problem.layout)
+    words = ["na-compile problem", f"--layout {layout}", f"--heads {problem.heads}"]
     words += [f"--head-dim {problem.head_dim}", f"--kernel-size {times(problem.kernel_size)}"]
     if problem.heads_kv != problem.heads:
         words.append(f"--heads-kv {problem.heads_kv}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from na_compiler.compiler import tuned
+from na_compiler.compiler import serving, tuned
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.operands import check_direction
 from na_compiler.problem import Problem
@@ -107,7 +107,7 @@ def tune(
     Raises
     ------
     ValueError
-        If the target does not run here, or a number is out of its limits.
+        If the target does not run here, the problem's layout is open, or a number is out of its limits.
     NotImplementedError
         If no family takes the problem.
     RuntimeError
@@ -126,6 +126,8 @@ def tune(
     >>> tuning.record.config  # doctest: +SKIP
     """
     check_direction(direction)
+    if problem.is_open:
+        raise ValueError(f"problem must have a layout to be timed, got {problem}; problem.replace(layout=...) has one")
     limits = {"batch": (batch, 1, 1 << 20), "count": (count, 1, MOST_CONTENDERS), "seconds": (seconds, 0.01, 86400)}
     for name, (given, least, most) in limits.items():
         if not least <= given <= most:
@@ -153,6 +155,7 @@ def tune(
     )  # fmt: skip
     file = tuned.store(record)
     # Calls of this process look their kernels up anew.
+    serving.forget(problem, direction, machine)
     operators = sys.modules.get("na_compiler.ops.kernels")
     if operators is not None:
         operators.forget()
