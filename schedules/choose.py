@@ -103,6 +103,8 @@ def candidates(problem: Problem, target: Target, direction: str, count: int = 8)
 def choose_rounded(problem: Problem, target: Target, direction: str) -> Config | None:
     """Return a config whose products round float32 to TF32, which is never chosen unasked; ``None`` without one."""
     for family in map(_load, FAMILIES):
+        if problem.is_open and family.refusal_of_open(problem, direction) is not None:
+            continue
         borders = set(map(border_kind, problem.border))
         if family.is_for(target) and set(problem.operands) <= family.operands and borders <= family.borders:
             config = family.rounded(problem, target, direction)

@@ -64,28 +64,40 @@ def run(capsys, *arguments, status=0):
 def test_compiles_a_program(program, tmp_path, capsys):
     said = run(capsys, program, "-o", tmp_path / "kernels", "--target", "llvm", "--target", "llvm:x86-64", "--training")
     assert "3 neighborhood attentions" in said
-    assert "8 kernels" in said
+    assert "16 kernels" in said
     near, far = Problem((9, 10), 2, 8, 3), Problem((9, 10), 2, 8, 3, dilation=2)
+    # The layout is dynamic: beside that of the example there is a kernel for every other one.
+    every = [near, far, near.opened(), far.opened()]
     assert {(info.problem, info.direction) for info in load_bundle(tmp_path / "kernels")} == {
-        (problem, direction) for problem in (near, far) for direction in ("forward", "backward")
+        (problem, direction) for problem in every for direction in ("forward", "backward")
     }
     again = json.loads(run(capsys, program, "-o", tmp_path / "kernels", "--json"))
-    assert (again["compiled"], again["cached"]) == (0, 2)
+    assert (again["compiled"], again["cached"]) == (0, 4)
     said = run(capsys, "inspect", tmp_path / "kernels")
-    assert "2 kernels" in said
+    assert "4 kernels" in said
+    assert "layout=any" in said
     listed = json.loads(run(capsys, "inspect", tmp_path / "kernels", "--json"))
-    assert [Problem.from_dict(kernel["problem"]) for kernel in listed["kernels"]] == [near, far]
+    assert [Problem.from_dict(kernel["problem"]) for kernel in listed["kernels"]] == every
 
 
 def test_several_resolutions_and_the_table(program, capsys):
     shapes = ["--shape", "image=1x12x10x16", "--shape", "image=4x20x10x16"]
     said = run(capsys, program, *shapes, "--dry-run")
-    for part in ("4 problems, 4 kernels", "layout=12x10", "layout=20x10", "2x: layers.0, layers.2", "%", "tile="):
+    for part in (
+        "6 problems, 6 kernels",
+        "layout=any",
+        "layout=12x10",
+        "layout=20x10",
+        "2x: layers.0, layers.2",
+        "%",
+        "tile=",
+    ):
         assert part in said
     rows = json.loads(run(capsys, program, *shapes, "--dry-run", "--json"))["kernels"]
-    assert [row["count"] for row in rows] == [2, 1, 2, 1]
+    assert [row["count"] for row in rows] == [2, 1, 2, 1, 4, 2]
     assert rows[2]["flops"] == Problem((20, 10), 2, 8, 3).flops(4)
-    assert all(0 <= row["wasted"] < 1 and row["dynamic"] == ["batch", "layout[0]"] for row in rows)
+    assert all(0 <= row["wasted"] < 1 and row["dynamic"] == ["batch", "layout[0]"] for row in rows[:4])
+    assert all(row["wasted"] is row["flops"] is None for row in rows[4:]), "of no layout there are none"
 
 
 def test_compiles_what_a_function_returns(tmp_path, capsys):
@@ -101,8 +113,11 @@ def test_compiles_an_onnx_model(tmp_path, capsys):
     dims = {0: Dim("B", min=1, max=64), 1: Dim("X", min=6, max=64)}
     na_compiler.onnx.export(Encoder(), (torch.randn(2, 9, 10, 16),), path, dynamic_shapes=(dims,))
     run(capsys, path, "-o", tmp_path / "kernels", "--shape", "image=1x9x10x16")
-    assert len(load_bundle(tmp_path / "kernels")) == 2
-    assert "--shape" in run(capsys, path, "-o", tmp_path / "kernels", status=1)
+    assert len(load_bundle(tmp_path / "kernels")) == 4
+    # Nobody said a layout: there is one kernel for all, where the target has such.
+    run(capsys, path, "-o", tmp_path / "kernels")
+    assert [info.problem.is_open for info in load_bundle(tmp_path / "kernels")] == [True, True]
+    assert "--shape" in run(capsys, path, "-o", tmp_path / "kernels", "--target", "cuda:sm_80", status=1)
 
 
 def test_products_round_where_that_is_asked_for(capsys):

@@ -60,12 +60,13 @@ CPU_SUITE = (
 def add_parser(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser("bench", help="time this package against torch's attention")
-    suites = ["cpu", "hopper", "small", "onnx", "aot"]
+    suites = ["cpu", "sizes", "hopper", "small", "onnx", "aot"]
     parser.add_argument("--suite", choices=suites, default="cpu", help="which problems (default: cpu)")
     parser.add_argument("--threads", type=int, default=2, help="threads of everything that is timed (default: 2)")
     parser.add_argument(
         "--seconds", type=float, default=_SECONDS, help=f"time for each table row (default: {_SECONDS})"
     )
+    parser.add_argument("--sizes", type=int, default=200, metavar="N", help="sizes: how many images (default: 200)")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a competitor to leave out")
     parser.add_argument(
         "--goals", action="store_true", help="beside the figures, what this project asks of itself on its own machines"
@@ -96,6 +97,11 @@ def _run(options: argparse.Namespace) -> None:
         return
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.suite == "sizes":
+        from na_compiler.cli import bench_sizes  # noqa: PLC0415
+
+        bench_sizes.run(options)
+        return
     if options.suite == "aot":
         from na_compiler.cli import bench_aot  # noqa: PLC0415
 

@@ -74,8 +74,15 @@ def masked_sdpa_backward(inputs: Inputs, grad: Tensor) -> Callable[[], tuple[Ten
     return run
 
 
-def flex_attention(inputs: Inputs) -> Callable[[], Tensor]:
+def flex_attention(inputs: Inputs, compiled: Callable[..., Tensor] | None = None) -> Callable[[], Tensor]:
     """Torch's compiled FlexAttention with the neighborhood as a block mask.
+
+    Parameters
+    ----------
+    inputs
+        Of the problem.
+    compiled
+        What torch made of it, for several problems. Default: compiled for this one.
 
     Raises
     ------
@@ -101,8 +108,8 @@ def flex_attention(inputs: Inputs) -> Callable[[], Tensor]:
 
     query, key, value = inputs.heads_first()
     blocks = flex.create_block_mask(sees, None, None, problem.tokens, problem.tokens, device="cpu")
-    compiled = torch.compile(flex.flex_attention)
-    return lambda: inputs.heads_last(compiled(query, key, value, block_mask=blocks))
+    attend = torch.compile(flex.flex_attention) if compiled is None else compiled
+    return lambda: inputs.heads_last(attend(query, key, value, block_mask=blocks))
 
 
 def gather(inputs: Inputs) -> Callable[[], Tensor]:

@@ -12,6 +12,7 @@ from na_compiler import operands
 from na_compiler.cli.output import Commands, add_json, counted, print_json, print_line
 from na_compiler.cli.table import print_rows, rows
 from na_compiler.compiler.bundle import check_place, save_bundle
+from na_compiler.compiler.spec import KernelSpec
 from na_compiler.parameters import DTYPES
 from na_compiler.passes.progress import progress_bar
 from na_compiler.passes.sites import Site, Sites
@@ -48,7 +49,8 @@ def add_parser(commands: Commands) -> None:
         "--shape",
         action="append",
         metavar="NAME=AxBxC[,NAME=...]",
-        help="shapes of a file's inputs, where they are dynamic; again for another resolution",
+        help="shapes of a file's inputs, where they are dynamic: kernels of their own beside the one for every layout; "
+        "again for another resolution",
     )
     parser.add_argument(
         "--whole",
@@ -70,7 +72,10 @@ def add_problem_parser(commands: Commands) -> None:
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a problem; see `problem_of`."""
     each: dict[str, Any] = {"type": extents, "metavar": "AxB"}
-    parser.add_argument("--layout", required=True, help="tokens on each axis, e.g. 56x56", **each)
+    parser.add_argument(
+        "--layout", required=True, type=_layout, metavar="AxB",
+        help="tokens on each axis, e.g. 56x56; or anyxany: a kernel for every layout",
+    )  # fmt: skip
     parser.add_argument("--heads", type=int, required=True, help="query heads")
     parser.add_argument("--head-dim", type=int, required=True, help="length of a query and a key")
     parser.add_argument("--kernel-size", required=True, help="window on each axis; one number is for all", **each)
@@ -124,7 +129,11 @@ def _run_model(options: argparse.Namespace) -> None:
     sites = sites_of(options.model, shapes)
     if not sites:
         raise ValueError(f"{options.model} has no neighborhood attention in it; nothing to compile")
-    unknown = sites.unknown()
+    targets = options.target or ["llvm"]
+    open_specs = sites.open_specs(targets, training=options.training, tangents=options.tangents)
+    # On every target: one that has no open kernels gets nothing for a layout that nobody said.
+    served = set.intersection(*({spec.problem for spec in sites.open_specs([target])} for target in targets))
+    unknown = [site for site in sites.unknown() if site.open_problem not in served]
     if unknown:
         site = unknown[0]
         dynamic = " and ".join(site.dynamic) or "layout"
@@ -132,7 +141,7 @@ def _run_model(options: argparse.Namespace) -> None:
             f"{site.layer} has a dynamic {dynamic}, and kernels are compiled for one layout; say "
             f"which with --shape, e.g. --shape INPUT=1x3x224x224"
         )
-    _compile(options, sites, f"{counted(len(sites), 'neighborhood attention')} in {options.model}", started)
+    _compile(options, sites, open_specs, f"{counted(len(sites), 'neighborhood attention')} in {options.model}", started)
 
 
 def _compile_whole(options: argparse.Namespace, started: float) -> None:
@@ -163,7 +172,7 @@ def _run_problem(options: argparse.Namespace) -> None:
     _check_output(options)
     problem = problem_of(options)
     sites = Sites([Site("", "command line", "na_compiler", "forward", problem, (), 1)])
-    _compile(options, sites, str(problem), started)
+    _compile(options, sites, [], str(problem), started)
 
 
 def problem_of(options: argparse.Namespace) -> Problem:
@@ -197,10 +206,11 @@ def _check_output(options: argparse.Namespace) -> None:
         check_place(Path(options.output))
 
 
-def _compile(options: argparse.Namespace, sites: Sites, title: str, started: float) -> None:
+def _compile(options: argparse.Namespace, sites: Sites, further: list[KernelSpec], title: str, started: float) -> None:
     specs = sites.specs(
         options.target or ["llvm"], training=options.training, tangents=options.tangents, tf32=options.tf32
     )
+    specs += [spec for spec in further if spec not in specs]
     data = rows(sites, specs)
     report: dict[str, Any] = {"kernels": data, "bundle": None}
     if options.dry_run:
@@ -208,7 +218,8 @@ def _compile(options: argparse.Namespace, sites: Sites, title: str, started: flo
         if options.json:
             print_json(report)
         else:
-            problems, kernels = counted(len(sites.problems()), "problem"), counted(len(specs), "kernel")
+            problems = counted(len({spec.problem for spec in specs}), "problem")
+            kernels = counted(len(specs), "kernel")
             print_rows(data, f"{title}: {problems}, {kernels}")
         return
     with progress_bar(len(set(specs))) as progress:
@@ -233,6 +244,12 @@ def extents(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.replace(",", "x").split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers such as 56x56, got {text!r}") from None
+
+
+def _layout(text: str) -> tuple[int | None, ...]:
+    """Read numbers such as ``56x56``, or ``anyxany`` of an open layout."""
+    parts = text.replace(",", "x").split("x")
+    return (None,) * len(parts) if set(parts) == {"any"} else extents(text)
 
 
 def _flags(text: str) -> tuple[bool, ...]:

@@ -17,11 +17,15 @@ __all__ = ["print_rows", "rows"]
 def rows(sites: Sites, specs: Iterable[KernelSpec]) -> list[dict[str, Any]]:
     """Return a row of plain data for each kernel."""
     where = sites.problems()
+    for site in sites:
+        if site.open_problem is not None:
+            where.setdefault(site.open_problem, []).append(site)
     made = []
     for spec in specs:
         at = where.get(spec.problem, [])
         batch = max((site.batch or 1 for site in at), default=1)
-        flops = spec.problem.flops(batch, direction=spec.direction)
+        # An open layout has no number of tokens.
+        flops = None if spec.problem.is_open else spec.problem.flops(batch, direction=spec.direction)
         made.append(
             {
                 "problem": spec.problem.to_dict(),
@@ -61,7 +65,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         used,
         f"{row['direction']}{' in TF32' if row['tf32'] else ''}, {row['target']}",
         f"{row['schedule']}: {config}",
-        f"{row['flops'] / 1e6:.1f}",
+        "" if row["flops"] is None else f"{row['flops'] / 1e6:.1f}",
         "" if row["wasted"] is None else f"{100 * row['wasted']:.0f}%",
         "yes" if row["cached"] else "no",
     )
@@ -82,5 +86,7 @@ def _config(config: object) -> dict[str, Any]:
 
 def _wasted(spec: KernelSpec) -> float | None:
     """Return the part of the pairs that a kernel computes which no window needs; ``None`` where it is not counted."""
+    if spec.problem.is_open:
+        return None
     visited = spec.config.visited_pairs(spec.problem)
     return None if visited is None else 1 - spec.problem.pairs() / visited

@@ -17,6 +17,7 @@ from na_compiler.borders import borders_per_axis
 from na_compiler.operands import PARAMETERS, SAME, Operand
 from na_compiler.parameters import shown
 from na_compiler.problem import Problem
+from na_compiler.window import SHIFT
 
 __all__ = [
     "ATTRIBUTES",
@@ -106,10 +107,30 @@ class Signature:
         ValueError
             If attributes and inputs do not fit each other, whatever the sizes are that are not known.
         """
+        problem = self._completed()
+        required = self.shapes[:_REQUIRED]
+        return problem if all(shape is not None and None not in shape[1:] for shape in required) else None
+
+    def open_problem(self) -> Problem | None:
+        """Return the problem with an open layout, where the layout is not known and all else is; or else ``None``.
+
+        Raises
+        ------
+        ValueError
+            As `problem`.
+        """
+        problem = self._completed()
+        required = [shape or (None,) for shape in self.shapes[:_REQUIRED]]
+        if all(None not in shape[1:-2] for shape in required) or any(None in shape[-2:] for shape in required):
+            return None
+        # Of a layout that stands for all, other borders may be the same as "shift"; of all layouts they are not.
+        is_shifted = set(borders_per_axis(self._words()["border"], self.rank)) == {SHIFT}
+        return problem.opened() if is_shifted else None
+
+    def _completed(self) -> Problem:
+        """Return the problem with sizes that fit for those that are not known."""
         self._check_inputs()
         shapes = dict(zip(self.names, self.shapes, strict=True))
-        required = [shapes[name] for name in INPUTS[:_REQUIRED]]
-        known = all(shape is not None and None not in shape[1:] for shape in required)
         parameters = self._parameters()
         stand_ins = _complete(self.rank, shapes, parameters)
         dtype = next((dtype for dtype in self.dtypes if dtype is not None), "float32")
@@ -127,7 +148,7 @@ class Signature:
         # An input of additional keys without a single one.
         if problem.additional_kv and stand_ins["additional_keys"][1] == 0:
             problem = problem.replace(additional_kv=False)
-        return problem if known else None
+        return problem
 
     def _words(self) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -61,13 +61,19 @@ def _sites(model: ir.Model, inferred: ir.Model) -> list[Site]:
             problem = signature.problem()
         except ValueError as error:
             raise ValueError(f"{layer}: {error}") from error
-        original = node_signature(node).shapes
+        unknown = node_signature(node)
+        original = unknown.shapes
         batch = (signature.shapes[0] or (None,))[0]
         operator = f"{node.domain}::{node.op_type}"
         # Nodes need no names, and may share one; values have names, and share none.
         name = name_of(node) if name_of(node) not in seen else node.outputs[0].name or ""
         seen.add(name)
-        sites.append(Site(name, layer, operator, "forward", problem, _dynamic(original), batch, graph=path))
+        sites.append(
+            Site(
+                name, layer, operator, "forward", problem, _dynamic(original), batch, graph=path,
+                open_problem=unknown.open_problem(),
+            )
+        )  # fmt: skip
     return sites
 
 

@@ -11,10 +11,12 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from na_compiler import operands
+from na_compiler.borders import borders_per_axis
 from na_compiler.checks import given_options
 from na_compiler.passes.graph import Attention, attentions, graph_module, layer_of, tensor_of
 from na_compiler.passes.sites import Site, Sites
 from na_compiler.problem import Problem
+from na_compiler.window import SHIFT
 
 if TYPE_CHECKING:
     import sympy
@@ -99,7 +101,10 @@ def site_of(found: Attention, symbols: dict[sympy.Symbol, int] | None = None) ->
         problem = _problem(found, parameters, layer, layout, *shapes)
     device = getattr(tensor_of(found.arguments["query"]), "device", None)
     kind = "cpu" if device is None else device.type
-    where = (tuple(dynamic), known[0], kind, found.graph)
+    # Of the layout of the example, other borders may be the same as "shift"; of all layouts they are not.
+    is_shifted = set(borders_per_axis(found.arguments["border"], found.rank)) == {SHIFT}
+    is_open = is_shifted and any(name.startswith("layout") for name in dynamic)
+    where = (tuple(dynamic), known[0], kind, found.graph, problem.opened() if problem is not None and is_open else None)
     return Site(found.node.name, layer, found.operator, found.direction, problem, *where)
 
 

@@ -59,10 +59,10 @@ def remembered(path: str, shapes: Sequence[Mapping[str, Sequence[int]]] | None, 
 
 def _site(data: dict[str, object]) -> Site:
     problem = data.pop("problem")
-    dynamic = data.pop("dynamic")
+    dynamic, opened = data.pop("dynamic"), data.pop("open_problem")
     assert isinstance(dynamic, list)
-    made = None if problem is None else Problem.from_dict(problem)  # type: ignore[arg-type]
-    return Site(problem=made, dynamic=tuple(dynamic), **data)  # type: ignore[arg-type]
+    made, made_open = (None if one is None else Problem.from_dict(one) for one in (problem, opened))  # type: ignore[arg-type]
+    return Site(problem=made, dynamic=tuple(dynamic), open_problem=made_open, **data)  # type: ignore[arg-type]
 
 
 def _write(path: Path, text: str) -> None:

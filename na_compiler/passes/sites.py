@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
+from na_compiler.schedules.choose import takes
 from na_compiler.target import Target
 
 __all__ = ["Site", "Sites"]
@@ -39,6 +40,9 @@ class Site:
     graph
         Which graph the node is in, as nodes of different graphs may have one name: ``""`` for the model's own, or else
         the path of a branch, a loop's body or a function.
+    open_problem
+        What it computes with an open layout, where the layout is dynamic; ``None`` where it is not, or more than that
+        is not known.
     """
 
     node: str
@@ -50,6 +54,7 @@ class Site:
     batch: int | None = None
     device: str = "cpu"
     graph: str = ""
+    open_problem: Problem | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -119,6 +124,17 @@ class Sites(tuple[Site, ...]):
             KernelSpec.make(problem, target, direction, rounds=tf32)
             for target in parsed for problem, direction in wanted
         ]  # fmt: skip
+
+    def open_specs(
+        self, targets: Iterable[str | Target] = ("llvm",), *, training: bool = False, tangents: bool = False
+    ) -> list[KernelSpec]:
+        """Return the kernels for open layouts that serve the sites whose layouts are dynamic, whatever these are.
+
+        Only those that there are for a target; parameters are those of `specs`.
+        """
+        opened = Sites(replace(site, problem=site.open_problem) for site in self if site.open_problem is not None)
+        specs = opened.specs(targets, training=training, tangents=tangents)
+        return [spec for spec in specs if takes(spec.problem, spec.target, spec.direction)]
 
     def __add__(self, other: Iterable[Site]) -> Sites:  # type: ignore[override]
         return Sites((*self, *other))
