@@ -140,6 +140,20 @@ def test_one_head_of_keys_and_values_for_all_is_ours(seed):
     close(program.module()(*tensors), model(*tensors))
 
 
+def test_tokens_that_are_repeated_are_no_heads(seed):
+    class Masked(nn.Module):
+        def forward(self, query, key, value):
+            twice = [tensor.repeat_interleave(2, 2) for tensor in (key, value)]
+            mask = torch.from_numpy(axis_mask(20, 5))
+            return nn.functional.scaled_dot_product_attention(query, *twice, attn_mask=mask)
+
+    tensors = heads_first(LIKE, (2, 4, 10, 8), (2, 4, 10, 8))
+    program = torch.export.export(Masked(), tensors)
+    assert passes.canonicalise(program) >= 1
+    assert [site.problem for site in passes.collect(program)] == [Problem(20, 4, 8, 5)]
+    close(program.module()(*tensors), Masked()(*tensors))
+
+
 def test_masks_that_are_random_or_written_are_no_constants(seed):
     band = torch.from_numpy(axis_mask(20, 5))
 
