@@ -387,19 +387,21 @@ def test_passes_find_the_windows_of_compiled_models(seed, calls):
     assert found == [(WINDOW,)] * 2
 
 
-def test_exported_models_of_any_length(seed):
+@pytest.mark.parametrize("batch", [None, "any"])
+def test_exported_models_of_any_length(batch, seed):
     """The mask is made of positions, which passes read; each length has its kernel."""
     from na_compiler import passes
 
     model = make("Mistral").model
     model.set_attn_implementation(NAME)
-    lengths = {"input_ids": {1: torch.export.Dim("length", max=512)}, "use_cache": None}
+    dims = {1: torch.export.Dim("length", max=512)} | ({0: torch.export.Dim("batch", max=8)} if batch else {})
+    lengths = {"input_ids": dims, "use_cache": None}
     program = torch.export.export(
         model, (), {"input_ids": tokens(70), "use_cache": False}, dynamic_shapes=lengths, strict=False
     )
     passes.canonicalise(program)
-    assert [site.dynamic for site in passes.collect(program)] == [("layout[0]",)] * 2
-    ids = tokens(90)
+    assert [site.dynamic for site in passes.collect(program)] == [(*(["batch"] if batch else []), "layout[0]")] * 2
+    ids = tokens(90, batch=3 if batch else 2)
     with torch.no_grad():
         close(program.module()(input_ids=ids, use_cache=False)[0], model(ids, use_cache=False)[0])
 

@@ -167,7 +167,11 @@ def _neighborhood(constants: Constants, mask: fx.Node, at: fx.Node, known: Known
     while _is_expand(mask) and not all(isinstance(size, int) for size in tensor_of(mask).shape):
         # For a batch of any size: what is expanded is the same for all of it.
         mask = mask.args[0]  # type: ignore[assignment]
-    return _recognized(constants, mask, at, known, constants.value)
+
+    def value(mask: fx.Node, at: fx.Node) -> torch.Tensor:
+        return corner(constants, mask, at, None)
+
+    return _recognized(constants, mask, at, known, value)
 
 
 def _recognized(
