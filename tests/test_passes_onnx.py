@@ -222,25 +222,37 @@ BORDERS = {
 }
 
 
+@pytest.mark.parametrize("has_bodies", [False, True])
 @pytest.mark.parametrize("kind", BORDERS)
-def test_windows_with_another_border_need_the_library(kind, seed):
-    """Bodies do not compute it: the nodes are ours where nobody asks for bodies."""
+def test_windows_with_another_border(kind, has_bodies, seed):
     model, (size, border) = BORDERS[kind]
-    count, loaded = canonical(model, bodies=False)
+    count, loaded = canonical(model, bodies=has_bodies)
     assert count == 1
     assert [site.problem for site in passes.collect(loaded)] == [Problem(20, 4, 8, size, border=border)]
-    check_same(model, loaded, seed, has_bodies=False)
+    check_same(model, loaded, seed, has_bodies=has_bodies)
+
+
+def test_bodies_have_the_border_of_what_comes_first(seed, caplog):
+    """One function computes all nodes of an operator."""
+    model, first = attention([LIKE] * 3, mask=BAND), cut_off(3, 3)
+    for tensor in first.graph.initializer:
+        tensor.name = f"more_{tensor.name}"
+    first.graph.node[0].output[0] = "more"
+    model.graph.node.extend(first.graph.node)
+    model.graph.output.append(helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, None))
+    with caplog.at_level("INFO", "na_compiler"):
+        count, loaded = canonical(model)
+    assert count == 1
+    assert "bodies compute one border for all nodes of NA1D, which is shift, and it has cut: bodies=Fals" in caplog.text
+    count, _ = canonical(ir.serde.serialize_model(loaded), bodies=True)
+    assert count == 0, "also where nodes are there already"
+    assert canonical(model, bodies=False)[0] == 2
 
 
 DOUBLE = onnx.TensorProto.DOUBLE
 NOT_OURS = {
     "a window without an end": (attention([LIKE] * 3, {"left_window_size": 2}), "hides nothing but what came before"),
     "a window without a beginning": (attention([LIKE] * 3, {"right_window_size": 2}), "hides nothing but what comes"),
-    "a window that is cut off": (
-        attention([LIKE] * 3, {"left_window_size": 2, "right_window_size": 2}),
-        "bodies=False would do",
-    ),
-    "a mask that wraps": (attention([LIKE] * 3, mask=axis_mask(20, 5, border="wrap")), "it has wrap"),
     "a window larger than all": (attention([LIKE] * 3, {"left_window_size": 19, "is_causal": 1}), "hides nothing"),
     "an attribute nobody knows": (attention([LIKE] * 3, {"sink": 1}, mask=BAND), "not known here: sink"),
     "a soft cap": (attention([LIKE] * 3, {"softcap": 2.0}, mask=BAND), "soft cap"),

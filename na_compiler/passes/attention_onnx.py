@@ -95,7 +95,9 @@ class MaskedAttention:
         if self.mask is None:
             need(0 <= self.left < self.tokens - 1, "its window hides nothing but what comes later")
             need(self.right >= 0, "its window hides nothing but what came before")
-            size, border = self.left + self.right + 1, f"{CUT}:{self.left}" if self.right else SHIFT
+            size, border = self.left + self.right + 1, SHIFT
+            if self.right:
+                border = CUT if self.left == size // 2 else f"{CUT}:{self.left}"
             return Neighborhood((self.tokens,), (size,), (1,), (1,), (not self.right,), (border,))
         mask = _mask(self.mask, self.tokens)
         if self.right >= 0:

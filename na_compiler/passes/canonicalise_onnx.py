@@ -11,7 +11,7 @@ import onnx_ir as ir
 from na_compiler.borders import joined
 from na_compiler.onnx.bodies import MINIMUM_OPSET, add_bodies
 from na_compiler.onnx.names import FreshNames
-from na_compiler.onnx.nodes import check_version, name_of
+from na_compiler.onnx.nodes import check_version, name_of, node_signature
 from na_compiler.onnx.signature import DOMAIN, VERSION
 from na_compiler.passes.attention_onnx import MaskedAttention, match
 from na_compiler.passes.decline import DeclinedError, need
@@ -39,6 +39,10 @@ def canonicalise_onnx(model: ir.Model, *, bodies: bool = True) -> int:
     opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     names = FreshNames(model)
     known: dict[tuple[object, ...], Neighborhood | str] = {}
+    borders: dict[str, tuple[str, ...]] = {}
+    for node in model.graph.all_nodes():
+        if node.domain == DOMAIN:
+            borders.setdefault(node.op_type, node_signature(node).border())
     count = 0
     for node in list(model.graph.all_nodes()):
         try:
@@ -47,11 +51,8 @@ def canonicalise_onnx(model: ir.Model, *, bodies: bool = True) -> int:
                 continue
             need(not bodies or opset >= MINIMUM_OPSET, f"bodies need opset {MINIMUM_OPSET}, the model has {opset}")
             neighborhood = _neighborhood(found, known)
-            is_shifted = set(neighborhood.border) == {SHIFT}
-            need(
-                not bodies or is_shifted,
-                f"bodies have no border, and it has {joined(neighborhood.border)}: bodies=False would do",
-            )
+            if bodies:
+                _agree(borders, f"NA{len(neighborhood.layout)}D", neighborhood.border)
         except DeclinedError as why:
             _LOG.info("%s: attention with a mask or a window stays as it is: %s", name_of(node), why)
             continue
@@ -65,6 +66,16 @@ def canonicalise_onnx(model: ir.Model, *, bodies: bool = True) -> int:
             is_blocked = any(function.domain == DOMAIN and function.overload for function in model.functions.values())
             add_bodies(model, "blocked" if is_blocked else "generic")
     return count
+
+
+def _agree(borders: dict[str, tuple[str, ...]], operator: str, border: tuple[str, ...]) -> None:
+    """Decline a border of a node that gets a body where other nodes of its operator have another."""
+    first = borders.setdefault(operator, border)
+    need(
+        first == border,
+        f"bodies compute one border for all nodes of {operator}, which is {joined(first)}, and it has "
+        f"{joined(border)}: bodies=False would do",
+    )
 
 
 def _neighborhood(found: MaskedAttention, known: dict[tuple[object, ...], Neighborhood | str]) -> Neighborhood:
