@@ -21,6 +21,7 @@ __all__ = [
     "candidates",
     "choose",
     "choose_rounded",
+    "choose_steps",
     "contenders",
     "estimates",
     "family_of",
@@ -111,6 +112,18 @@ def choose_rounded(problem: Problem, target: Target, direction: str) -> Config |
             if config is not None:
                 return config
     return None
+
+
+def choose_steps(problem: Problem, target: Target, direction: str) -> Config | None:
+    """Return the config for calls of a few queries, with an open layout; ``None`` where it is the one of all calls.
+
+    Raises
+    ------
+    NotImplementedError
+        If no family takes the problem; says why.
+    """
+    family, _ = _best(problem, target, direction)
+    return family.choose_steps(problem, target, direction)
 
 
 def contenders(problem: Problem, target: Target, direction: str, count: int = 8) -> tuple[Config, ...]:

@@ -126,6 +126,13 @@ class Family(ABC):
         """
         return None
 
+    def choose_steps(self, problem: Problem, target: Target, direction: str) -> Config | None:  # noqa: ARG002
+        """Return the config for calls of a few queries, steps of a stream, with a problem whose layout is open.
+
+        ``None`` where it is the one of all calls.
+        """
+        return None
+
     def candidates(
         self,
         problem: Problem,  # noqa: ARG002

@@ -41,7 +41,7 @@ def attend(problem, query, key, value, scale):
     return output.transpose(1, 2).reshape(value.shape), lse.transpose(1, 2).reshape(value.shape[:-1])
 
 
-def find_kernel(problem, direction, machine, *, rounds=False):
+def find_kernel(problem, direction, machine, *, rounds=False, steps=False):
     """Return what a family would have compiled: attention, whose output is multiplied by a number a head."""
     info = KernelInfo(problem, direction, "llvm")
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from oracle import check
 
+import na_compiler
 from na_compiler import Place, Problem, na1d, na2d, na3d
+from na_compiler.compiler import serving
 from na_compiler.counting import keys_needed
 from na_compiler.reference import neighborhood_attention
 
@@ -77,6 +79,29 @@ def test_steps_of_a_stream_are_the_whole(kernel_size, stride, dilation, seed):
         )
         check("output", step, expected[:, first : first + count], "float32")
         first += count
+
+
+def test_a_stream_with_and_without_a_kernel_for_steps(monkeypatch, seed):
+    """Forward and backward: up to 16 queries by one, more by the other."""
+    problem = Problem(60, 2, 16, 11, is_causal=True)
+    query, key, value = torch.randn(3, 1, 60, 2, 16)
+    exact = [tensor.double().requires_grad_() for tensor in (query, key, value)]
+    expected, _ = neighborhood_attention(*exact, 11, is_causal=True)
+    steps, find = [], serving.find_kernel
+    monkeypatch.setattr(serving, "find_kernel", lambda *a, **named: steps.append(named["steps"]) or find(*a, **named))
+    monkeypatch.setattr(na_compiler.ops.kernels, "_kernels", {})
+    for first, count in ((20, 16), (36, 17)):
+        low, high = keys_needed(problem.tokens, first, count, 11, is_causal=True)
+        held, asked = slice(low, high), slice(first, first + count)
+        inputs = [one.clone().requires_grad_() for one in (query[:, asked], key[:, held], value[:, held])]
+        output = na1d(*inputs, 11, is_causal=True, place=Place(60, first, low))
+        check("output", output.detach(), expected[:, asked].detach(), "float32")
+        grad = torch.randn(output.shape)
+        wanted = torch.autograd.grad(expected[:, asked], exact, grad.double(), retain_graph=True)
+        slices = (asked, held, held)
+        for found, gradient, one in zip(torch.autograd.grad(output, inputs, grad), wanted, slices, strict=True):
+            check("gradient", found, gradient[:, one], "float32")
+    assert steps == [True, True, False, False]
 
 
 def test_places_of_tensors_of_one_size(seed):

@@ -14,6 +14,7 @@ from na_compiler.compiler.kernels import cached_entry
 from na_compiler.compiler.serving import find_kernel
 from na_compiler.reference import neighborhood_attention
 from na_compiler.runtime import bundle as bundles
+from na_compiler.target import Target
 
 # A rule that no other test has: what is cached of it is known here.
 RULE = Problem((None, None), 2, 6, (3, 4), stride=(1, 3), dilation=(2, 1))
@@ -69,6 +70,20 @@ def test_what_serves_a_layout_does_not_change_within_a_process(fresh):
         assert find_kernel(layout(9, 9), "forward").problem == RULE
     serving._served.clear()  # As in another process.
     assert find_kernel(layout(9, 9), "forward").problem == layout(9, 9)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_steps_have_a_kernel_of_their_own(fresh, direction):
+    every = find_kernel(RULE, direction)
+    with compiling(False):
+        assert find_kernel(RULE, direction, steps=True) is every, "serves them as well"
+    few = find_kernel(RULE, direction, steps=True)
+    assert few is not every
+    assert few.problem == RULE
+    with compiling(False):
+        assert find_kernel(RULE, direction, steps=True) is few
+    config = KernelSpec.of_steps(RULE, Target.parse("llvm"), direction).config
+    assert config.tiling.strip == (1, 1, 1)
 
 
 def test_by_default_the_first_layouts_get_kernels_of_their_own(fresh):

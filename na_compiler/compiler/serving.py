@@ -26,12 +26,15 @@ from na_compiler.runtime.kernel import Kernel
 from na_compiler.schedules.choose import takes
 from na_compiler.target import Target
 
-__all__ = ["OFTEN", "find_kernel", "forget", "met_often"]
+__all__ = ["OFTEN", "STEP", "find_kernel", "forget", "met_often"]
 
 _LOG = logging.getLogger("na_compiler")
 # Calls of one layout after which it gets a kernel of its own, in the background. Assumed: what is called so often in a
 # process is called in the next one as well; a validation set of images of all sizes never gets there.
 OFTEN = 20
+# Queries of a call, along all axes, that make it a step of a stream. Those of a tile of AVX-512: with more of them the
+# kernel of all calls is no slower.
+STEP = 16
 # Layouts of a rule that get kernels of their own by default. An open kernel takes up to 1.1 times as long at most
 # sizes, and one of its own up to a second to compile. Assumed: programs that know their sizes have no more of one rule.
 _MOST_OWN = 4
@@ -50,7 +53,9 @@ _queue: list[KernelSpec] = []
 _lock = threading.Lock()
 
 
-def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm", *, rounds: bool = False) -> Kernel:
+def find_kernel(
+    problem: Problem, direction: str, machine: str | Target = "llvm", *, rounds: bool = False, steps: bool = False
+) -> Kernel:
     """Return the kernel that serves a problem on a device of this machine; its problem may be the one that is open.
 
     Parameters
@@ -60,6 +65,8 @@ def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm"
     rounds
         Whether products of float32 may round to TF32. Kernels of bundles do what they were compiled for, and come
         first all the same: there may be nothing else to compile with.
+    steps
+        Of an open layout, whether calls have no more than `STEP` queries. There may be a kernel for such calls.
 
     Raises
     ------
@@ -75,7 +82,8 @@ def find_kernel(problem: Problem, direction: str, machine: str | Target = "llvm"
         return compile_spec(rounded)
     spec = KernelSpec.make(problem, machine, direction)
     if problem.is_open:
-        return compile_spec(spec)
+        step = KernelSpec.of_steps(problem, machine, direction) if steps else spec
+        return compile_spec(step if is_compiling_allowed() or cached_entry(step) is not None else spec)
     served, layout = _served_of(spec), problem.layout
     is_there = layout not in served.opened and (is_loaded(spec) or cached_entry(spec) is not None)
     opened = None if is_there else _open_kernel(spec, served)

@@ -17,7 +17,7 @@ from na_compiler.compiler.toolkit import nvcc_version
 from na_compiler.operands import check_direction
 from na_compiler.problem import Problem
 from na_compiler.runtime.kernel import ABI, KernelInfo
-from na_compiler.schedules.choose import Choice, choose, choose_rounded, recorded
+from na_compiler.schedules.choose import Choice, choose, choose_rounded, choose_steps, recorded
 from na_compiler.schedules.shared.config import Config
 from na_compiler.target import Target
 
@@ -94,6 +94,18 @@ class KernelSpec:
         """
         config = choose_rounded(problem, target, direction)
         return None if config is None else cls(problem, direction, target, config)
+
+    @classmethod
+    def of_steps(cls, problem: Problem, target: Target, direction: str) -> KernelSpec:
+        """Return the spec of the kernel for calls of a few queries, with an open layout.
+
+        Raises
+        ------
+        NotImplementedError
+            If no family takes the problem; says why.
+        """
+        config = choose_steps(problem, target, direction)
+        return cls.make(problem, target, direction) if config is None else cls(problem, direction, target, config)
 
     @functools.cached_property
     def _choice(self) -> Choice:

@@ -202,14 +202,15 @@ def _kind(argument: Any) -> Any:
 
 
 def _look(signature: Signature, rank: int, arguments: tuple[Any, ...], is_one: bool) -> _Found:
-    from na_compiler.compiler.serving import find_kernel  # noqa: PLC0415
+    from na_compiler.compiler.serving import STEP, find_kernel  # noqa: PLC0415
 
     given = signature.by_name(arguments)
     query = given["query"]
     check_rank(rank, query)
     problem = problem_of(given)
-    wanted, rounds = problem if place_of(given) is None else problem.opened(), _may_round(signature, arguments)
-    kernel: Kernel = find_kernel(wanted, signature.direction, target_of(query.device), rounds=rounds)
+    wanted = problem if place_of(given) is None else problem.opened()
+    named = {"rounds": _may_round(signature, arguments), "steps": math.prod(query.shape[1:-2]) <= STEP}
+    kernel: Kernel = find_kernel(wanted, signature.direction, target_of(query.device), **named)
     taken = kernel.info.arguments
     known = checks.check_call(kernel.problem, taken, given)
     absent = [argument for argument in taken if GIVEN in argument.shape and given[argument.name] is None]

@@ -45,6 +45,10 @@ class _Cpu(Family):
         """Return the tiling that takes least cycles."""
         return planner.choose(problem, _machine(target), direction)
 
+    def choose_steps(self, problem: Problem, target: Target, direction: str) -> QueriesInLanes:
+        """Return the tiling of which one tile takes least cycles, with the keys that it needs."""
+        return planner.choose_steps(problem, _machine(target), direction)
+
     def candidates(self, problem: Problem, target: Target, direction: str, count: int) -> tuple[Candidate, ...]:
         """Return the best tilings."""
         return planner.candidates(problem, _machine(target), direction, count)

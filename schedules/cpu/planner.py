@@ -155,6 +155,16 @@ def choose(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes
     return min(_configs(problem, machine, direction), key=lambda config: _cycles(problem, machine, config, direction))
 
 
+def choose_steps(problem: Problem, machine: Machine, direction: str) -> QueriesInLanes:
+    """Return the config for an open problem of which calls have a few queries: a task of one tile takes least time."""
+
+    def cycles(config: QueriesInLanes) -> float:
+        plan = config.plan(problem)
+        return _cycles(problem, machine, config, direction) / (plan.size("strips") * plan.size("dilation"))
+
+    return min(_configs(problem, machine, direction, steps=True), key=cycles)
+
+
 def candidates(problem: Problem, machine: Machine, direction: str, count: int = 8) -> tuple[Candidate, ...]:
     """Return the best configs of a problem, the best first."""
     found = [_measure(problem, machine, config, direction) for config in _configs(problem, machine, direction)]
@@ -168,7 +178,7 @@ def _measure(problem: Problem, machine: Machine, config: QueriesInLanes, directi
     return Candidate(config, sum(terms.values()), waste, plan.tasks, terms)
 
 
-def _configs(problem: Problem, machine: Machine, direction: str) -> Iterator[QueriesInLanes]:
+def _configs(problem: Problem, machine: Machine, direction: str, *, steps: bool = False) -> Iterator[QueriesInLanes]:
     extents = (1,) * (AXES - problem.rank) + nominal(problem).layout
     tiles = [tile for lanes in machine.lanes for tile in _factorizations(lanes)]
 
@@ -179,7 +189,7 @@ def _configs(problem: Problem, machine: Machine, direction: str) -> Iterator[Que
     least = min(map(wasted, tiles))
     for tile in tiles:
         if wasted(tile) == least:
-            tiling = _of_tile(problem, machine, direction, tile)
+            tiling = _of_tile(problem, machine, direction, tile, steps=steps)
             for patch in _patches(tile, machine):
                 yield _with_patch(problem, machine, direction, tiling, patch)
 
@@ -198,14 +208,14 @@ def _patches(tile: Extents, machine: Machine) -> Iterator[Extents]:
             yield patch[0], patch[1], patch[2]
 
 
-def _of_tile(problem: Problem, machine: Machine, direction: str, tile: Extents) -> Tiling:
-    """Choose the rest of a tiling, given the tile: none of it depends on the patch."""
+def _of_tile(problem: Problem, machine: Machine, direction: str, tile: Extents, *, steps: bool) -> Tiling:
+    """Choose the rest of a tiling, given the tile: none of it depends on the patch. In steps a strip has one tile."""
     bare = Tiling(tile=tile, vector=machine.vector)
     box = TilingPlan.make(problem, bare).axes[-1].tile_box
     vectors = math.prod(tile) // machine.vector
     key_block = _block(box, max(_CHAINS // vectors, 1), machine.scores // vectors)
     tiling = replace(bare, key_block=(1, 1, key_block), additional_block=round_up(_ADDITIONAL_BLOCK, key_block))
-    tiling = _with_strip(problem, tiling, direction)
+    tiling = _with_strip(problem, tiling, direction, steps=steps)
     if direction == "backward":
         grad_block = _divisor(TilingPlan.make(problem, tiling).axes[-1].visited, _GRAD_BLOCK)
         additional_block = round_up(_ADDITIONAL_BLOCK, math.lcm(key_block, grad_block))
@@ -225,13 +235,13 @@ def _with_patch(problem: Problem, machine: Machine, direction: str, tiling: Tili
     return QueriesInLanes(tiling, machine.accumulators, row_block)
 
 
-def _with_strip(problem: Problem, tiling: Tiling, direction: str) -> Tiling:
+def _with_strip(problem: Problem, tiling: Tiling, direction: str, *, steps: bool) -> Tiling:
     """Choose how many tiles share staged keys, and whether these come in chunks.
 
     There may be thousands of strips: what they cost is computed side by side.
     """
     single = TilingPlan.make(problem, tiling)
-    counts = [_counts(axis.longest, axis.tile) for axis in single]
+    counts = [[1] if steps else _counts(axis.longest, axis.tile) for axis in single]
     choices = [[axis.with_tiles(count) for count in along] for axis, along in zip(single, counts, strict=True)]
 
     def grid(name: str) -> list[_Numbers]:
