@@ -12,6 +12,7 @@ import torch
 from border_problems import BIAS, MASK
 from border_problems import SMALL as BORDERS
 from oracle import check_forward, draw
+from place_draws import draw_layout
 from processes import run_python
 
 import na_compiler
@@ -126,6 +127,21 @@ def test_borders(library, tmp_path, seed):
         check_forward(example, *result[:2])
     for message, found in zip(refused.values(), results[-4:], strict=True):
         assert message in found
+
+
+def test_layouts_that_no_bundle_lists(library, tmp_path, seed):
+    """By a kernel for an open layout; what is smaller than a window is refused."""
+    rules = [problem.opened() for problem in PROBLEMS[:2]]
+    na_compiler.save_bundle(tmp_path / "bundle", [na_compiler.KernelSpec.make(problem) for problem in rules])
+    examples = [draw(draw_layout(problem), batch=2, scale=0.3) for problem in PROBLEMS[:2] for _ in range(4)]
+    small = draw(PROBLEMS[0], scale=0.3)
+    calls = [call(example.problem, example.inputs) for example in (*examples, small)]
+    calls[-1] = (calls[-1][0], *(tensor[:, :20] for tensor in small.inputs[:3]), *calls[-1][4:])
+    *results, refused = run(library, tmp_path / "bundle", calls, tmp_path)
+    for example, (output, lse, copies) in zip(examples, results, strict=True):
+        check_forward(example, output, lse)
+        assert copies == 0
+    assert "kernel_size * dilation must be at most the layout's 20 tokens on axis 0" in refused
 
 
 def test_tensors_that_a_kernel_cannot_read_are_copied(library, bundle, tmp_path, seed):

@@ -29,6 +29,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(na_compiler.compiler.kernels, "_kernels", {})
     monkeypatch.setattr(na_compiler.ops.kernels, "_kernels", {})
     monkeypatch.setattr(bundles, "_loaded", [])
+    specialize(None)
     yield
     specialize(None)
 
@@ -86,24 +87,26 @@ def test_steps_have_a_kernel_of_their_own(fresh, direction):
     assert config.tiling.strip == (1, 1, 1)
 
 
-def test_by_default_the_first_layouts_get_kernels_of_their_own(fresh):
-    na_compiler.compile(RULE)
-    sizes = [(9, 9), (9, 10), (7, 8), (11, 6), (12, 13), (6, 5)]
+def test_by_default_the_first_layouts_get_kernels_of_their_own(fresh, monkeypatch):
+    assert serving._MOST_OWN == 4
+    monkeypatch.setattr(serving, "_MOST_OWN", 2)
+    sizes = [(9, 9), (9, 10), (12, 13), (6, 5)]
     for _ in range(2):  # What serves a layout stays.
         for number, size in enumerate(sizes):
             problem = layout(*size)
-            assert find_kernel(problem, "forward").problem == (problem if number < 4 else RULE)
+            assert find_kernel(problem, "forward").problem == (problem if number < 2 else RULE)
     serving._served.clear()  # As in another process, which finds these in the cache: no more of them are compiled.
-    for size in sizes[:4]:
+    for size in sizes[:2]:
         assert find_kernel(layout(*size), "forward").problem == layout(*size)
     assert find_kernel(layout(20, 21), "forward").problem == RULE
     serving._served.clear()
     assert find_kernel(layout(12, 13), "forward").problem == layout(12, 13), "met first"
 
 
-def test_always_each_layout_gets_a_kernel_of_its_own(fresh):
+def test_always_each_layout_gets_a_kernel_of_its_own(fresh, monkeypatch):
+    monkeypatch.setattr(serving, "_MOST_OWN", 1)
     specialize("always")
-    sizes = [(9, 9), (9, 10), (7, 8), (11, 6), (12, 13)]
+    sizes = [(9, 9), (9, 10), (7, 8)]
     assert [find_kernel(layout(*size), "forward").problem.layout for size in sizes] == sizes
 
 
