@@ -19,6 +19,7 @@ def without_relative_links(text: str) -> str:
 
     def plain(match: re.Match) -> str:
         name, target = match[1], match[2]
+        target = target.partition("#")[0]
         return name if name.strip("`") == target else f"{name} (`{target}` in the source archive)"
 
     return re.sub(r"\[([^\]]+)\]\((?!https?://|#)([^)]+)\)", plain, text)

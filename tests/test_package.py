@@ -6,9 +6,10 @@ import sys
 import tarfile
 import venv
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,13 +42,29 @@ def wheel(tmp_path_factory):
     return made
 
 
+def sources():
+    """Return every file of the package in the working tree, by its name in a wheel."""
+    return {
+        f"{package}/{path.relative_to(ROOT / source)}": path
+        for source, package in (("na_compiler", "na_compiler"), ("schedules", "na_compiler/schedules"))
+        for path in (ROOT / source).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }  # fmt: skip
+
+
+def test_data_of_every_kind_is_named():
+    """Files that are no modules are in a wheel where a pattern says so: what one kind lacks, an installation lacks."""
+    patterns = read_configuration(ROOT / "pyproject.toml", expand=False)["tool"]["setuptools"]["package-data"]
+    named = [(package.replace(".", "/"), pattern) for package, found in patterns.items() for pattern in found]
+    data = {name: path for name, path in sources().items() if path.suffix != ".py"}
+    assert {"na_compiler/runtime/launcher.c", "na_compiler/compiler/libcudart.map"} <= data.keys()
+    for name in data:
+        assert any(PurePath(name).match(f"{package}/{pattern}") for package, pattern in named), name
+
+
 @pytest.mark.full
-def test_wheel_holds_every_module(wheel):
+def test_wheel_holds_every_file(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for source, package in (("na_compiler", "na_compiler"), ("schedules", "na_compiler/schedules")):
-        for path in (ROOT / source).rglob("*"):
-            if path.suffix in {".py", ".c", ".cc", ".h", ".typed"} and "__pycache__" not in path.parts:
-                assert f"{package}/{path.relative_to(ROOT / source)}" in names
+    assert sources().keys() <= names
     assert not any(name.startswith(("tests/", "examples/", "schedules/")) for name in names)
 
 
