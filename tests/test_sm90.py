@@ -17,12 +17,14 @@ from na_compiler.problem import Problem
 from na_compiler.schedules.choose import choose
 from na_compiler.schedules.shared import mask, softmax
 from na_compiler.schedules.sm90 import block, consumer, maps, plan, products
+from na_compiler.schedules.sm90 import softmax as patient
 from na_compiler.schedules.sm90.config import Sm90
 from na_compiler.schedules.sm90.planner import candidates
 from na_compiler.target import Target
 
 TARGET = Target.parse("cuda:sm_90a")
 _WIDE = Sm90((4, 16), (8, 16))
+_PATIENT = Sm90((64,), (64,), threshold=8)
 
 # Every parameter of a problem and of a config, by itself and mixed; head_dims with and without padding.
 CASES = {
@@ -47,9 +49,20 @@ CASES = {
     "skipped tiles": (Problem((40, 20), 1, 64, (5, 7), dtype="bfloat16"), Sm90((8, 8), (2, 16), stages=4)),
     "176 keys": (Problem((19, 37), 1, 64, (9, 7), dtype="bfloat16"), Sm90((4, 16), (11, 16))),
     "144 keys": (Problem((9, 8, 30), 1, 64, (4, 5, 9), dtype="bfloat16"), Sm90((2, 4, 8), (3, 2, 24))),
+    "patient": (Problem((19, 37), 2, 64, (7, 9), dtype="float16"), Sm90((4, 16), (4, 16), threshold=8)),
+    "patient additional": (Problem((16, 20), 2, 64, 7, additional_kv=True, dtype="bfloat16"),
+                           Sm90((4, 16), (8, 16), threshold=8)),
+    "patient, overlap": (Problem(300, 2, 64, 129, 8, dtype="float16"), Sm90((64,), (64,), overlap=True, threshold=8)),
     "no turns": (Problem((19, 20), 1, 64, 7, dtype="bfloat16"), Sm90((4, 16), (8, 16), pingpong=False, overlap=False)),
 }  # fmt: skip
-_ARGUMENTS = {"additional": {"additional": 150}, "persistent": {"batch": 9}, "2d": {"batch": 2}, "3d": {"scale": -0.2}}
+_ARGUMENTS = {
+    "additional": {"additional": 150},
+    "patient additional": {"additional": 150},
+    "patient": {"scale": 3.0},
+    "persistent": {"batch": 9},
+    "2d": {"batch": 2},
+    "3d": {"scale": -0.2},
+}
 
 
 def emulate(problem, config, *, edit=None, orders=ORDERS, spreads=False, **arguments):
@@ -71,9 +84,14 @@ def test_matches_the_reference(name, seed):
     emulate(problem, config, **_ARGUMENTS.get(name, {}))
 
 
+def _either():
+    """A config whose softmax rescales with every higher score, or with much higher ones."""
+    return random.choice([Sm90((64,), (64,)), _PATIENT])
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
 def test_any_scale(scale, seed):
-    emulate(Problem(70, 1, 64, 9, dtype="bfloat16"), Sm90((64,), (64,)), orders=ORDERS[:1], scale=scale)
+    emulate(Problem(70, 1, 64, 9, dtype="bfloat16"), _either(), orders=ORDERS[:1], scale=scale)
 
 
 def test_no_additional_keys(seed):
@@ -88,14 +106,14 @@ def test_not_finite_where_softmax_is(name, seed):
     problem = Problem(90, 1, 16, 9, additional_kv=True, dtype="bfloat16")
     for number in (math.nan, random.choice([math.inf, -math.inf])):
         spreads = name in {"value", "additional_values"}
-        emulate(problem, Sm90((64,), (64,)), orders=ORDERS[:1], spreads=spreads, spoiled={name: number})
+        emulate(problem, _either(), orders=ORDERS[:1], spreads=spreads, spoiled={name: number})
 
 
 @pytest.mark.parametrize("score", some([-math.inf, -3e38, 1e30], 1, "score"))
 def test_scores_at_the_end_of_float32(score, seed):
     """Hidden keys have no part in it, be the scores that are seen as low as they may, and their scale large."""
     problem = Problem(70, 1, 8, 9, dtype="bfloat16")
-    emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, Sm90((64,), (64,))))
+    emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, _either()))
     for scale in (2.0**-2, 1.0, 2.0**10):
         query, key, value = draw(problem).inputs
         query.fill_(0.0)[..., 0] = 1.0
@@ -116,7 +134,22 @@ def test_scores_at_the_end_of_float32(score, seed):
 def test_large_scores(size, seed):
     """One key wins each query."""
     problem = Problem(90, 1, 16, 9, dtype="bfloat16")
-    emulate(problem, Sm90((64,), (64,)), orders=ORDERS[:1], scale=size * random.choice([1.0, -1.0]))
+    emulate(problem, _either(), orders=ORDERS[:1], scale=size * random.choice([1.0, -1.0]))
+
+
+def test_large_scores_that_rise_by_the_least(seed):
+    """From one tile to the next, by what floats are apart there: rounding must not add that to what weights may be."""
+    problem = Problem(128, 1, 8, 128, dtype="float16")
+    emulator = Emulator.of(KernelSpec(problem, "forward", TARGET, _PATIENT))
+    query, key, value = draw(problem).inputs
+    query.fill_(0.0)[..., :2] = torch.tensor([2.0**13, 1.0])
+    key.fill_(0.0)[..., 0] = 2.0**13
+    key[:, 64:, :, 1] = 8.0
+    for unit in (1.3, 1.6, 1.75, 1.9, 1.99):
+        output, lse = poisoned(value, torch.empty(1, 128, 1))
+        emulator(query, key, value, unit / math.log2(math.e), output, lse, order=ORDERS[0])
+        mean = value[:, 64:].float().mean(1, keepdim=True).expand_as(value)
+        torch.testing.assert_close(output.float(), mean, rtol=2e-3, atol=2e-3)
 
 
 def test_views_of_one_projection(seed):
@@ -268,6 +301,18 @@ def test_finds_columns_of_a_neighbouring_head(monkeypatch, seed):
 def test_finds_a_missing_rescale(monkeypatch, seed):
     monkeypatch.setattr(softmax.Softmax, "rescale", lambda self: None)
     _finds(*_SMALL)
+
+
+def test_finds_weighted_sums_that_stay_as_they_are(monkeypatch, seed):
+    """While a row's highest score rises by much."""
+    monkeypatch.setattr(patient.PatientSoftmax, "rescale", lambda self: None)
+    _finds(_SMALL[0], Sm90((4, 16), (4, 16), threshold=8), scale=3.0)
+
+
+def test_finds_a_threshold_that_is_too_high(monkeypatch, seed):
+    """Weights of float16 overflow."""
+    config = Sm90((64,), (64,), threshold=60)
+    _finds(Problem(300, 1, 64, 129, dtype="float16"), config, scale=3.0)
 
 
 def test_finds_a_factor_that_rounding_makes_infinite(monkeypatch, seed):

@@ -59,22 +59,26 @@ class Mask:
             _, end = work.bounds(axis, work.clamp(axis, first[axis]))
             self._common.append((let(start), let(end)))
 
-    def apply(self, cursor: StreamCursor, tile: Expr) -> None:
-        """Mask the scores of a tile."""
+    def whole(self, cursor: StreamCursor) -> Expr:
+        """Return whether a tile lies in every window of the warp's queries."""
+        found = None
+        for axis, (start, end) in enumerate(self._common):
+            found = both(found, cursor[axis] >= start, cursor[axis] + self.plan.stream_tile[axis] <= end)
+        return found
+
+    def apply(self, cursor: StreamCursor, tile: Expr, whole: Expr | None = None) -> None:
+        """Mask the scores of a tile; ``whole`` is what `whole` returned of it, if it was asked before."""
+        whole = self.whole(cursor) if whole is None else whole
         if self.additional is None:
-            self._window(cursor)
+            self._window(cursor, whole)
             return
         with I.If(tile < self.work.tiles):
             with I.Then():
-                self._window(cursor)
+                self._window(cursor, whole)
             with I.Else():
                 self.tail((tile - self.work.tiles) * self.plan.streamed)
 
-    def _window(self, cursor: StreamCursor) -> None:
-        tile = self.plan.stream_tile
-        whole = None
-        for axis, (start, end) in enumerate(self._common):
-            whole = both(whole, cursor[axis] >= start, cursor[axis] + tile[axis] <= end)
+    def _window(self, cursor: StreamCursor, whole: Expr) -> None:
         if self.key_mask is None:
             with when(T.Not(whole)):
                 self._hide(cursor)

@@ -6,7 +6,7 @@ A thread has two rows. Scores are in units of ``log2(e) * scale``, so that the e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from na_compiler.schedules.shared.tiles import Fragments
@@ -80,15 +80,24 @@ class Softmax:
 
     def raise_highest(self) -> None:
         """Take a tile's scores into the highest, and find what to rescale earlier sums by."""
+        self.raise_to([self.top(row) for row in range(_ROWS)])
+
+    def top(self, row: int) -> Expr:
+        """Return the highest of a row's score so far and the thread's scores of a tile."""
+        first, second, *rest = self._of_row(row)
+        a, b = local(1), local(1)
+        put(a, 0, T.max(self.highest[row], self.scores[first]))
+        put(b, 0, self.scores[second])
+        for k, index in enumerate(rest):
+            chain = (a, b)[k % 2]
+            put(chain, 0, T.max(chain[0], self.scores[index]))
+        put(a, 0, T.max(a[0], b[0]))
+        return a[0]
+
+    def raise_to(self, tops: Sequence[Expr]) -> None:
+        """Make the highest of what the lanes of a row found its score, and find what to rescale earlier sums by."""
         for row in range(_ROWS):
-            first, second, *rest = self._of_row(row)
-            a, b = local(1), local(1)
-            put(a, 0, T.max(self.highest[row], self.scores[first]))
-            put(b, 0, self.scores[second])
-            for k, index in enumerate(rest):
-                chain = (a, b)[k % 2]
-                put(chain, 0, T.max(chain[0], self.scores[index]))
-            put(self.highest, row, T.max(a[0], b[0]))
+            put(self.highest, row, tops[row])
         self._over_lanes(self.highest, T.max)
         for row in range(_ROWS):
             put(self._factor, row, self._offset[row])
@@ -108,8 +117,8 @@ class Softmax:
         put(self._step, row, T.Select(T.abs(self._offset[row]) >= T.float32(_LARGE), self._power[0], self._unit[0]))
         put(self._offset, row, self.highest[row] * self._step[row])
 
-    def exponentiate(self) -> None:
-        """Turn a tile's scores into weights, and add them up."""
+    def exponentiate(self, is_rescaled: bool = False) -> None:
+        """Turn a tile's scores into weights, and add them up, to totals that may be rescaled already."""
         for row in range(_ROWS):
             sums = (local(1), local(1))
             for k, index in enumerate(self._of_row(row)):
@@ -117,7 +126,8 @@ class Softmax:
                 emit(T.ptx.ex2.approx.ftz.f32(self.scores[index], self.scores[index]))
                 chain = sums[k % 2]
                 put(chain, 0, self.scores[index] if k < 2 else chain[0] + self.scores[index])
-            put(self.total, row, self.total[row] * self._factor[row] + (sums[0][0] + sums[1][0]))
+            before = self.total[row] if is_rescaled else self.total[row] * self._factor[row]
+            put(self.total, row, before + (sums[0][0] + sums[1][0]))
 
     def pack(self) -> None:
         """Round the weights to the operand of the second product."""

@@ -33,6 +33,9 @@ class Sm90(Config):
         moves the wait for that sum up, and only the other warpgroup's products hide the softmax.
     persistent
         Whether a thread block goes on to another tile of queries, of which it loads the first keys early.
+    threshold
+        Powers of two by which the highest score of a row may rise before its sums are brought to it; 0: whenever it
+        rises. See `na_compiler.schedules.sm90.softmax`.
     """
 
     query_tile: tuple[int, ...]
@@ -42,6 +45,7 @@ class Sm90(Config):
     pingpong: bool = True
     overlap: bool = False
     persistent: bool = False
+    threshold: int = 0
 
     family = "sm90"
 

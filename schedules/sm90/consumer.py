@@ -13,6 +13,7 @@ from na_compiler.schedules.sm90.epilogue import Epilogue
 from na_compiler.schedules.sm90.plan import ROWS
 from na_compiler.schedules.sm90.products import Products
 from na_compiler.schedules.sm90.rows import Rows
+from na_compiler.schedules.sm90.softmax import PatientSoftmax
 from na_compiler.schedules.sm90.store import sync_warpgroup
 
 __all__ = ["Consumer"]
@@ -33,7 +34,11 @@ class Consumer:
         warp = let(T.bitwise_and(block.warp, 3))
         self.products = Products(block, self.warpgroup)
         self.rows = Rows(self.plan, self.warpgroup, warp, block.lane)
-        self.softmax = Softmax(self.products, block.arguments.scale)
+        self.softmax = (
+            PatientSoftmax(self.products, block.arguments.scale, self.config.threshold)
+            if self.config.threshold
+            else Softmax(self.products, block.arguments.scale)
+        )
         self.epilogue = Epilogue(block, self.products, self.rows)
         if self.config.pingpong:
             with when(self.warpgroup == self.config.warpgroups - 1):
@@ -111,8 +116,7 @@ class Consumer:
         products.wait(0, products.scores)
         block.arrive("key_empty", stage)
         mask.apply(cursor, tile[0])
-        softmax.raise_highest()
-        softmax.exponentiate()
+        self._weigh()
         softmax.pack()
 
     def _next(self, tile: Any, cursor: StreamCursor, mask: Mask, base: Expr) -> None:
@@ -122,6 +126,8 @@ class Consumer:
         before = let(block.stage(base + tile[0] - 1))
         block.wait("key", stage, block.phase(base + tile[0]))
         self._wait_turn()
+        # Asked while products are under way, and not between the scores and their softmax, which others wait for.
+        whole = register(T.Cast("int32", mask.whole(cursor))) != 0 if self.config.threshold else None
         products.pin(products.output)
         products.pin(products.weights)
         products.fence()
@@ -134,14 +140,21 @@ class Consumer:
         self._pass_turn()
         products.wait(1, products.scores)
         block.arrive("key_empty", stage)
-        mask.apply(cursor, tile[0])
-        softmax.raise_highest()
-        softmax.exponentiate()
+        mask.apply(cursor, tile[0], whole)
+        self._weigh()
         self._anchor()
         products.wait(0, products.output)
         block.arrive("value_empty", before)
         softmax.pack()
         softmax.rescale()
+
+    def _weigh(self) -> None:
+        """Turn scores into weights, and find out what the sums so far are to be multiplied by."""
+        if isinstance(self.softmax, PatientSoftmax):
+            self.softmax.weigh()
+        else:
+            self.softmax.raise_highest()
+            self.softmax.exponentiate()
 
     def _last(self, tile: Any, base: Expr) -> tuple[Any, Any]:
         """Weighted sum of the last tile."""
