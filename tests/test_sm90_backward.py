@@ -26,6 +26,7 @@ from na_compiler.schedules.sm90.backward import (
     planner,
     producer,
     products,
+    statistics,
     weights,
     work,
 )
@@ -311,6 +312,14 @@ def test_finds_wrong_queries_of_a_key(end, monkeypatch, seed):
 
     monkeypatch.setattr(keys, "query_bounds", wrong)
     _finds(*_LONG, orders=_ORDERS[:1])
+
+
+def test_finds_a_read_before_a_choice(monkeypatch):
+    """Of a gradient of lse, for a row that does not exist: guards of tensors see it in few layouts."""
+    monkeypatch.setattr(statistics, "register", lambda value, dtype="int32": value)
+    problem, config = CASES["2d dilated grouped"]
+    with pytest.raises(EmulatorError, match="before it chooses"):
+        Emulator.of(KernelSpec(problem, "backward", TARGET, config))
 
 
 def test_finds_a_wrong_plane_of_statistics(monkeypatch, seed):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cuda_emulator.choices import early
 from cuda_emulator.host import HostProgram, Launch, TensorMapArguments
 from na_compiler.compiler import build
 from na_compiler.compiler.spec import KernelSpec
@@ -72,6 +73,8 @@ class Emulator:
             edited = edit(text)
             assert edited != text, "the fault was not planted"
             text = edited
+        if choices := early(text):
+            raise EmulatorError(f"it reads before it chooses: {choices[0]}")
         self._folder = tempfile.TemporaryDirectory(prefix="na_compiler-emulator-")
         self.folder = Path(self._folder.name)
         self._compile(text)
