@@ -96,3 +96,14 @@ def test_case(problem, seed):
     output, lse = FUNCTIONS[problem.rank](*inputs, *parameters, return_lse=True)
     check_forward(example, output.detach(), lse.detach())
     check_backward(example, torch.autograd.grad((output, lse), inputs, (example.grad_output, example.grad_lse)))
+
+
+@pytest.mark.full
+def test_case_by_a_kernel_for_every_layout(problem, seed):
+    """On a CPU one kernel serves all layouts."""
+    example = draw(problem, batch=1, tokens=some_tokens(problem))
+    opened = problem.opened()
+    forward, backward = (na_compiler.compile(opened, direction=direction) for direction in ("forward", "backward"))
+    output, lse = forward(*example.inputs)
+    check_forward(example, output, lse)
+    check_backward(example, backward(*example.inputs, output, lse, example.grad_output, example.grad_lse))
