@@ -21,11 +21,16 @@ _LOG = logging.getLogger("na_compiler")
 
 
 def register() -> None:
-    """Register torch's operators: now if torch is imported, or else when it is."""
-    if sys.modules.get("torch") is not None:
-        _register_operators()
+    """Register torch's operators, and how they take shards: now if these parts of torch are imported, or else then."""
+    _after("torch", _register_operators, "torch.ops.na_compiler has no operators")
+    _after("torch.distributed.tensor", _register_sharding, "na_compiler's operators take no DTensor")
+
+
+def _after(name: str, action: Callable[[], None], failed: str) -> None:
+    if sys.modules.get(name) is not None:
+        action()
     else:
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder(name, action, failed))
 
 
 def _register_operators() -> None:
@@ -33,14 +38,32 @@ def _register_operators() -> None:
     importlib.import_module("na_compiler.ops.torchscript").register_symbolics()
 
 
+def _register_sharding() -> None:
+    importlib.import_module("na_compiler.bound")
+    importlib.import_module("na_compiler.distributed.sharding").register()
+
+
 class _Finder(MetaPathFinder):
-    """Finds torch as the other finders do, with a loader that registers the operators as well."""
+    """Finds a module as the other finders do, with a loader that does something after it.
+
+    Parameters
+    ----------
+    name
+        Of the module.
+    action
+        What is done when it is imported.
+    failed
+        What to say if that raises.
+    """
+
+    def __init__(self, name: str, action: Callable[[], None], failed: str) -> None:
+        self.name, self.action, self.failed = name, action, failed
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return torch's spec."""
-        if fullname != "torch":
+        """Return the module's spec."""
+        if fullname != self.name:
             return None
         for finder in sys.meta_path:
             find: Callable[..., ModuleSpec | None] = getattr(finder, "find_spec", lambda *_: None)
@@ -53,7 +76,7 @@ class _Finder(MetaPathFinder):
 
 
 class _ThenRegister(Loader):
-    """Another loader, and the operators after it."""
+    """Another loader, and what is done after it."""
 
     def __init__(self, finder: _Finder, loader: Loader) -> None:
         self._finder, self._loader = finder, loader
@@ -66,8 +89,8 @@ class _ThenRegister(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, and register the operators."""
-        # From here on everything is as without us: what reads torch's source finds its own loader.
+        """Execute the module, and do what comes after it."""
+        # From here on everything is as without us: what reads the module's source finds its own loader.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
@@ -75,6 +98,6 @@ class _ThenRegister(Loader):
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
         try:
-            _register_operators()
+            self._finder.action()
         except Exception as error:  # noqa: BLE001 - a torch that we cannot use is still one that others can.
-            _LOG.warning("torch.ops.na_compiler has no operators: %s: %s", type(error).__name__, error)
+            _LOG.warning("%s: %s: %s", self._finder.failed, type(error).__name__, error)
