@@ -103,6 +103,15 @@ def test_by_default_the_first_layouts_get_kernels_of_their_own(fresh, monkeypatc
     assert find_kernel(layout(12, 13), "forward").problem == layout(12, 13), "met first"
 
 
+def test_by_default_a_backward_of_few_windows_has_a_kernel_of_its_own(fresh, monkeypatch):
+    """The open one takes several times as long there."""
+    monkeypatch.setattr(serving, "_MOST_OWN", 0)
+    for size, opens in (((18, 12), True), ((17, 12), False), ((18, 11), False)):
+        problem = layout(*size)
+        assert find_kernel(problem, "backward").problem == (RULE if opens else problem)
+    assert find_kernel(layout(17, 11), "forward").problem == RULE
+
+
 def test_always_each_layout_gets_a_kernel_of_its_own(fresh, monkeypatch):
     monkeypatch.setattr(serving, "_MOST_OWN", 1)
     specialize("always")

@@ -38,6 +38,9 @@ STEP = 16
 # Layouts of a rule that get kernels of their own by default. An open kernel takes up to 1.1 times as long at most
 # sizes, and one of its own up to a second to compile. Assumed: programs that know their sizes have no more of one rule.
 _MOST_OWN = 4
+# Windows that an axis has to hold for the open backward to serve it by default: below, strips made for any layout lie
+# mostly beyond it. Of 56x56 tokens, with a window of 7 and dilation 8, it took 8 times as long as one of its own.
+_LEAST_WINDOWS = 3
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,21 @@ def _open_kernel(spec: KernelSpec, served: _Served) -> Kernel | None:
     may_compile = is_compiling_allowed()
     if may_compile and spec.problem.layout not in served.opened:
         when = specialization()
-        if when == ALWAYS or (when == FEW and (spec.problem.layout in served.own or len(served.own) < _MOST_OWN)):
+        is_among_few = spec.problem.layout in served.own or len(served.own) < _MOST_OWN or _is_short(spec)
+        if when == ALWAYS or (when == FEW and is_among_few):
             return None
     is_there = is_loaded(opened) or cached_entry(opened) is not None
     # Where there is none and none can be made the error names the problem's own.
     return compile_spec(opened) if is_there or may_compile else None
+
+
+def _is_short(spec: KernelSpec) -> bool:
+    """Return whether the open kernel would take much longer than one of the spec's own."""
+    problem = spec.problem
+    axes = zip(problem.layout, problem.kernel_size, problem.dilation, strict=True)
+    return spec.direction == "backward" and any(
+        tokens < _LEAST_WINDOWS * kernel * dilation for tokens, kernel, dilation in axes
+    )
 
 
 def met_often(problem: Problem, direction: str, machine: str | Target) -> None:
