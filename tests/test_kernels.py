@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from draws import some
 from oracle import check_backward, check_forward, draw, guarded, guards_are_whole, poisoned, poisoned_parts
 from processes import run_python
 
@@ -75,25 +76,30 @@ def run(problem, *, target="llvm", batch=1, additional=5, scale=None, directions
         check_backward(example, kernel(*arguments, *inputs[3:], scale=scale, **others))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", some(PROBLEMS, 12, "float32"), ids=str)
 def test_float32(problem, seed):
     run(problem, batch=2 if problem.tokens < 200 else 1)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("problem", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("problem", "dtype"), some(itertools.product(HALF, ("bfloat16", "float16")), 3, "half precision"), ids=str
+)
 def test_half_precision(problem, dtype, seed):
     run(problem.replace(dtype=dtype))
 
 
 @pytest.mark.parametrize(
     "problem",
-    [
-        Problem(6000, 1, 8, 5001),
-        Problem(5200, 1, 8, 5200, is_causal=True),
-        Problem((70, 75), 2, 8, (69, 70), (3, 1), heads_kv=1, additional_kv=True),
-        Problem((17, 18, 19), 1, 4, (16, 17, 17), is_causal=(False, True, False)),
-    ],
+    some(
+        [
+            Problem(6000, 1, 8, 5001),
+            Problem(5200, 1, 8, 5200, is_causal=True),
+            Problem((70, 75), 2, 8, (69, 70), (3, 1), heads_kv=1, additional_kv=True),
+            Problem((17, 18, 19), 1, 4, (16, 17, 17), is_causal=(False, True, False)),
+        ],
+        2,
+        "chunks",
+    ),
     ids=str,
 )
 def test_windows_that_come_in_chunks(problem, seed):
@@ -101,12 +107,12 @@ def test_windows_that_come_in_chunks(problem, seed):
     run(problem)
 
 
-@pytest.mark.parametrize("head_dim", [1, 2, 5, 8, 12, 31, 33, 48, 80])
+@pytest.mark.parametrize("head_dim", some([1, 2, 5, 8, 12, 31, 33, 48, 80], 4, "head_dim"))
 def test_head_dims(head_dim, seed):
     run(Problem((6, 10), 1, head_dim, 3, head_dim_v=head_dim + 3), directions=("forward",))
 
 
-@pytest.mark.parametrize("additional", [0, 1, 64, 65, 200])
+@pytest.mark.parametrize("additional", some([0, 1, 64, 65, 200], 3, "additional"))
 def test_numbers_of_additional_keys(additional, seed):
     run(Problem((6, 10), 2, 16, 3, additional_kv=True), additional=additional)
 
@@ -116,16 +122,15 @@ def test_scales(scale, seed):
     run(Problem((6, 10), 2, 16, 3), scale=scale)
 
 
-@pytest.mark.parametrize("target", ["llvm:x86-64", "llvm:x86-64-v2", "llvm:x86-64-v3", "llvm:x86-64-v4"])
-@pytest.mark.parametrize(
-    "problem",
-    [
-        Problem((14, 15), 2, 32, 7),
-        Problem((6, 7, 8), 4, 20, 3, 2, 2, (True, False, True), 2, 24, additional_kv=True, dtype="bfloat16"),
-        Problem(80, 2, 24, 9, dtype="float16"),
-    ],
-    ids=str,
+_TARGETS = ("llvm:x86-64", "llvm:x86-64-v2", "llvm:x86-64-v3", "llvm:x86-64-v4")
+_FOR_TARGETS = (
+    Problem((14, 15), 2, 32, 7),
+    Problem((6, 7, 8), 4, 20, 3, 2, 2, (True, False, True), 2, 24, additional_kv=True, dtype="bfloat16"),
+    Problem(80, 2, 24, 9, dtype="float16"),
 )
+
+
+@pytest.mark.parametrize(("problem", "target"), some(itertools.product(_FOR_TARGETS, _TARGETS), 6, "targets"), ids=str)
 def test_targets(problem, target, seed):
     if not Target.parse(target).runs_here:
         pytest.skip(f"this machine cannot run {target}; it is compiled in test_builds_for_machines_that_this_is_not")

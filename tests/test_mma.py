@@ -106,7 +106,11 @@ def test_bias(name, seed):
     emulate(problem.replace(operands=("relative_position_bias",)), config, **_ARGUMENTS.get(name, {}))
 
 
-_MASKED = itertools.product(CASES, [("key_mask",), ("relative_position_bias", "key_mask")])
+# A warp of 32 rows takes no key mask: no planner gives it one.
+_MASKED = itertools.product(
+    (name for name, (problem, config) in CASES.items() if config.plan(problem).row_tiles == 1),
+    [("key_mask",), ("relative_position_bias", "key_mask")],
+)
 
 
 @pytest.mark.parametrize(("name", "operands"), some(_MASKED, 3, "mma key mask"))

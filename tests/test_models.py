@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import tvm_ffi
+from draws import some
 from models.audio import Encoder
 from models.nat import Classifier
 from models.video import Denoiser
@@ -36,9 +37,12 @@ MODELS = {
 }
 
 
-# Inductor takes a minute for the classifier: that one runs with --full.
+# Inductor takes a minute for the classifier: that one runs with --full, and one of the others is drawn.
 TAKES_LONG = pytest.mark.parametrize(
-    "case", ["audio", "video", pytest.param("nat", marks=pytest.mark.full)], indirect=True, scope="module"
+    "case",
+    [*some(["audio", "video"], 1, "models"), pytest.param("nat", marks=pytest.mark.full)],
+    indirect=True,
+    scope="module",
 )
 
 
@@ -168,7 +172,7 @@ def test_aotinductor_in_python_and_without(case, tmp_path, monkeypatch, cpp_prog
     assert "it has no manifest.json" in missing.stderr
 
 
-@pytest.mark.parametrize("source", ["pt2", "onnx"])
+@pytest.mark.parametrize("source", some(["pt2", "onnx"], 1, "whole"))
 def test_whole_in_an_environment_that_has_nothing_else(case, source, request, bare_python, tmp_path):
     model = request.getfixturevalue("program" if source == "pt2" else "onnx_file")
     library = tmp_path / "deployment" / "model.so"
