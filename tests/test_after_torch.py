@@ -41,7 +41,10 @@ def test_a_program_is_loaded_in_either_order(program, order):
 
 
 def test_torch_is_as_it_was():
-    """Looking for torch does not import it, and importing it leaves nothing of ours in its place."""
+    """Looking for torch does not import it, and importing it leaves nothing of ours in its place.
+
+    Nor in that of its tensors of several devices, which are waited for until somebody imports them.
+    """
     code = """
 import importlib.util, inspect, sys
 before = list(sys.meta_path)
@@ -52,9 +55,12 @@ assert "torch" not in sys.modules
 import torch
 assert type(torch.__loader__) is type(torch.__spec__.loader) is importlib.machinery.SourceFileLoader
 assert "import" in inspect.getsource(torch)
-ours = [type(finder).__module__ for finder in sys.meta_path]
-assert "na_compiler.after_torch" not in ours, ours
+ours = [finder.name for finder in sys.meta_path if type(finder).__module__ == "na_compiler.after_torch"]
+assert ours == ["torch.distributed.tensor"], ours
 assert torch.ops.na_compiler.na2d.default
+import torch.distributed.tensor as tensor
+assert type(tensor.__loader__) is type(tensor.__spec__.loader) is importlib.machinery.SourceFileLoader
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "na_compiler.after_torch"]
 """
     python(code)
 
