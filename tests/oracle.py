@@ -126,7 +126,8 @@ def draw(
         output, lse = (torch.cat(one) for one in zip(*parts, strict=True))
         found = torch.autograd.grad((output, lse), [*exact, *biases], (some_output.double(), some_lse.double()))
         grads = (*found[: len(exact)], torch.stack(found[len(exact) :]))
-    magnitudes = _magnitudes(problem, exact, grad_output)
+    rounded = (some_output.double() * output.detach()).nan_to_num(0.0, 0.0, 0.0).norm().item()
+    magnitudes = _magnitudes(problem, exact, grad_output, rounded)
     return Example(
         problem, inputs, grad_output, grad_lse, output.detach(), lse.detach(), list(grads), magnitudes, tokens, others
     )
@@ -197,14 +198,20 @@ def spoil(tensor: torch.Tensor, number: float) -> None:
         assert element.isnan().all()
 
 
-def _magnitudes(problem: Problem, exact: list[torch.Tensor], grad_output: torch.Tensor) -> list[float]:
+def _magnitudes(problem: Problem, exact: list[torch.Tensor], grad_output: torch.Tensor, rounded: float) -> list[float]:
     """Return, per gradient, the norm of the same sum over absolute values, where the exact result vanishes; else 0.
+
+    A gradient of biases is a few sums over all queries, of terms of both signs. Each query's has the rounding of
+    ``grad_output . output``, with the output as it is stored: the norm of these products, ``rounded``, is
+    what it is relative to where the sums come to less.
 
     With one key in every window the softmax is constant: the gradients of query and key are 0, and what a kernel
     returns for them is the rounding of ``grad_output . value - grad_output . output``.
     """
     if problem.additional_kv or any(extent > 1 for extent in problem.kernel_size):
-        return [0.0] * 6
+        # It comes after the gradients of additional keys and values.
+        place = 5 if problem.additional_kv else 3
+        return [rounded if at == place else 0.0 for at in range(6)]
     query, key, value = (tensor.detach().nan_to_num(0.0, 0.0, 0.0).abs() for tensor in exact[:3])
     key, value = (t.repeat_interleave(problem.group_size, -2) for t in (key, value))
     grad_output = grad_output.double().nan_to_num(0.0, 0.0, 0.0).abs()

@@ -14,6 +14,7 @@ from oracle import NAMES, check_backward, check_forward, check_tangents, draw, d
 
 from na_compiler.compiler.spec import KernelSpec
 from na_compiler.problem import Problem
+from na_compiler.reference import neighborhood_attention
 from na_compiler.schedules.simt import planner as simt_planner
 from na_compiler.target import Target
 
@@ -80,6 +81,19 @@ def test_forward(problem, seed):
 def test_backward(problem, seed):
     example = draw(problem, additional=3, lse_has_grad=bool(torch.randint(2, ())))
     check_backward(example, backward(example))
+
+
+def test_what_fills_a_row_up_has_no_part(seed):
+    """It is some elements again: 0 times an infinite one would be NaN, where a score of minus infinity is right."""
+    problem = Problem(9, 1, 24, 3)
+    assert make(problem, "forward").plan.head_dim > 24
+    example = draw(problem)
+    query, key, value = example.inputs
+    query.abs_()
+    key[0, 4, 0, 22] = -math.inf
+    expected = neighborhood_attention(query.double(), key.double(), value.double(), 3)[0]
+    assert expected.isfinite().all()
+    assert torch.allclose(forward(example)[0].double(), expected, atol=1e-5)
 
 
 def test_gradients_of_views_of_one_projection(seed):

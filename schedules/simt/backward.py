@@ -147,7 +147,8 @@ class _Query:
             at = chunks.rows(chunk, self.batch, self.head // p.group_size)
             K = f.stage(f"{prefix}key", keys, at, chunks.size, p.head_dim)
             V = f.stage(f"{prefix}value", values, at, chunks.size, p.head_dim_v)
-            S, dP = f.products(f"{prefix}score", self.Q, K), f.products(f"{prefix}grad_weight", self.G, V)
+            S = f.products(f"{prefix}score", self.Q, K, f.problem.head_dim)
+            dP = f.products(f"{prefix}grad_weight", self.G, V, f.problem.head_dim_v)
             slope = registers(chunks.size)
             with block(f"{prefix}slope", chunks.size) as place:
                 score = with_bias(chunks, chunk, place, S[list(place)], tensors, self.head)
@@ -233,7 +234,8 @@ class _Key:
             at = chunks.rows(chunk, self.batch, head)
             Q = f.stage(f"{prefix}query", tensors["query"], at, chunks.size, p.head_dim)
             G = f.stage(f"{prefix}grad", tensors["grad_output"], at, chunks.size, p.head_dim_v)
-            S, dP = f.products(f"{prefix}score", self.K, Q), f.products(f"{prefix}grad_weight", self.V, G)
+            S = f.products(f"{prefix}score", self.K, Q, f.problem.head_dim)
+            dP = f.products(f"{prefix}grad_weight", self.V, G, f.problem.head_dim_v)
             P, slope = registers(chunks.size), registers(chunks.size)
             with block(f"{prefix}weight", chunks.size) as place:
                 lse = tensors["lse"][[self.batch, *chunks.token(chunk, place), head]]

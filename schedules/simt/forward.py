@@ -159,7 +159,7 @@ class Query:
 
     def scores(self, chunks: Chunks, chunk: Any, keys: Buffer) -> Buffer:
         """Return the scores of a chunk, minus infinity where there is no key."""
-        S = self.f.products(f"{chunks.prefix}score", self.Q, keys)
+        S = self.f.products(f"{chunks.prefix}score", self.Q, keys, self.f.problem.head_dim)
         seen = registers(chunks.size)
         with block(f"{chunks.prefix}seen", chunks.size) as place:
             score = with_bias(chunks, chunk, place, S[list(place)], self.tensors, self.head)

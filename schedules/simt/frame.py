@@ -230,14 +230,18 @@ class DirectFrame:
             T.buffer_store(result, result[zero] + product(d), [zero])
         return result
 
-    def products(self, name: str, row: Buffer, rows: Buffer) -> Buffer:
-        """Return the products of a row with each of some staged rows."""
+    def products(self, name: str, row: Buffer, rows: Buffer, width: int) -> Buffer:
+        """Return the products of a row of so many elements with each of some staged rows.
+
+        What staged rows hold beyond them may be infinite, and 0 times that is NaN.
+        """
         *size, padded = map(int, rows.shape)
         result = registers(tuple(size))
         with reduction(name, tuple(size), (padded,)) as (*place, d):
             with T.init():
                 T.buffer_store(result, T.float32(0), place)
             other = T.Cast("float32", rows[[*place, d]])
+            other = other if padded == width else T.Select(d < width, other, T.float32(0))
             T.buffer_store(result, result[place] + row[d] * other, place)
         return result
 

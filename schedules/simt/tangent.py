@@ -62,8 +62,8 @@ class _Query(Query):
         K, dK = self.stage(chunks, at, "key", key), self.stage(chunks, at, "tangent_key", f"tangent_{key}")
         scores = self.scores(chunks, chunk, K)
         # Two sums: TensorIR knows none of two products over threads.
-        by_query = self.f.products(f"{chunks.prefix}query_slope", self.dQ, K)
-        by_key = self.f.products(f"{chunks.prefix}key_slope", self.Q, dK)
+        by_query = self.f.products(f"{chunks.prefix}query_slope", self.dQ, K, self.f.problem.head_dim)
+        by_key = self.f.products(f"{chunks.prefix}key_slope", self.Q, dK, self.f.problem.head_dim)
         slopes = registers(chunks.size)
         with block(f"{chunks.prefix}tangent_seen", chunks.size) as place:
             slope = (by_query[list(place)] + by_key[list(place)]) * T.float32(LN2)  # They are in units of log2(e).
